@@ -1,0 +1,299 @@
+"""A bundle: the folder that `starling export` writes and the engine runs, and the typed view of its `bundle.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args
+
+from starling.engine.errors import BundleError
+
+FORMAT = "starling-bundle"
+FORMAT_VERSION = 1
+#: Files up to this size are hashed at every open: the graph and the tokenizer cost milliseconds, the weights seconds.
+ALWAYS_HASHED_BYTES = 64 * 2**20
+
+Dialect = Literal["ort", "canonical"]
+DType = Literal["fp32", "fp16", "bf16"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Shapes of the decoder. `max_positions` is the longest sequence that its rotary tables cover."""
+
+    model_type: str
+    class_name: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+    max_positions: int
+    parameters: int
+    tied_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """Weight-only quantization in blocks of `block_size` weights along the input axis."""
+
+    scheme: str
+    block_size: int
+    symmetric: bool
+    accuracy_level: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output of the graph. A `str` in `shape` is a symbolic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The ONNX file that the backend loads, and its inputs and outputs in order."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """`bytes_per_token` counts keys and values of every layer for one position of one row."""
+
+    dtype: str
+    bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """`bytes_per_token` is what one decoded token reads: the embedding table counts only when lm_head shares it."""
+
+    bytes: int
+    bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Token ids. Generation ends at any of `eos`."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What a file of the bundle must be: its size in bytes and its SHA-256 in hex."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Typed view of a bundle folder. `raw` is bundle.json as it was read; `parity` what the export measured."""
+
+    folder: Path
+    source: Mapping[str, str]
+    architecture: Architecture
+    dialect: Dialect
+    dtype: DType
+    quantization: Quantization | None
+    graph: Graph
+    kv_cache: KVCache
+    weights: Weights
+    tokens: SpecialTokens
+    generation: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    parity: Mapping[str, Any] | None
+    raw: Mapping[str, Any]
+
+    @staticmethod
+    def open(folder: str | Path, *, verify: bool = False) -> Bundle:
+        """Read and check the bundle in `folder`.
+
+        Every file's size is checked, and the SHA-256 of files up to 64 MiB; `verify` hashes the larger ones too.
+        Raises BundleError when the folder is no bundle, a file is missing, truncated or altered, or the format newer.
+        """
+        path = Path(folder)
+        bundle = _parse(path, _read_json(path))
+        for name, record in bundle.files.items():
+            _check_file(path / name, record, hashed=verify or record.bytes <= ALWAYS_HASHED_BYTES)
+        return bundle
+
+    @property
+    def graph_path(self) -> Path:
+        """The ONNX file to load."""
+        return self.folder / self.graph.file
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise BundleError(f"{folder}: no such folder; make a bundle with: starling export MODEL {folder}")
+    if not (folder / "bundle.json").is_file():
+        raise BundleError(f"{folder} is not a bundle (no bundle.json); make one with: starling export MODEL OUT")
+    try:
+        raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{folder}/bundle.json is not JSON ({error}); export the model again") from error
+    except OSError as error:
+        raise BundleError(f"{folder}/bundle.json cannot be read ({error.strerror}); check its permissions") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise BundleError(f'{folder}/bundle.json does not say "format": "{FORMAT}"; export the model again')
+    version = raw.get("format_version")
+    if type(version) is not int or version < 1:
+        raise BundleError(f"{folder}/bundle.json has format_version {version!r}, not a number; export the model again")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} is a bundle of format {version}, this Starling reads up to {FORMAT_VERSION}: "
+            "upgrade starling-llm"
+        )
+    return raw
+
+
+def _check_file(path: Path, record: FileRecord, *, hashed: bool) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path} is missing from the bundle; copy the bundle again or export it again")
+    size = path.stat().st_size
+    if size != record.bytes:
+        what = "truncated" if size < record.bytes else "altered"
+        raise BundleError(
+            f"{path} is {what}: {size:,} bytes where bundle.json says {record.bytes:,}; "
+            "copy the bundle again or export it again"
+        )
+    if hashed:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != record.sha256:
+            raise BundleError(
+                f"{path} is altered: SHA-256 {digest[:12]}… where bundle.json says {record.sha256[:12]}…; "
+                "copy the bundle again or export it again"
+            )
+
+
+class _Fields:
+    """Typed reads from one object of bundle.json; a wrong field is named by its whole path."""
+
+    def __init__(self, where: str, value: object, prefix: str = "") -> None:
+        self.where, self.prefix = where, prefix
+        if not isinstance(value, dict):
+            raise self.bad(prefix.rstrip(".") or "top level", value, "an object")
+        self.value = value
+
+    def bad(self, name: str, got: object, wanted: str) -> BundleError:
+        return BundleError(f"{self.where}: {name} is {str(got)[:60]!r}, not {wanted}; export the model again")
+
+    def get(self, name: str, kind: type[T]) -> T:
+        got = self.value.get(name)
+        # bool is an int to Python, but a `true` where a size belongs is a broken file.
+        if not isinstance(got, kind) or (kind is int and (isinstance(got, bool) or cast(int, got) < 0)):
+            wanted = "a number >= 0" if kind is int else {str: "a string", bool: "true or false"}.get(kind, "a list")
+            raise self.bad(self.prefix + name, got, wanted)
+        return got
+
+    def optional(self, name: str, kind: type[T]) -> T | None:
+        return None if self.value.get(name) is None else self.get(name, kind)
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        got = self.get(name, str)
+        if got not in choices:
+            raise self.bad(self.prefix + name, got, f"one of {', '.join(choices)}")
+        return got
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        return self.inside(name).value if self.value.get(name) is not None else {}
+
+    def inside(self, name: str) -> _Fields:
+        return _Fields(self.where, self.value.get(name), f"{self.prefix}{name}.")
+
+    def items(self, name: str) -> list[_Fields]:
+        listed = self.get(name, list)
+        return [_Fields(self.where, item, f"{self.prefix}{name}[{i}].") for i, item in enumerate(listed)]
+
+
+def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
+    top = _Fields(f"{folder}/bundle.json", raw)
+    kv, weights = top.inside("kv_cache"), top.inside("weights")
+    graph, files = _graph(top.inside("graph")), _files(top.inside("files"))
+    if graph.file not in files:
+        raise top.bad("graph.file", graph.file, "one of the files that bundle.json lists")
+    return Bundle(
+        folder=folder,
+        source=top.mapping("source"),
+        architecture=_architecture(top.inside("architecture")),
+        dialect=cast(Dialect, top.choice("dialect", get_args(Dialect))),
+        dtype=cast(DType, top.choice("dtype", get_args(DType))),
+        quantization=_quantization(top.inside("quantization")) if raw.get("quantization") is not None else None,
+        graph=graph,
+        kv_cache=KVCache(kv.choice("dtype", ("float32", "float16", "bfloat16")), kv.get("bytes_per_token", int)),
+        weights=Weights(weights.get("bytes", int), weights.get("bytes_per_token", int)),
+        tokens=_tokens(top.inside("tokens")),
+        generation=top.mapping("generation"),
+        files=files,
+        parity=top.mapping("parity") or None,
+        raw=raw,
+    )
+
+
+def _architecture(fields: _Fields) -> Architecture:
+    counts = {
+        name: fields.get(name, int)
+        for name in ("vocab_size", "hidden_size", "layers", "query_heads", "kv_heads", "head_dim", "max_positions")
+    }
+    return Architecture(
+        model_type=fields.get("model_type", str),
+        class_name=fields.get("class", str),
+        sliding_window=fields.optional("sliding_window", int),
+        parameters=fields.get("parameters", int),
+        tied_embeddings=fields.get("tied_embeddings", bool),
+        **counts,
+    )
+
+
+def _quantization(fields: _Fields) -> Quantization:
+    return Quantization(
+        fields.get("scheme", str),
+        fields.get("block_size", int),
+        fields.get("symmetric", bool),
+        fields.get("accuracy_level", int),
+    )
+
+
+def _graph(fields: _Fields) -> Graph:
+    return Graph(
+        fields.get("file", str),
+        tuple(_tensor(item) for item in fields.items("inputs")),
+        tuple(_tensor(item) for item in fields.items("outputs")),
+    )
+
+
+def _tensor(fields: _Fields) -> TensorSpec:
+    return TensorSpec(fields.get("name", str), fields.get("dtype", str), tuple(fields.get("shape", list)))
+
+
+def _tokens(fields: _Fields) -> SpecialTokens:
+    eos = fields.get("eos", list)
+    if not all(type(token) is int and token >= 0 for token in eos):
+        raise fields.bad("tokens.eos", eos, "a list of token ids")
+    return SpecialTokens(fields.optional("bos", int), tuple(eos), fields.optional("pad", int))
+
+
+def _files(fields: _Fields) -> dict[str, FileRecord]:
+    records = {}
+    for name in fields.value:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise fields.bad("files", name, "a name inside the bundle")
+        entry = fields.inside(name)
+        records[name] = FileRecord(entry.get("bytes", int), entry.get("sha256", str))
+    return records

@@ -1,0 +1,253 @@
+"""Engine: a bundle loaded on a backend, with its tokenizer; the way in for Python programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from functools import cached_property
+from operator import index
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+import numpy as np
+
+from starling.engine import generation
+from starling.engine.backend import Backend, open_backend
+from starling.engine.bundle import Bundle
+from starling.engine.errors import PromptError, SamplingError
+from starling.engine.generation import GenerationStream, make_sequence
+from starling.engine.results import GenerationResult
+from starling.engine.sampling import SamplingParams
+from starling.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from starling.engine.chat_session import ChatSession
+    from starling.engine.chat_template import ChatTemplates
+
+#: Positions of the KV cache unless the caller asks for more: the cache costs memory whether it is used or not.
+DEFAULT_MAX_SEQ = 2048
+
+#: A prompt: text, or token ids.
+Prompt: TypeAlias = str | Sequence[int]
+
+
+class Engine:
+    """Generates text from a bundle. One thread at a time may use an engine.
+
+    ```python
+    with Engine("smollm2-int8") as engine:
+        print(engine.generate("The capital of France is", max_tokens=8).text)
+    ```
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | Bundle,
+        *,
+        backend: str = "auto",
+        max_seq: int | None = None,
+        max_batch: int = 1,
+        threads: int | None = None,
+        verify: bool = False,
+    ) -> None:
+        """Load a bundle. The KV cache gets `max_batch` rows of `max_seq` positions (default: 2048, or the model's limit).
+
+        `backend` is one of `starling.engine.backend.BACKENDS`; `verify` hashes the weights too. Raises BundleError,
+        BackendError, or PromptError where `max_seq` is beyond the model's positions.
+        """
+        begin = perf_counter()
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
+        self.max_seq = _checked_max_seq(self.bundle, max_seq)
+        self.max_batch = max_batch
+        architecture = self.bundle.architecture
+        with ThreadPoolExecutor(1) as pool:  # the tokenizer loads while ONNX Runtime does
+            tokenizer = pool.submit(Tokenizer.load, self.bundle.folder, architecture.vocab_size)
+            self.backend: Backend = open_backend(
+                self.bundle, name=backend, max_seq=self.max_seq, max_batch=max_batch, threads=threads
+            )
+            self.tokenizer = tokenizer.result()
+        self._newest: GenerationStream | None = None
+        self._first_row: generation.Sequence | None = None
+        #: Seconds from opening the bundle to being ready.
+        self.load_seconds = perf_counter() - begin
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory of the whole KV cache, in bytes."""
+        return self.backend.kv_cache_bytes
+
+    @overload
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Any) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], params: SamplingParams | None = None, **overrides: Any
+    ) -> list[GenerationResult]: ...
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **overrides: Any
+    ) -> GenerationResult | list[GenerationResult]:
+        """Generate an answer to a prompt, or to each prompt of a list in one static batch of at most `max_batch`.
+
+        A prompt is text or token ids; `overrides` change fields of `params`. Raises PromptError or SamplingError.
+        """
+        prompts = [prompt] if is_single(prompt) else list(prompt)
+        sequences = self._prepare(prompts, sampling_params(params, overrides))
+        for _ in self._start(sequences):
+            pass
+        results = [sequence.result() for sequence in sequences]
+        if any(result.finish_reason == "interrupted" for result in results):
+            raise KeyboardInterrupt  # only a stream can hand out what there was
+        return results[0] if is_single(prompt) else results
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Any) -> GenerationStream:
+        """Generate an answer as an iterator of chunks, one for each token.
+
+        Raises PromptError or SamplingError here already, not when the first chunk is read.
+        """
+        [sequence] = self._prepare([prompt], sampling_params(params, overrides))
+        return self._start([sequence])
+
+    def stream_reply(
+        self, ids: Sequence[int], params: SamplingParams | None = None, *, encode_s: float = 0.0, **overrides: Any
+    ) -> GenerationStream:
+        """`stream` for a chat's token ids: only what is not in the first row's cache yet is prefilled.
+
+        The text is a reply of its own, so it does not begin with the space that would continue the prompt.
+        `encode_s` are the seconds that rendering the chat took, for the time to first token.
+        """
+        prompt = self._checked_ids(ids)
+        self._end_newest()
+        cached = self._first_row.cached_ids() if self._first_row is not None else ()
+        # The last prompt token is always prefilled, for its logits.
+        reused = min(common_prefix(cached, prompt), len(prompt) - 1)
+        sequence = self._sequence(prompt, sampling_params(params, overrides), reused=reused, encode_s=encode_s)
+        sequence.detokenizer = self.tokenizer.detokenizer()
+        return self._start([sequence])
+
+    def chat(self, system: str | None = None, template: str | None = None) -> ChatSession:
+        """A multi-turn chat with an optional system message, by the bundle's template or the one named `template`."""
+        from starling.engine.chat_session import ChatSession
+
+        return ChatSession(self, system=system, template=template)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> list[int]:
+        """Token ids of `messages` ({"role", "content"}) up to where the assistant's answer begins.
+
+        Raises PromptError where the bundle has no such template, or the template refuses the messages.
+        """
+        return self.chat_templates.encode(messages, self.tokenizer, name=template, add_generation_prompt=True)
+
+    @cached_property
+    def chat_templates(self) -> ChatTemplates:
+        """The bundle's chat templates."""
+        from starling.engine.chat_template import ChatTemplates  # jinja2 costs a program that never chats 20 ms
+
+        return ChatTemplates.load(self.bundle.folder)
+
+    def close(self) -> None:
+        """Free the model and the KV cache."""
+        self._end_newest()
+        self._first_row = None
+        self.backend.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[generation.Sequence]:
+        if len(prompts) > self.max_batch:
+            raise PromptError(
+                f"{len(prompts)} prompts, but the KV cache has {self.max_batch} row(s): "
+                "give fewer, or open the engine with a larger max_batch (--batch)"
+            )
+        return [self._encoded(prompt, params) for prompt in prompts]
+
+    def _encoded(self, prompt: Prompt, params: SamplingParams) -> generation.Sequence:
+        begin = perf_counter()
+        if prompt == "":
+            raise PromptError("the prompt is empty: give it at least one character")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._sequence(self._checked_ids(ids), params, encode_s=perf_counter() - begin)
+
+    def _sequence(
+        self, prompt: tuple[int, ...], params: SamplingParams, *, reused: int = 0, encode_s: float
+    ) -> generation.Sequence:
+        return make_sequence(
+            prompt,
+            params,
+            self.tokenizer,
+            eos=self.bundle.tokens.eos,
+            max_seq=self.max_seq,
+            reused=reused,
+            encode_s=encode_s,
+        )
+
+    def _checked_ids(self, ids: Iterable[int]) -> tuple[int, ...]:
+        try:
+            checked = tuple(index(token) for token in ids)
+        except TypeError as error:
+            raise PromptError(f"a prompt is text or a list of token ids: {error}") from error
+        if not checked:
+            raise PromptError("the prompt is empty: give at least one token")
+        vocabulary = self.bundle.architecture.vocab_size
+        for position, token in enumerate(checked):
+            if not 0 <= token < vocabulary:
+                raise PromptError(
+                    f"token id {token} at position {position} is outside the model's vocabulary "
+                    f"(0 to {vocabulary - 1}): use this bundle's own tokenizer"
+                )
+        if len(checked) > self.max_seq:
+            raise PromptError(
+                f"the prompt has {len(checked)} tokens, but the KV cache holds {self.max_seq}: "
+                f"shorten it, or raise --max-seq (this model: up to {self.bundle.architecture.max_positions})"
+            )
+        return checked
+
+    def _start(self, sequences: list[generation.Sequence]) -> GenerationStream:
+        self._end_newest()
+        self._first_row = sequences[0]
+        self._newest = GenerationStream(generation.generate(self.backend, sequences), sequences)
+        return self._newest
+
+    def _end_newest(self) -> None:
+        # There is one cache: a stream that is still being read would continue on another prompt's keys and values.
+        if self._newest is not None:
+            self._newest.displace()
+            self._newest = None
+
+
+def is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """True for one prompt (text or token ids), False for a list of prompts."""
+    return isinstance(prompt, str) or len(prompt) == 0 or not isinstance(prompt[0], str | Sequence | np.ndarray)
+
+
+def sampling_params(params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
+    """`params`, or the defaults, with `overrides` in place. Raises SamplingError for an unknown name or a bad value."""
+    known = [field.name for field in fields(SamplingParams)]
+    for name in overrides:
+        if name not in known:
+            raise SamplingError(f"unknown sampling setting {name!r}; the settings are {', '.join(known)}")
+    return replace(params or SamplingParams(), **overrides)
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids the two have in common from their beginnings."""
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+
+
+def _checked_max_seq(bundle: Bundle, max_seq: int | None) -> int:
+    most = bundle.architecture.max_positions
+    if max_seq is None:
+        return min(DEFAULT_MAX_SEQ, most)
+    if not 1 <= max_seq <= most:
+        raise PromptError(f"max_seq is {max_seq}, but this model has {most} positions: give 1 to {most} (--max-seq)")
+    return max_seq

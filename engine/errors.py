@@ -1,0 +1,45 @@
+"""The errors that Starling raises on purpose.
+
+Every message is one line that says what was wrong, with the value, and what to do next. The command line prints it
+on stderr and leaves with the class's `exit_code`: 2 for a user's mistake, 1 for a failure of the surroundings.
+"""
+
+
+class StarlingError(Exception):
+    """A failure that is not the user's mistake: a full disk, an unreachable hub, a missing package."""
+
+    exit_code = 1
+
+
+class UserError(StarlingError):
+    """Something that the user gave cannot be used as it is."""
+
+    exit_code = 2
+
+
+class BundleError(UserError):
+    """A bundle is missing, truncated, altered, or of a newer format."""
+
+
+class PromptError(UserError):
+    """A prompt is empty, longer than the KV cache, or holds token ids outside the vocabulary."""
+
+
+class SamplingError(UserError):
+    """A sampling setting is outside its range."""
+
+
+class CheckpointError(UserError):
+    """MODEL does not name a checkpoint that can be read."""
+
+
+class UnsupportedModelError(UserError):
+    """The model uses something that the tracer cannot lower faithfully."""
+
+
+class HubError(StarlingError):
+    """The model hub could not be reached, or refused."""
+
+
+class BackendError(StarlingError):
+    """An execution backend is not installed, or cannot run this bundle on this machine."""

@@ -1,0 +1,100 @@
+"""What a generation returns: text, tokens, why it ended, and how long each part took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from starling.engine.sampling import TokenLogprob
+
+#: "stop": an end token or a stop string; "length": max_tokens or the cache's end; "interrupted": Ctrl-C or closed early.
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of one generation, as the engine's own clock saw them: what a consumer does between tokens is left out.
+
+    `itl_s` has one entry per decoded token (all but the first). In a batch a step's time counts for every row in it,
+    and `ttft_s` includes the prefill of the rows before.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    #: Prompt tokens already in the KV cache from the turn before; `prompt_tokens - reused_tokens` were prefilled.
+    reused_tokens: int
+    #: From the call to the first token: encoding the prompt, prefill, and choosing the token.
+    ttft_s: float
+    #: The prefill's runs of the model alone.
+    prefill_model_s: float
+    itl_s: tuple[float, ...]
+    #: The decode steps' runs of the model alone.
+    decode_model_s: float
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Prompt tokens that this generation had to prefill."""
+        return self.prompt_tokens - self.reused_tokens
+
+    @property
+    def ttft_ms(self) -> float:
+        """Time to first token, in ms."""
+        return self.ttft_s * 1e3
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds from the first token to the last."""
+        return sum(self.itl_s)
+
+    @property
+    def total_s(self) -> float:
+        """Request latency: from the call to the last token, in seconds."""
+        return self.ttft_s + self.decode_s
+
+    @property
+    def model_s(self) -> float:
+        """Seconds inside the model's runs."""
+        return self.prefill_model_s + self.decode_model_s
+
+    @property
+    def tpot_ms(self) -> float:
+        """Time per output token, in ms: (last - first) / (n - 1). 0 with fewer than two tokens."""
+        return self.decode_s / len(self.itl_s) * 1e3 if self.itl_s else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed of this row: tokens after the first, per second. 0 with fewer than two tokens."""
+        return len(self.itl_s) / self.decode_s if self.itl_s else 0.0
+
+    @property
+    def host_s_per_token(self) -> float:
+        """Seconds of a decode step outside the model's run (choosing, detokenizing, stop checks), on average."""
+        return (self.decode_s - self.decode_model_s) / len(self.itl_s) if self.itl_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """One finished generation. `text` ends before a stop string; `tokens` has every token chosen, the end token too."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    #: One entry per token where SamplingParams.logprobs asked for them, else None.
+    logprobs: tuple[TokenLogprob, ...] | None
+    prompt_tokens: tuple[int, ...]
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationChunk:
+    """What one token added to a stream. The texts of all chunks joined are the result's text.
+
+    `text` is often "" while a character or a possible stop string is incomplete. The last chunk has `finish_reason` and
+    `timings`; its `token` is None when the stream was interrupted, since no token came with it.
+    """
+
+    text: str
+    token: int | None
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None
+    timings: Timings | None = None

@@ -1,0 +1,1 @@
+"""From a checkpoint to a bundle: read, trace, lower to a dialect, stream the weights."""

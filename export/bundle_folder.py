@@ -1,0 +1,117 @@
+"""Write a bundle folder so that it is there whole or not at all."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from starling.engine.errors import StarlingError, UserError
+from starling.export.checkpoint import TokenizerFiles
+
+
+@contextmanager
+def new_folder(target: Path, *, force: bool) -> Iterator[Path]:
+    """A working folder beside `target`, renamed to it when the block ends well and removed when it does not.
+
+    Its name starts with a dot and it holds no bundle.json before its end, so a killed run leaves nothing that looks
+    whole; the next export to the same place clears it away.
+
+    Raises:
+        UserError: `target` exists and `force` is not set, or is not a bundle and would be overwritten.
+        StarlingError: the disk is full or the place cannot be written.
+    """
+    _check_target(target, force=force)
+    work = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(target)
+        work.mkdir()
+        yield work
+        _put_in_place(work, target)
+    except OSError as error:
+        raise _explain(error, target) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise StarlingError where the file system of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StarlingError(
+            f"not enough disk space in {folder.parent}: the bundle needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        )
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file as people read it."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, files: TokenizerFiles, generation: dict[str, Any]) -> None:
+    """Write the tokenizer, its chat templates and the generation defaults."""
+    (folder / "tokenizer.json").write_text(files.tokenizer_json, encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", files.tokenizer_config)
+    write_json(folder / "special_tokens_map.json", files.special_tokens_map)
+    write_json(folder / "generation_config.json", generation)
+    if files.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(files.chat_template, encoding="utf-8")
+    if files.additional_chat_templates:
+        (folder / "additional_chat_templates").mkdir()
+    for name, template in files.additional_chat_templates.items():
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(template, encoding="utf-8")
+
+
+def file_entry(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as bundle.json lists it."""
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _check_target(target: Path, *, force: bool) -> None:
+    if not target.exists():
+        return
+    if not force:
+        raise UserError(f"{target} exists; give another folder, or --force to replace the bundle in it")
+    if target.is_file() or (any(target.iterdir()) and not (target / "bundle.json").is_file()):
+        raise UserError(f"{target} is not a bundle; --force replaces bundles only, so choose another folder")
+
+
+def _put_in_place(work: Path, target: Path) -> None:
+    if not target.exists():
+        work.rename(target)
+        return
+    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    target.rename(old)
+    work.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what killed exports to the same place left; an export that still runs keeps its own."""
+    for left in target.parent.glob(f".{target.name}.partial-*"):
+        if not _is_alive(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: str) -> bool:
+    with suppress(ValueError, ProcessLookupError):
+        try:
+            os.kill(int(pid), 0)
+        except PermissionError:
+            return True
+        return True
+    return False
+
+
+def _explain(error: OSError, target: Path) -> StarlingError:
+    if error.errno == errno.ENOSPC:
+        return StarlingError(
+            f"the disk is full: writing {target} stopped and nothing was left behind; free space and retry"
+        )
+    return StarlingError(f"cannot write {target}: {error.strerror or error}")

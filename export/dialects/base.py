@@ -1,0 +1,80 @@
+"""What the tracer asks of a dialect."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """A graph input that tells a step where it stands, beside input_ids and the KV cache.
+
+    `axes` names the dynamic axes: () is a scalar, ("batch",) a vector, ("batch", "sequence") one value per token.
+    """
+
+    name: str
+    dtype: torch.dtype
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """A rotary embedding of the first 2 * cos.shape[1] channels of a head.
+
+    `cos`, `sin`: [max_positions, rotary_dim / 2]. `interleaved` pairs channels (0, 1), (2, 3), … instead of
+    (0, d/2), (1, d/2 + 1), ….
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One layer's attention as the model asked for it.
+
+    `query`: [batch, query_heads, sequence, head_dim]; `key`, `value`: [batch, kv_heads, sequence, head_dim], not yet
+    rotated; `past_key`, `past_value`: [batch, kv_heads, cache, head_dim]. `window` is the number of positions that a
+    token sees, itself included (None: all). `rotary` is None for a layer without position embedding.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    past_key: Tensor
+    past_value: Tensor
+    scale: float
+    window: int | None
+    rotary: Rotary | None
+
+
+class Dialect(Protocol):
+    """How norm, rotary embedding, KV cache and attention are written, and what is done to the finished graph."""
+
+    name: str
+    opset: int
+    quantizable: bool
+
+    def step_inputs(self) -> list[StepInput]:
+        """The inputs that this dialect needs beside `input_ids` and the KV cache."""
+        ...
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """RMSNorm over the last axis, with FP32 statistics: x * rsqrt(mean(x²) + epsilon) * weight."""
+        ...
+
+    def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Causal attention over the cache and the new tokens.
+
+        Returns the output [batch, sequence, query_heads * head_dim] and the present key and value, shaped as the past.
+        """
+        ...
+
+    def optimize(self, model: ir.Model) -> None:
+        """Rewrite the traced graph in place; it still holds the abstract `starling::Linear` and `Embedding` nodes."""
+        ...

@@ -1,0 +1,87 @@
+"""The portable dialect: standard opset 24 only. The oracle that the others are checked against."""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from starling.export.dialects.base import AttentionCall, Rotary, StepInput
+
+
+class CanonicalDialect:
+    """RMSNormalization, RotaryEmbedding, TensorScatter and Attention of the ONNX standard."""
+
+    name = "canonical"
+    opset = 24
+    quantizable = False
+
+    def step_inputs(self) -> list[StepInput]:
+        """`position_ids` of the new tokens, `write_indices` where they go, `nonpad_kv_seqlen` valid after the step."""
+        return [
+            StepInput("position_ids", torch.int64, ("batch", "sequence")),
+            StepInput("write_indices", torch.int64, ("batch",)),
+            StepInput("nonpad_kv_seqlen", torch.int64, ("batch",)),
+        ]
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """RMSNormalization with FP32 statistics (stash_type 1)."""
+        attrs = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+        return torch.onnx.ops.symbolic(
+            "RMSNormalization", (x, weight), attrs=attrs, dtype=x.dtype, shape=x.shape, version=23
+        )
+
+    def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotate, write into the cache, attend: bottom-right causal, or by an explicit mask where there is a window."""
+        query, key = call.query, call.key
+        if call.rotary is not None:
+            query, key = (_rotate(x, call.rotary, step["position_ids"]) for x in (query, key))
+        present_key = _scatter(call.past_key, key, step["write_indices"])
+        present_value = _scatter(call.past_value, call.value, step["write_indices"])
+        attrs: dict[str, int | float] = {"scale": call.scale, "is_causal": int(call.window is None)}
+        inputs: list[Tensor | None] = [query, present_key, present_value]
+        if call.window is None:
+            inputs += [None, None, None, step["nonpad_kv_seqlen"]]
+        else:
+            inputs.append(_window_mask(present_key.shape[2], step["position_ids"], call.window))
+        output = torch.onnx.ops.symbolic(
+            "Attention", inputs, attrs=attrs, dtype=query.dtype, shape=query.shape, version=24
+        )
+        batch, heads, sequence, head_dim = query.shape
+        return output.transpose(1, 2).reshape(batch, sequence, heads * head_dim), present_key, present_value
+
+    def optimize(self, model: ir.Model) -> None:
+        """Nothing: the oracle stays as the model was written."""
+
+
+def _rotate(x: Tensor, rotary: Rotary, position_ids: Tensor) -> Tensor:
+    dim = 2 * rotary.cos.shape[1]
+    attrs: dict[str, int] = {"interleaved": int(rotary.interleaved)}
+    if dim != x.shape[-1]:
+        attrs["rotary_embedding_dim"] = dim
+    return torch.onnx.ops.symbolic(
+        "RotaryEmbedding",
+        (x, rotary.cos, rotary.sin, position_ids),
+        attrs=attrs,
+        dtype=x.dtype,
+        shape=x.shape,
+        version=23,
+    )
+
+
+def _scatter(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        "TensorScatter",
+        (past, update, write_indices),
+        attrs={"axis": 2},
+        dtype=past.dtype,
+        shape=past.shape,
+        version=24,
+    )
+
+
+def _window_mask(cache: int, position_ids: Tensor, window: int) -> Tensor:
+    """Boolean [batch, 1, sequence, cache]: a token at position p sees the positions p - window + 1 … p."""
+    seen = torch.arange(cache, dtype=torch.int64)[None, None, None, :]
+    position = position_ids[:, None, :, None]
+    return (seen <= position) & (seen > position - window)

@@ -1,0 +1,63 @@
+"""The serving dialect for ONNX Runtime: GroupQueryAttention, rotary inside, past and present in one buffer."""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from starling.export.dialects.base import AttentionCall, StepInput
+from starling.export.passes import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
+
+
+class OrtDialect:
+    """com.microsoft contrib operators. GroupQueryAttention's cost follows the live length, not the buffer's."""
+
+    name = "ort"
+    opset = 21
+    quantizable = True
+
+    def step_inputs(self) -> list[StepInput]:
+        """`seqlens_k`: valid tokens per row after the step, minus one; `total_sequence_length`: the longest row's."""
+        return [
+            StepInput("seqlens_k", torch.int32, ("batch",)),
+            StepInput("total_sequence_length", torch.int32, ()),
+        ]
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """SimplifiedLayerNormalization: ONNX Runtime's RMSNorm with FP32 statistics."""
+        attrs = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+        return torch.onnx.ops.symbolic(
+            "SimplifiedLayerNormalization", (x, weight), attrs=attrs, dtype=x.dtype, shape=x.shape, version=1
+        )
+
+    def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """One GroupQueryAttention node; query, key and value as [batch, sequence, heads * head_dim]."""
+        batch, heads, sequence, head_dim = call.query.shape
+        query, key, value = (
+            x.transpose(1, 2).reshape(batch, sequence, x.shape[1] * head_dim)
+            for x in (call.query, call.key, call.value)
+        )
+        attrs: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": call.key.shape[1], "scale": call.scale}
+        if call.window is not None:
+            attrs["local_window_size"] = call.window
+        inputs: list[Tensor | None] = [query, key, value, call.past_key, call.past_value]
+        inputs += [step["seqlens_k"], step["total_sequence_length"]]
+        if call.rotary is not None:
+            attrs |= {"do_rotary": 1, "rotary_interleaved": int(call.rotary.interleaved)}
+            inputs += [call.rotary.cos, call.rotary.sin]
+        output, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            inputs,
+            attrs=attrs,
+            dtypes=(query.dtype, key.dtype, value.dtype),
+            shapes=(query.shape, call.past_key.shape, call.past_value.shape),
+            version=1,
+        )
+        return output, present_key, present_value
+
+    def optimize(self, model: ir.Model) -> None:
+        """Fewer, larger operators: one projection for query, key and value, one for gate and up, one per add + norm."""
+        pack_sibling_linears(model)
+        pack_attention_inputs(model)
+        fuse_residual_norms(model)

@@ -1,0 +1,182 @@
+"""A GGUF file: its metadata, and its tensors row range by row range.
+
+The file is read with plain reads, never mapped, so that no page of it stays in this process; and the header is parsed
+here, because `gguf.GGUFReader` makes several array objects of every vocabulary entry (seconds, and 300 MB).
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from starling.engine.errors import CheckpointError, UnsupportedModelError
+
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+STRING, ARRAY = 8, 9
+VERSIONS = (2, 3)
+# Types that hold values rather than blocks, and need no dequantizing.
+PLAIN_TYPES = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """Where a tensor lies in the file. `shape` is in torch's order, `offset` is in bytes from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that `GgufFile.rows` gives: the stored one, or float32 for quantized blocks."""
+        return PLAIN_TYPES.get(self.kind, torch.float32)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step along the first axis."""
+        values, size = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape[1:]) * size // values
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """An opened GGUF file. `metadata` has numbers, booleans, strings and lists under llama.cpp's own keys."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+    def rows(self, name: str, index: "np.ndarray[Any, np.dtype[np.int64]]") -> torch.Tensor:
+        """The rows `index` of a tensor [len(index), ...], dequantized, a copy.
+
+        Raises CheckpointError where the file has shrunk since it was opened.
+        """
+        tensor = self.tensors[name]
+        low, high = int(index.min()), int(index.max()) + 1
+        with self.path.open("rb") as file:
+            file.seek(tensor.offset + low * tensor.row_bytes)
+            raw = np.fromfile(file, dtype=np.uint8, count=(high - low) * tensor.row_bytes)
+        if raw.size != (high - low) * tensor.row_bytes:
+            raise CheckpointError(f"{self.path} was cut off while it was read, at tensor {name}: get the file again")
+        raw = raw.reshape(high - low, tensor.row_bytes)
+        picked = index - low
+        if not np.array_equal(picked, np.arange(high - low)):
+            raw = raw[picked]
+        return _values(raw, tensor).reshape(len(index), *tensor.shape[1:])
+
+
+def _values(raw: np.ndarray[Any, np.dtype[np.uint8]], tensor: GgufTensor) -> torch.Tensor:
+    if tensor.kind in PLAIN_TYPES:
+        return torch.from_numpy(raw).view(tensor.dtype)
+    return torch.from_numpy(dequantize(raw, tensor.kind))
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Parse the header and check that every tensor lies within the file.
+
+    Raises CheckpointError where the file is missing, no GGUF file, of an unknown version, truncated, or altered.
+    """
+    try:
+        with path.open("rb") as file:
+            header = _Header(file, path.stat().st_size)
+            tensor_count, metadata = header.metadata()
+            tensors = header.tensors(tensor_count, max(1, int(metadata.get("general.alignment", 32))))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (struct.error, UnicodeDecodeError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{path} is truncated or no GGUF file ({error}): get the file again") from error
+    for tensor in tensors.values():
+        _check_tensor(path, tensor, header.size)
+    for kind in {tensor.kind for tensor in tensors.values()}:
+        _check_readable(path, kind)
+    return GgufFile(path, metadata, tensors)
+
+
+def _check_tensor(path: Path, tensor: GgufTensor, file_size: int) -> None:
+    values, block_bytes = GGML_QUANT_SIZES[tensor.kind]
+    if not tensor.shape or tensor.shape[-1] % values or (values > 1 and len(tensor.shape) < 2):
+        raise CheckpointError(
+            f"{path}: tensor {tensor.name} of shape {tensor.shape} cannot hold {tensor.kind.name} blocks"
+        )
+    end = tensor.offset + math.prod(tensor.shape) // values * block_bytes
+    if end > file_size:
+        raise CheckpointError(
+            f"{path} is truncated: tensor {tensor.name} ends at byte {end}, the file has {file_size}: get it again"
+        )
+
+
+def _check_readable(path: Path, kind: GGMLQuantizationType) -> None:
+    try:
+        if kind not in PLAIN_TYPES:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError as error:
+        raise UnsupportedModelError(
+            f"{path} has {kind.name} tensors, which cannot be dequantized: use a file of another quantization"
+        ) from error
+
+
+class _Header:
+    """Reads the header from front to back; every short read raises struct.error or ValueError."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file = file
+        self.size = size
+
+    def metadata(self) -> tuple[int, dict[str, Any]]:
+        magic, version, tensor_count, pairs = self.unpack("<4sIQQ")
+        if magic != b"GGUF":
+            raise ValueError(f"it starts with {magic!r}, not b'GGUF'")
+        if version not in VERSIONS:
+            raise ValueError(f"GGUF version {version}, of which only {' and '.join(map(str, VERSIONS))} are known")
+        metadata = {}
+        for _ in range(pairs):
+            key = self.string()
+            metadata[key] = self.value(self.unpack("<I")[0])
+        return tensor_count, metadata
+
+    def tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:
+        found = []
+        for _ in range(count):
+            name = self.string()
+            dimensions = self.unpack(f"<{self.unpack('<I')[0]}Q")
+            kind, offset = self.unpack("<IQ")
+            # ggml writes the fastest-moving dimension first, torch the slowest.
+            found.append((name, tuple(reversed(dimensions)), GGMLQuantizationType(kind), offset))
+        start = -(-self.file.tell() // alignment) * alignment
+        return {name: GgufTensor(name, shape, kind, start + offset) for name, shape, kind, offset in found}
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            return self.unpack(SCALARS[kind])[0]
+        element, count = self.unpack("<IQ")
+        if element in SCALARS:
+            return list(self.unpack(f"<{count}{SCALARS[element][1]}"))
+        return [self.value(element) for _ in range(count)]
+
+    def string(self) -> str:
+        (length,) = self.unpack("<Q")
+        return self.take(length).decode("utf-8")
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def take(self, count: int) -> bytes:
+        left = self.size - self.file.tell()
+        # Checked before the read: an altered length could ask for terabytes.
+        if count > left:
+            raise ValueError(f"the header wants {count} bytes more where {left} are left")
+        return self.file.read(count)

@@ -1,0 +1,50 @@
+"""Read the attention pattern that a model asks for, as a window, instead of building its mask."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from starling.engine.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class CausalPattern:
+    """A token sees itself and the `window` - 1 positions before it (None: all of them)."""
+
+    window: int | None
+
+
+def read_pattern(mask_function: Callable[..., Any], max_positions: int) -> CausalPattern:
+    """The pattern of a transformers mask function, found by asking it.
+
+    `mask_function(batch, head, query_position, key_position)` says whether a query sees a key. The rows asked are
+    the last, which shows the window, and some before it, which must agree.
+
+    Raises:
+        UnsupportedModelError: the pattern is not causal with at most one window (chunked, prefix, bidirectional, …).
+    """
+    # torch's tracing modes belong to a thread: in a fresh one the question is asked with real tensors
+    with ThreadPoolExecutor(max_workers=1) as fresh:
+        return fresh.submit(_ask, mask_function, max_positions).result()
+
+
+def _ask(mask_function: Callable[..., Any], max_positions: int) -> CausalPattern:
+    window = int(_row(mask_function, max_positions - 1, max_positions).sum())
+    rows = {0, 1, window - 1, window, window + 1, max_positions // 2, max_positions - 2, max_positions - 1}
+    for query in sorted(r for r in rows if 0 <= r < max_positions):
+        keys = torch.arange(max_positions)
+        expected = (keys <= query) & (keys > query - window)
+        if not torch.equal(_row(mask_function, query, max_positions), expected):
+            raise UnsupportedModelError(
+                "the model's attention pattern is neither causal nor a causal sliding window; it cannot be exported"
+            )
+    return CausalPattern(window if window < max_positions else None)
+
+
+def _row(mask_function: Callable[..., Any], query: int, keys: int) -> torch.Tensor:
+    zero = torch.tensor(0)
+    seen = mask_function(zero, zero, torch.tensor(query), torch.arange(keys))
+    return seen.expand(keys) if isinstance(seen, torch.Tensor) else torch.full((keys,), bool(seen))

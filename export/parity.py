@@ -1,0 +1,100 @@
+"""Compare a bundle with the PyTorch model on real text: prefill, a chunk behind it, then token by token."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starling.engine.backend import open_backend
+from starling.engine.bundle import Bundle
+from starling.engine.errors import StarlingError
+
+FP32_TOLERANCE = 1e-3  # largest difference of a logit that a full-precision bundle may show
+_FIRST, _CHUNK = 16, 16  # tokens prefilled at once, then as a chunk behind a non-empty cache
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How far a bundle is from PyTorch in float32, over `positions` next-token distributions.
+
+    `max_abs_logit_diff` in logits; `mean_kl`, `max_kl` KL(PyTorch || bundle) in nats; `top1_agreement` in 0 … 1;
+    `layers` how many of the model's layers were compared; `perplexity`, `reference_perplexity` on the passage.
+    """
+
+    positions: int
+    layers: int
+    max_abs_logit_diff: float
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+    perplexity: float
+    reference_perplexity: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The `parity` object of bundle.json."""
+        return asdict(self)
+
+
+def bundle_logits(folder: Path, ids: list[int]) -> NDArray[np.float32]:
+    """Logits [positions, vocab] of the bundle behind the tokens of `compared_positions`."""
+    bundle = Bundle.open(folder)
+    backend = open_backend(bundle, name="onnxruntime-cpu", max_seq=len(ids), max_batch=1)
+    tokens = np.asarray(ids, dtype=np.int64)
+    try:
+        rows = [backend.prefill(0, tokens[:_FIRST], 0).copy()]
+        rows.append(backend.prefill(0, tokens[_FIRST : _FIRST + _CHUNK], _FIRST).copy())
+        for at in range(_FIRST + _CHUNK, len(ids)):
+            rows.append(backend.decode(tokens[at : at + 1], np.array([at]))[0].copy())
+    finally:
+        backend.close()
+    return np.stack(rows)
+
+
+def compared_positions(count: int) -> list[int]:
+    """The tokens behind which a bundle gives logits: the ends of the two prefills, then every one."""
+    return [_FIRST - 1, *range(_FIRST + _CHUNK - 1, count)]
+
+
+def compare(reference: NDArray[np.float32], ours: NDArray[np.float32], next_ids: list[int], layers: int) -> Parity:
+    """Measure `ours` [positions, vocab] against `reference`; `next_ids` is the text's own next token per position."""
+    log_p, log_q = _log_softmax(reference), _log_softmax(ours)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    rows = np.arange(len(next_ids))
+    return Parity(
+        positions=len(reference),
+        layers=layers,
+        max_abs_logit_diff=float(np.abs(reference - ours).max()),
+        mean_kl=float(kl.mean()),
+        max_kl=float(kl.max()),
+        top1_agreement=float((reference.argmax(axis=1) == ours.argmax(axis=1)).mean()),
+        perplexity=float(np.exp(-log_q[rows, next_ids].mean())),
+        reference_perplexity=float(np.exp(-log_p[rows, next_ids].mean())),
+    )
+
+
+def require_fp32(parity: Parity) -> None:
+    """Raise StarlingError where a full-precision float32 bundle is not the PyTorch model's equal."""
+    if parity.max_abs_logit_diff > FP32_TOLERANCE or parity.top1_agreement < 1:
+        raise StarlingError(
+            f"the exported graph disagrees with PyTorch: max |Δlogit| {parity.max_abs_logit_diff:.3g} (limit "
+            f"{FP32_TOLERANCE:g}), top-1 agreement {parity.top1_agreement:.3f}; nothing was written. Please report this model"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping: MemAvailable where Linux tells it, else all of the memory."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

@@ -1,0 +1,137 @@
+"""Write the abstract projections and embeddings of a graph as operators, in full precision or quantized."""
+
+import onnx_ir as ir
+
+from starling.export.passes import MICROSOFT, STARLING, insert_constant, is_linear
+from starling.export.quantization import Quantization
+from starling.export.weights import Blocks, Rows, new_weight, rows_of
+
+
+def write_projections(model: ir.Model, quantization: Quantization | None) -> None:
+    """Replace every `starling::Linear` and `starling::Embedding` of the graph in place.
+
+    Full precision: MatMul with the weight stored [in, out]; a weight shared with the embedding stays [vocab, hidden]
+    for both. Quantized: MatMulNBits and GatherBlockQuantized over the same bytes where the two are tied.
+    """
+    graph = model.graph
+    embedded = {rows_of(n.inputs[1]) for n in graph if _is_embedding(n)}
+    for node in list(graph):
+        if is_linear(node):
+            if quantization is not None:
+                output = _quantized_linear(graph, node, quantization)
+            elif rows_of(node.inputs[1]) in embedded:
+                output = _shared_linear(graph, node)
+            else:
+                output = _linear(graph, node)
+        elif _is_embedding(node):
+            output = (
+                _embedding(graph, node) if quantization is None else _quantized_embedding(graph, node, quantization)
+            )
+        else:
+            continue
+        _replace(graph, node, output)
+    if quantization is not None:
+        model.opset_imports.setdefault(MICROSOFT, 1)
+    model.opset_imports.pop(STARLING, None)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        graph.initializers.pop(name)
+
+
+def _is_embedding(node: ir.Node) -> bool:
+    return node.domain == STARLING and node.op_type == "Embedding"
+
+
+def _replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+    old = node.outputs[0]
+    output.type, output.shape = old.type, old.shape
+    is_output = old.is_graph_output()
+    ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=is_output)
+    if is_output:
+        old.name, output.name = f"{old.name}_abstract", old.name
+    graph.remove(node, safe=True)
+
+
+def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _parts(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value | None, int, int]:
+    """Input, weight, bias, and the weight's rows and columns."""
+    x, weight, *bias = node.inputs
+    assert x is not None
+    assert weight is not None
+    assert weight.shape is not None
+    rows, columns = (int(d) for d in weight.shape)  # type: ignore[arg-type]
+    return x, weight, bias[0] if bias else None, rows, columns
+
+
+def _linear(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    x, weight, bias, rows, columns = _parts(node)
+    assert weight.dtype is not None
+    source = Rows(rows_of(weight).names, transposed=True)
+    transposed = new_weight(graph, f"{weight.name}_t", weight.dtype, (columns, rows), source)
+    product = _insert(graph, node, ir.node("MatMul", [x, transposed]))
+    return product if bias is None else _insert(graph, node, ir.node("Add", [product, bias]))
+
+
+def _shared_linear(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """Gemm reads the weight as it stands; it wants two axes, so the leading ones are folded and unfolded."""
+    x, weight, bias, rows, columns = _parts(node)
+    flat = _insert(graph, node, ir.node("Reshape", [x, insert_constant(graph, node, [-1, columns])]))
+    inputs = [flat, weight] if bias is None else [flat, weight, bias]
+    product = _insert(graph, node, ir.node("Gemm", inputs, attributes={"transB": 1}))
+    shape = _insert(graph, node, ir.node("Shape", [x], attributes={"end": -1}))
+    last = insert_constant(graph, node, [rows])
+    whole = _insert(graph, node, ir.node("Concat", [shape, last], attributes={"axis": 0}))
+    return _insert(graph, node, ir.node("Reshape", [product, whole]))
+
+
+def _embedding(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    ids, table = node.inputs
+    return _insert(graph, node, ir.node("Gather", [table, ids], attributes={"axis": 0}))
+
+
+def _block_weights(
+    graph: ir.Graph, weight: ir.Value, how: Quantization, *, flat: bool
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Data, scales and zero points of a quantized weight.
+
+    MatMulNBits sees the data as [rows, blocks, bytes], GatherBlockQuantized (`flat`) the same bytes as [rows, bytes].
+    """
+    assert weight.shape is not None
+    assert weight.dtype is not None
+    rows, columns = (int(d) for d in weight.shape)  # type: ignore[arg-type]
+    blocks, width = how.blocks(columns), how.block_size * how.bits // 8
+    source, uint8 = rows_of(weight), ir.DataType.UINT8
+    data_shape = (rows, blocks * width) if flat else (rows, blocks, width)
+    suffix = "_rows" if flat else ""
+    data = new_weight(graph, f"{weight.name}_q{how.bits}{suffix}", uint8, data_shape, Blocks(source, "data"))
+    scales = new_weight(graph, f"{weight.name}_scales", weight.dtype, (rows, blocks), Blocks(source, "scales"))
+    zero_shape = (rows, -(-blocks * how.bits // 8))
+    zeros = new_weight(graph, f"{weight.name}_zero_points", uint8, zero_shape, Blocks(source, "zero_points"))
+    return data, scales, zeros
+
+
+def _quantized_linear(graph: ir.Graph, node: ir.Node, how: Quantization) -> ir.Value:
+    x, weight, bias, rows, columns = _parts(node)
+    inputs: list[ir.Value | None] = [x, *_block_weights(graph, weight, how, flat=False)]
+    if bias is not None:
+        inputs += [None, bias]
+    attributes = {
+        "K": columns,
+        "N": rows,
+        "bits": how.bits,
+        "block_size": how.block_size,
+        "accuracy_level": how.accuracy_level,
+    }
+    return _insert(graph, node, ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT))
+
+
+def _quantized_embedding(graph: ir.Graph, node: ir.Node, how: Quantization) -> ir.Value:
+    ids, table = node.inputs
+    assert table is not None
+    data, scales, zeros = _block_weights(graph, table, how, flat=True)
+    attributes = {"bits": how.bits, "block_size": how.block_size, "gather_axis": 0, "quantize_axis": 1}
+    inputs = [data, ids, scales, zeros]
+    return _insert(graph, node, ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain=MICROSOFT))

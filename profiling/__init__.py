@@ -1,0 +1,1 @@
+"""Measure a bundle on this machine: latency, throughput, memory, bandwidth."""

@@ -1,0 +1,50 @@
+"""What precision a contender's graph really computes in, read from the graph itself rather than from its name."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+_MATRIX_OPS = ("MatMul", "Gemm", "MatMulNBits")
+_EMBEDDING_OPS = ("Gather", "GatherBlockQuantized")
+
+
+def graph_precision(path: Path) -> dict[str, int] | None:
+    """How many matrix products and embedding look-ups over weights the ONNX file has, by operator and weight format.
+
+    For example {"MatMulNBits 8 bit block 32 symmetric accuracy_level 4": 121, "Gather float32": 1}. None where the
+    onnx package is not installed: the comparison works without it.
+    """
+    try:
+        import onnx
+    except ImportError:
+        return None
+    graph = onnx.load(str(path), load_external_data=False).graph
+    weights = {weight.name: onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).name for weight in graph.initializer}
+    # A tied embedding may be looked up through a Transpose or Reshape of lm_head's weight.
+    for node in graph.node:
+        if node.op_type in ("Transpose", "Reshape", "Identity") and node.input[0] in weights:
+            weights[node.output[0]] = weights[node.input[0]]
+    return dict(Counter(label for node in graph.node if (label := _label(node, weights)) is not None))
+
+
+def _label(node: Any, weights: dict[str, str]) -> str | None:
+    if node.op_type not in _MATRIX_OPS + _EMBEDDING_OPS:
+        return None
+    weight = node.input[0 if node.op_type in _EMBEDDING_OPS else 1]
+    if weight not in weights:
+        return None
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    if "bits" not in attributes and node.op_type != "GatherBlockQuantized":
+        return f"{node.op_type} {weights[weight]}"
+    label = f"{node.op_type} {attributes.get('bits', 4)} bit block {attributes['block_size']}"
+    label += " asymmetric" if len(node.input) > 3 and node.input[3] else " symmetric"
+    return label + (f" accuracy_level {attributes['accuracy_level']}" if "accuracy_level" in attributes else "")
+
+
+def decoder_path(folder: Path) -> Path:
+    """The ONNX file of a folder of onnxruntime-genai."""
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    return folder / str(config["model"]["decoder"]["filename"])
