@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from starling.engine.errors import BundleError
+from starling.engine.json_fields import JsonFields
 
 FORMAT = "starling-bundle"
 FORMAT_VERSION = 1
@@ -18,7 +19,6 @@ ALWAYS_HASHED_BYTES = 64 * 2**20
 
 Dialect = Literal["ort", "canonical"]
 DType = Literal["fp32", "fp16", "bf16"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,48 +182,8 @@ def _check_file(path: Path, record: FileRecord, *, hashed: bool) -> None:
             )
 
 
-class _Fields:
-    """Typed reads from one object of bundle.json; a wrong field is named by its whole path."""
-
-    def __init__(self, where: str, value: object, prefix: str = "") -> None:
-        self.where, self.prefix = where, prefix
-        if not isinstance(value, dict):
-            raise self.bad(prefix.rstrip(".") or "top level", value, "an object")
-        self.value = value
-
-    def bad(self, name: str, got: object, wanted: str) -> BundleError:
-        return BundleError(f"{self.where}: {name} is {str(got)[:60]!r}, not {wanted}; export the model again")
-
-    def get(self, name: str, kind: type[T]) -> T:
-        got = self.value.get(name)
-        # bool is an int to Python, but a `true` where a size belongs is a broken file.
-        if not isinstance(got, kind) or (kind is int and (isinstance(got, bool) or cast(int, got) < 0)):
-            wanted = "a number >= 0" if kind is int else {str: "a string", bool: "true or false"}.get(kind, "a list")
-            raise self.bad(self.prefix + name, got, wanted)
-        return got
-
-    def optional(self, name: str, kind: type[T]) -> T | None:
-        return None if self.value.get(name) is None else self.get(name, kind)
-
-    def choice(self, name: str, choices: tuple[str, ...]) -> str:
-        got = self.get(name, str)
-        if got not in choices:
-            raise self.bad(self.prefix + name, got, f"one of {', '.join(choices)}")
-        return got
-
-    def mapping(self, name: str) -> Mapping[str, Any]:
-        return self.inside(name).value if self.value.get(name) is not None else {}
-
-    def inside(self, name: str) -> _Fields:
-        return _Fields(self.where, self.value.get(name), f"{self.prefix}{name}.")
-
-    def items(self, name: str) -> list[_Fields]:
-        listed = self.get(name, list)
-        return [_Fields(self.where, item, f"{self.prefix}{name}[{i}].") for i, item in enumerate(listed)]
-
-
 def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
-    top = _Fields(f"{folder}/bundle.json", raw)
+    top = JsonFields(f"{folder}/bundle.json", raw)
     kv, weights = top.inside("kv_cache"), top.inside("weights")
     graph, files = _graph(top.inside("graph")), _files(top.inside("files"))
     if graph.file not in files:
@@ -246,7 +206,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
     )
 
 
-def _architecture(fields: _Fields) -> Architecture:
+def _architecture(fields: JsonFields) -> Architecture:
     counts = {
         name: fields.get(name, int)
         for name in ("vocab_size", "hidden_size", "layers", "query_heads", "kv_heads", "head_dim", "max_positions")
@@ -261,7 +221,7 @@ def _architecture(fields: _Fields) -> Architecture:
     )
 
 
-def _quantization(fields: _Fields) -> Quantization:
+def _quantization(fields: JsonFields) -> Quantization:
     return Quantization(
         fields.get("scheme", str),
         fields.get("block_size", int),
@@ -270,7 +230,7 @@ def _quantization(fields: _Fields) -> Quantization:
     )
 
 
-def _graph(fields: _Fields) -> Graph:
+def _graph(fields: JsonFields) -> Graph:
     return Graph(
         fields.get("file", str),
         tuple(_tensor(item) for item in fields.items("inputs")),
@@ -278,18 +238,18 @@ def _graph(fields: _Fields) -> Graph:
     )
 
 
-def _tensor(fields: _Fields) -> TensorSpec:
+def _tensor(fields: JsonFields) -> TensorSpec:
     return TensorSpec(fields.get("name", str), fields.get("dtype", str), tuple(fields.get("shape", list)))
 
 
-def _tokens(fields: _Fields) -> SpecialTokens:
+def _tokens(fields: JsonFields) -> SpecialTokens:
     eos = fields.get("eos", list)
     if not all(type(token) is int and token >= 0 for token in eos):
         raise fields.bad("tokens.eos", eos, "a list of token ids")
     return SpecialTokens(fields.optional("bos", int), tuple(eos), fields.optional("pad", int))
 
 
-def _files(fields: _Fields) -> dict[str, FileRecord]:
+def _files(fields: JsonFields) -> dict[str, FileRecord]:
     records = {}
     for name in fields.value:
         if Path(name).is_absolute() or ".." in Path(name).parts:

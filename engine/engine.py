@@ -10,17 +10,17 @@ from operator import index
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
 
 import numpy as np
 
-from starling.engine import generation
 from starling.engine.backend import Backend, open_backend
 from starling.engine.bundle import Bundle
 from starling.engine.errors import PromptError, SamplingError
-from starling.engine.generation import GenerationStream, make_sequence
+from starling.engine.generation import GenerationStream, generate
 from starling.engine.results import GenerationResult
 from starling.engine.sampling import SamplingParams
+from starling.engine.sequence import GenerationSequence, make_sequence
 from starling.engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Engine:
         threads: int | None = None,
         verify: bool = False,
     ) -> None:
-        """Load a bundle. The KV cache gets `max_batch` rows of `max_seq` positions (default: 2048, or the model's limit).
+        """Load a bundle. The KV cache gets `max_batch` rows of `max_seq` positions (default: 2048 or the model's).
 
         `backend` is one of `starling.engine.backend.BACKENDS`; `verify` hashes the weights too. Raises BundleError,
         BackendError, or PromptError where `max_seq` is beyond the model's positions.
@@ -70,7 +70,7 @@ class Engine:
             )
             self.tokenizer = tokenizer.result()
         self._newest: GenerationStream | None = None
-        self._first_row: generation.Sequence | None = None
+        self._first_row: GenerationSequence | None = None
         #: Seconds from opening the bundle to being ready.
         self.load_seconds = perf_counter() - begin
 
@@ -94,14 +94,15 @@ class Engine:
 
         A prompt is text or token ids; `overrides` change fields of `params`. Raises PromptError or SamplingError.
         """
-        prompts = [prompt] if is_single(prompt) else list(prompt)
+        single = is_single(prompt)
+        prompts = cast(list[Prompt], [prompt] if single else list(prompt))
         sequences = self._prepare(prompts, sampling_params(params, overrides))
         for _ in self._start(sequences):
             pass
         results = [sequence.result() for sequence in sequences]
         if any(result.finish_reason == "interrupted" for result in results):
             raise KeyboardInterrupt  # only a stream can hand out what there was
-        return results[0] if is_single(prompt) else results
+        return results[0] if single else results
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Any) -> GenerationStream:
         """Generate an answer as an iterator of chunks, one for each token.
@@ -162,7 +163,7 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _prepare(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[generation.Sequence]:
+    def _prepare(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[GenerationSequence]:
         if len(prompts) > self.max_batch:
             raise PromptError(
                 f"{len(prompts)} prompts, but the KV cache has {self.max_batch} row(s): "
@@ -170,16 +171,16 @@ class Engine:
             )
         return [self._encoded(prompt, params) for prompt in prompts]
 
-    def _encoded(self, prompt: Prompt, params: SamplingParams) -> generation.Sequence:
+    def _encoded(self, prompt: Prompt, params: SamplingParams) -> GenerationSequence:
         begin = perf_counter()
-        if prompt == "":
+        if isinstance(prompt, str) and not prompt:
             raise PromptError("the prompt is empty: give it at least one character")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return self._sequence(self._checked_ids(ids), params, encode_s=perf_counter() - begin)
 
     def _sequence(
         self, prompt: tuple[int, ...], params: SamplingParams, *, reused: int = 0, encode_s: float
-    ) -> generation.Sequence:
+    ) -> GenerationSequence:
         return make_sequence(
             prompt,
             params,
@@ -211,10 +212,10 @@ class Engine:
             )
         return checked
 
-    def _start(self, sequences: list[generation.Sequence]) -> GenerationStream:
+    def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:
         self._end_newest()
         self._first_row = sequences[0]
-        self._newest = GenerationStream(generation.generate(self.backend, sequences), sequences)
+        self._newest = GenerationStream(generate(self.backend, sequences), sequences)
         return self._newest
 
     def _end_newest(self) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from starling.engine.sampling import TokenLogprob
 
-#: "stop": an end token or a stop string; "length": max_tokens or the cache's end; "interrupted": Ctrl-C or closed early.
+#: "stop": end token or stop string; "length": max_tokens or the cache's end; "interrupted": Ctrl-C, or closed early.
 FinishReason = Literal["stop", "length", "interrupted"]
 
 

@@ -54,11 +54,13 @@ class Tokenizer:
 
     def _check_ids(self, path: Path, vocab_size: int) -> None:
         encoding = self._core.encode("")  # what the post-processor adds may stand in no vocabulary
-        ids = self._core.get_vocab(with_added_tokens=True) | dict(zip(encoding.tokens, encoding.ids, strict=True))
-        token = max(ids, key=ids.__getitem__, default=None)
-        if token is not None and ids[token] >= vocab_size:
+        vocab = self._core.get_vocab(with_added_tokens=True)
+        largest = max([*vocab.values(), *encoding.ids], default=0)
+        if largest >= vocab_size:
+            tokens = {**vocab, **dict(zip(encoding.tokens, encoding.ids, strict=True))}
+            token = next(token for token, token_id in tokens.items() if token_id == largest)
             raise BundleError(
-                f"{path} has token {token!r} with id {ids[token]}, but the model knows ids below {vocab_size}: "
+                f"{path} has token {token!r} with id {largest}, but the model knows ids below {vocab_size}: "
                 "remove that token from the checkpoint's tokenizer and export again"
             )
 

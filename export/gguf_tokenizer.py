@@ -16,7 +16,7 @@ from starling.export.sentencepiece_bpe import (
     sentencepiece_tokenizer_json,
     template_post_processor,
 )
-from starling.export.tokenizer_files import templates_of
+from starling.export.tokenizer_files import check_loads, templates_of
 
 BYTE_LEVEL: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 BYTES_ONLY = BYTE_LEVEL | {"use_regex": False}
@@ -66,6 +66,7 @@ def gguf_tokenizer_files(metadata: dict[str, Any], vocab_size: int, *, where: st
     if model not in builders:
         raise UnsupportedModelError(f"{where}: tokenizer model {model!r} is not among {', '.join(builders)}")
     tokenizer_json = builders[model](metadata, token_ids, where)
+    check_loads(tokenizer_json, where=where)
     named = {
         f"{name}_token": tokens[index] for name, index in token_ids.items() if name in ("bos", "eos", "unk", "pad")
     }

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from starling.engine.errors import CheckpointError
 from starling.export.checkpoint import TokenizerFiles
 from starling.export.starling_tokenizer import openchat_extra_templates
@@ -24,10 +26,12 @@ def read_tokenizer_files(folder: Path, config: Any, generation: dict[str, Any]) 
     ids = token_ids(document)
     special, without_id = _special_tokens(folder, tokenizer_config, ids)
     notes += [f"dropped {name} {text}: it has no id in the vocabulary" for name, text in without_id.items()]
+    tokenizer_json = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    check_loads(tokenizer_json, where=str(folder / "tokenizer.json"))
     template, extra = templates_of(_named_templates(folder, tokenizer_config))
     bos, pad = (_one_id(key, generation, config, tokenizer_config, ids) for key in ("bos", "pad"))
     return TokenizerFiles(
-        tokenizer_json=json.dumps(document, ensure_ascii=False, separators=(",", ":")),
+        tokenizer_json=tokenizer_json,
         tokenizer_config=_clean_config(tokenizer_config, without_id, config.vocab_size),
         special_tokens_map=special,
         chat_template=template,
@@ -85,10 +89,25 @@ def drop_outside(document: dict[str, Any], vocab_size: int, *, where: str) -> li
             f"{where}: token {worst[1]!r} has id {worst[0]}, outside the vocabulary of {vocab_size}: "
             "config.json and tokenizer.json are not of the same model"
         )
+    template = (document.get("post_processor") or {}).get("special_tokens") or {}
+    put_in = [text for text, token in template.items() if max(token["ids"], default=0) >= vocab_size]
+    if put_in:
+        raise CheckpointError(
+            f"{where}: its post_processor adds {put_in[0]!r}, outside the vocabulary of {vocab_size}: "
+            "take it out of the post_processor"
+        )
     document["added_tokens"] = [token for token in added if token["id"] < vocab_size]
     if isinstance(vocab, dict):
         document["model"]["vocab"] = {text: i for text, i in vocab.items() if i < vocab_size}
     return [f"dropped {t['content']} (id {t['id']}): outside the vocabulary of {vocab_size}" for t in outside]
+
+
+def check_loads(tokenizer_json: str, *, where: str) -> None:
+    """Load a tokenizer.json once, as the engine will. Raises CheckpointError naming the file `where` if that fails."""
+    try:
+        Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{where}: the tokenizer cannot be loaded ({error}): get the file again") from error
 
 
 def templates_of(named: dict[str, str]) -> tuple[str | None, dict[str, str]]:

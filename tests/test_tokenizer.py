@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,8 +57,9 @@ def test_bos_is_added_where_the_checkpoint_adds_it() -> None:
     assert tokenizer(SMOLLM2).encode("Hi", add_special_tokens=False) == tokenizer(SMOLLM2).encode("Hi")
 
 
-@pytest.mark.parametrize("document", [tokenizer_json(STARLING), prefix_at_start_only(tokenizer_json(STARLING))])
-def test_a_disallowed_special_token_is_cut_up_as_if_it_were_not_one(document: str) -> None:
+@pytest.mark.parametrize("change", [str, prefix_at_start_only], ids=["legacy", "prefix at the start only"])
+def test_a_disallowed_special_token_is_cut_up_as_if_it_were_not_one(change: Callable[[str], str]) -> None:
+    document = change(tokenizer_json(STARLING))
     ignorant = load(without_added_token(document, "<|pad_0|>"))
     knowing = load(document)
     for text in ("<|pad_0|>", "a<|pad_0|>b", "a <|pad_0|> b<|pad_0|><|pad_0|>\n"):

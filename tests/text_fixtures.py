@@ -44,9 +44,10 @@ PHI3 = (
 TEMPLATES = {STARLING: OPENCHAT.replace("PREFIX", "GPT4 Correct"), SMOLLM2: CHATML}
 
 HARMLESS = [
-    *("Hello", "  two spaces", "trailing ", " ", "\n", "\n\n\tindented", "a\r\nb", "x<y and y>z", "<|", "|>", "</", "<s"),
-    *("naïve café", "日本語のテキスト", "😀👩‍👩‍👧‍👦", "זה", "𝔘𝔫𝔦", "e\u0301", "\ue000", "\U0010fffd", "\u2581lower block", "0x0A <0x0A>"),
-    *("1234567890", "3.14159", "def f(x):\n    return x", "https://example.org/?q=1&r=2", "…", "\u00a0", "\ufeff", "\x00", "�"),
+    *("Hello", "  two spaces", "trailing ", " ", "\n", "\n\n\tindented", "a\r\nb", "1234567890", "3.14159", "f()\n  x"),
+    *("x<y and y>z", "<|", "|>", "</", "<s", "0x0A <0x0A>", "https://example.org/?q=1&r=2", "\x00", "\u00a0", "\ufeff"),
+    *("naïve café", "e\u0301", "日本語のテキスト", "זה", "\U0001d518\U0001d52b", "😀👩‍👩‍👧‍👦", "…", "�"),
+    *("\ue000", "\U0010fffd", "\u2581lower block"),
 ]
 
 
@@ -84,7 +85,9 @@ def raw(model: str) -> tokenizers.Tokenizer:
 
 def transformers_tokenizer(document: str, roles: dict[str, str]) -> PreTrainedTokenizerFast:
     known = {role: text for role, text in roles.items() if role != "sep_token"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(document), **known)
+    make: Any = PreTrainedTokenizerFast  # untyped
+    made: PreTrainedTokenizerFast = make(tokenizer_object=tokenizers.Tokenizer.from_str(document), **known)
+    return made
 
 
 def with_tokens(document: str, tokens: list[dict[str, Any]]) -> str:
@@ -104,7 +107,7 @@ def without_added_token(document: str, text: str) -> str:
 
 def phi3_like() -> str:
     """Starling's vocabulary with Phi-3's turn tokens, which swallow the space behind them."""
-    names = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+    names = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|placeholder|>")
     return with_tokens(tokenizer_json(STARLING), [{"content": name, "rstrip": True} for name in names])
 
 

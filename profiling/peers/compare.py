@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,10 @@ from starling.engine.tokenizer import Tokenizer
 from starling.profiling.peers.contenders import OURS, Contender, contenders, opened
 from starling.profiling.peers.measure import Run, measure
 from starling.profiling.peers.prompts import prompt_tokens
-from starling.profiling.peers.summary import Summary, summarize, table
+from starling.profiling.peers.summary import Summary, summarize, tables
+
+#: A load average above this before we start means that somebody else is measured along.
+BUSY_LOAD = 0.5
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -31,9 +35,15 @@ def environment(threads: int) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "physical_cores": default_threads(),
+        "load_average": round(load_average(), 2),
         "threads": threads,
         "system": platform.platform(),
     }
+
+
+def load_average() -> float:
+    """How many processes wanted a core during the last minute, 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def cpu_name() -> str:
@@ -120,9 +130,11 @@ def main(
 def compare(
     bundle: Bundle, listed: Sequence[Contender], lengths: Sequence[int], new_tokens: int, threads: int, repeats: int
 ) -> dict[str, Any]:
-    """Run the comparison, print its table, and give the whole of it as a JSON document. Raises StarlingError."""
+    """Run the comparison, print its tables, and give the whole of it as a JSON document. Raises StarlingError."""
     tokenizer = Tokenizer.load(bundle.folder, bundle.architecture.vocab_size)
     about = environment(threads)
+    if about["load_average"] > BUSY_LOAD:
+        click.echo(f"The machine is busy (load {about['load_average']}): ratios may be off, times are.", err=True)
     with ExitStack() as stack, Console(stderr=True).status("loading") as status:
         pairs = [stack.enter_context(opened(contender, threads, max(lengths) + new_tokens)) for contender in listed]
         runs = measure(
@@ -134,9 +146,21 @@ def compare(
             status.update,
         )
     summaries = summarize(runs, OURS)
-    title = f"{bundle.folder.name} on {about['cpu']}, {threads} threads, {new_tokens} new tokens, {repeats} repeats"
-    Console().print(table(summaries, title))
+    _print(
+        summaries,
+        f"{bundle.folder.name} on {about['cpu']}, {threads} threads, {new_tokens} new tokens, {repeats} repeats",
+    )
     return report(bundle, about, [member for _, member in pairs], runs, summaries)
+
+
+def _print(summaries: Sequence[Summary], title: str) -> None:
+    console = Console()
+    console.print(title, soft_wrap=True, highlight=False)
+    for table in tables(summaries):
+        console.print(table, "")
+    console.print("Medians of all repeats; ratios are ours / theirs, the median over pairs of one")
+    console.print("repeat: we are faster above 1 in decode, below 1 in TTFT. Same tokens: repeats")
+    console.print("in which the greedy tokens are ours, and @ the earliest token that is not.")
 
 
 if __name__ == "__main__":

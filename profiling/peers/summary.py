@@ -1,4 +1,4 @@
-"""Medians and ratios of a comparison, and the table that a person reads."""
+"""Medians and ratios of a comparison, and the tables that a person reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from rich import box
 from rich.table import Table
 
 from starling.profiling.peers.measure import Run
@@ -59,20 +60,24 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     return next((index for index, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
 
 
-def table(summaries: Sequence[Summary], title: str) -> Table:
-    """The summaries as a table, one row per prompt length and contender."""
-    view = Table(title=title, caption="medians; ratios are ours / theirs, the median of pairs of the same repeat")
-    for heading in ("prompt", "contender"):
-        view.add_column(heading, overflow="fold")
-    for heading in ("TTFT ms", "ITL p50 ms", "ITL p99 ms", "decode tok/s", "decode ratio", "TTFT ratio", "same tokens"):
+def tables(summaries: Sequence[Summary]) -> list[Table]:
+    """The summaries for a person: a table for each prompt length, narrow enough for 80 columns."""
+    lengths = sorted({row.prompt_tokens for row in summaries})
+    return [_table(length, [row for row in summaries if row.prompt_tokens == length]) for length in lengths]
+
+
+def _table(length: int, rows: Sequence[Summary]) -> Table:
+    view = Table(
+        title=f"{length} prompt tokens", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    view.add_column("", no_wrap=True)
+    for heading in ("TTFT\nms", "ITL p50/p99\nms", "decode\ntok/s", "decode\nratio", "TTFT\nratio", "same\ntokens"):
         view.add_column(heading, justify="right")
-    for row in sorted(summaries, key=lambda row: row.prompt_tokens):
+    for row in rows:
         view.add_row(
-            str(row.prompt_tokens),
             row.contender,
             f"{row.ttft_ms:.1f}",
-            f"{row.itl_p50_ms:.2f}",
-            f"{row.itl_p99_ms:.2f}",
+            f"{row.itl_p50_ms:.2f}/{row.itl_p99_ms:.1f}",
             f"{row.decode_tokens_per_s:.1f}",
             f"{row.decode_ratio:.2f}x",
             f"{row.ttft_ratio:.2f}x",
@@ -82,7 +87,7 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
 
 
 def _agreement(first_difference: Sequence[int | None]) -> str:
-    """For example "5/5", or "3/5, first at 44" where two repeats left our greedy tokens, one at token 44."""
+    """For example "5/5", or "3/5 @44" where two repeats left our greedy tokens, the first of them at token 44."""
     differing = [index for index in first_difference if index is not None]
     same = f"{len(first_difference) - len(differing)}/{len(first_difference)}"
-    return f"{same}, first at {min(differing)}" if differing else same
+    return f"{same} @{min(differing)}" if differing else same

@@ -1,0 +1,41 @@
+# Every target does its own set-up: a virtual environment in .venv with the versions of constraints.txt.
+# PYTHON chooses the interpreter (3.11 or newer); PIP_ARGS goes to pip (for example another index for a CPU-only torch).
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+
+.PHONY: demo test check lint types install clean
+
+demo: install
+	$(BIN)/starling export demo $(DEMO) --force
+	$(BIN)/starling generate $(DEMO) "What is the capital of France, and what is it known for?" --max-tokens 96
+	$(BIN)/starling profile $(DEMO)
+
+test: install
+	$(BIN)/python -m pytest -q
+
+check: lint types
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy knows packages by their folders; build/types shows it ours under the names that they install as.
+types: install
+	@mkdir -p build/types/starling
+	@for room in cli engine export profiling; do ln -sfn ../../../$$room build/types/starling/$$room; done
+	MYPYPATH=build/types $(BIN)/mypy -p starling
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("starling needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[cpu,export,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

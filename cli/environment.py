@@ -1,0 +1,130 @@
+"""What `starling doctor` finds, as data: versions, machine, providers, GPUs, packages, and what follows from them."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+from starling.cli.extras import DISTRIBUTION, extra_packages
+from starling.engine.errors import BackendError
+from starling.engine.ort_backend import CUDA, import_onnxruntime
+from starling.profiling.machine import describe_machine
+
+RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13")
+GPU_FIELDS = ("name", "memory.total", "driver_version", "compute_cap")
+GPU_TIMEOUT_S = 10
+# A processor without one of these multiplies int8 without VNNI's or SDOT's fourfold rate.
+INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "asimddp", "i8mm", "amx_int8"})
+
+
+def describe_environment() -> dict[str, Any]:
+    """The document of `doctor --json`; `findings` has {"subject", "ok", "text"} for each thing that matters."""
+    runtime, gpus = _onnxruntime(), _gpus()
+    machine = asdict(describe_machine())
+    export, tensorrt = _versions(extra_packages("export")), _versions(TENSORRT_PACKAGES)
+    findings = [
+        _inference(runtime),
+        _cuda(runtime, gpus),
+        _int8(machine["isa"]),
+        _export(export),
+        _tensorrt({name: version for name, version in tensorrt.items() if version}),
+    ]
+    return {
+        "starling": metadata.version(DISTRIBUTION),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "machine": machine,
+        "onnxruntime": runtime,
+        "gpus": gpus,
+        "packages": {"export": export, "tensorrt": tensorrt},
+        "findings": findings,
+    }
+
+
+def _versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Installed version of each distribution, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _onnxruntime() -> dict[str, Any]:
+    packages = {name: version for name, version in _versions(RUNTIME_PACKAGES).items() if version}
+    try:
+        module = import_onnxruntime()
+    except BackendError as error:
+        return {"version": None, "packages": packages, "providers": [], "error": str(error)}
+    providers = list(module.get_available_providers())
+    return {"version": module.__version__, "packages": packages, "providers": providers, "error": None}
+
+
+def _gpus() -> list[dict[str, str]]:
+    """NVIDIA GPUs as nvidia-smi lists them; none where it is absent or fails."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, timeout=GPU_TIMEOUT_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    keys = ("name", "memory", "driver", "compute_capability")
+    return [dict(zip(keys, map(str.strip, line.split(",")), strict=False)) for line in output.splitlines() if line]
+
+
+def _finding(subject: str, ok: bool, text: str) -> dict[str, Any]:
+    return {"subject": subject, "ok": ok, "text": text}
+
+
+def _inference(runtime: dict[str, Any]) -> dict[str, Any]:
+    subject = "generate, chat, profile"
+    if len(runtime["packages"]) > 1:
+        return _finding(
+            subject, False, "onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, then install one"
+        )
+    if runtime["version"] is None:
+        return _finding(subject, False, runtime["error"])
+    return _finding(subject, True, "run on the CPU with fp32 and fp16 bundles, quantized or not")
+
+
+def _cuda(runtime: dict[str, Any], gpus: list[dict[str, str]]) -> dict[str, Any]:
+    subject, built = "CUDA", CUDA in runtime["providers"]
+    if built and gpus:
+        return _finding(subject, True, "fp16 and bf16 bundles run on the GPU (--backend onnxruntime-cuda)")
+    if gpus:
+        return _finding(subject, False, "there is a GPU: uninstall onnxruntime, then pip install 'starling-llm[gpu]'")
+    if built:
+        return _finding(subject, False, "this onnxruntime can use CUDA, but nvidia-smi shows no GPU: check the driver")
+    return _finding(subject, False, "no GPU here; on a machine with one: pip install 'starling-llm[gpu]'")
+
+
+def _int8(flags: Iterable[str]) -> dict[str, Any]:
+    found = [flag for flag in flags if flag in INT8_FLAGS]
+    if found:
+        return _finding("fast int8", True, f"{', '.join(found)}: int8 and int4 bundles multiply in int8 at full rate")
+    return _finding("fast int8", False, "the processor has no VNNI or like: int8 and int4 save memory more than time")
+
+
+def _export(packages: dict[str, str | None]) -> dict[str, Any]:
+    missing = [name for name, version in packages.items() if version is None]
+    if missing:
+        text = f"needs {', '.join(missing)}: pip install 'starling-llm[export]'"
+        return _finding("export", False, text)
+    return _finding("export", True, f"checkpoints become bundles (torch {packages.get('torch')})")
+
+
+def _tensorrt(packages: dict[str, str]) -> dict[str, Any]:
+    later = "this version has no TensorRT backend yet"
+    if packages:
+        return _finding("TensorRT", False, f"{', '.join(f'{n} {v}' for n, v in packages.items())}: installed; {later}")
+    return _finding("TensorRT", False, f"not installed; {later}")

@@ -1,0 +1,122 @@
+"""`starling export`: from a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from starling.cli.export_progress import export_progress
+from starling.cli.inspect import parity_line, precision
+from starling.cli.options import json_option
+from starling.cli.output import human_bytes, human_seconds, print_json
+from starling.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from starling.engine.bundle import Bundle
+    from starling.export.quantization import Quantization
+
+# Spelt out here, since importing them from starling.export would bring torch into `--help`; a test compares them.
+DIALECTS = ("ort", "canonical")
+DTYPES = ("fp32", "fp16", "bf16")
+SCHEMES = ("int8", "int4")
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--dialect", type=click.Choice(DIALECTS), default="ort", show_default=True, help="Operators of the graph."
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Type of what is computed.")
+@click.option("--quant", type=click.Choice(SCHEMES), help="Quantize the weights, block by block.")
+@click.option("--block-size", type=int, help="Weights that share a scale, with --quant.  [default: 32]")
+@click.option("--symmetric", is_flag=True, help="No zero points, with --quant: smaller, less accurate.")
+@click.option("--accuracy-level", type=int, help="MatMulNBits' own, with --quant: 4 multiplies in int8.  [default: 4]")
+@click.option("--check/--no-check", default=None, help="Compare with PyTorch.  [default: unless weights are random]")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--force", is_flag=True, help="Replace the bundle in OUT.")
+@json_option
+@click.pass_obj
+def command(session: Any, model: str, out: Path, revision: str | None, as_json: bool, **options: Any) -> None:
+    """Export MODEL into the new bundle folder OUT, which appears whole or not at all.
+
+    MODEL is a Hugging Face folder (safetensors), a hub id org/name, a .gguf file, `demo` (SmolLM2-135M-Instruct), or
+    random:starling-7b and random:starling-tiny for work on performance without weights.
+
+    \b
+    Examples:
+      starling export demo smollm2
+      starling export demo smollm2-int8 --quant int8
+      starling export berkeley-nest/Starling-LM-7B-alpha starling-7b --dtype fp16
+      starling export ./my-finetune mine-int4 --quant int4 --block-size 64
+      starling export random:starling-7b perf --dtype fp16
+    """
+    begin = perf_counter()
+    _check_settings(out, options)
+    if not session.debug:
+        _silence_libraries()
+    with export_progress(terminal=sys.stderr.isatty()) as progress:
+        progress.phase("loading PyTorch")
+        from starling.export.checkpoint import open_checkpoint
+        from starling.export.exporter import ExportOptions, export_bundle
+
+        how = ExportOptions(
+            dialect=options["dialect"],
+            dtype=options["dtype"],
+            quantization=_quantization(options),
+            check=options["check"],
+            force=options["force"],
+        )
+        progress.phase(f"opening {model}")
+        manifest = export_bundle(open_checkpoint(model, revision=revision), out, how, progress)
+    seconds = perf_counter() - begin
+    if as_json:
+        print_json({"folder": str(out), "seconds": seconds, **manifest})
+        return
+    from starling.engine.bundle import Bundle
+
+    _summarize(Bundle.open(out), seconds)
+
+
+def _check_settings(out: Path, options: dict[str, Any]) -> None:
+    """What can be refused before PyTorch is loaded and a model fetched. Raises UserError."""
+    if options["quant"] is None:
+        for name in ("block_size", "symmetric", "accuracy_level"):
+            if options[name] not in (None, False):
+                raise UserError(f"--{name.replace('_', '-')} is about quantized weights: add --quant int8 or int4")
+    if out.exists() and not options["force"]:
+        raise UserError(f"{out} exists; give another folder, or --force to replace the bundle in it")
+
+
+def _quantization(options: dict[str, Any]) -> Quantization | None:
+    from starling.export.quantization import Quantization
+
+    given = {name: options[name] for name in ("block_size", "accuracy_level") if options[name] is not None}
+    return options["quant"] and Quantization(options["quant"], symmetric=options["symmetric"], **given)
+
+
+def _silence_libraries() -> None:
+    """Progress bars, warnings and logs of others would break ours; --debug shows them."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+def _summarize(bundle: Bundle, seconds: float) -> None:
+    total = sum(record.bytes for record in bundle.files.values())
+    name = click.style(str(bundle.folder), bold=True)
+    click.echo(f"{name}: {human_bytes(total)}, {precision(bundle)}, {bundle.dialect} dialect, {human_seconds(seconds)}")
+    click.echo(f"parity: {parity_line(bundle.parity)}")
+    for text in bundle.raw.get("notes", []):
+        click.echo(f"note: {text}")
+    click.echo(f'next: starling generate {bundle.folder} "What is the capital of France?"')

@@ -1,0 +1,112 @@
+"""`starling inspect`: what a bundle is, without loading the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from starling.cli.options import bundle_argument, json_option
+from starling.cli.output import human_bytes, print_json
+from starling.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from starling.engine.bundle import Bundle
+
+DEFAULT_MAX_SEQ = 2048
+
+
+@click.command()
+@bundle_argument
+@click.option("--max-seq", type=click.IntRange(1), help="State the KV cache for so many positions.  [default: 2048]")
+@click.option("--verify", is_flag=True, help="Check the weights' SHA-256 too (seconds per GB).")
+@json_option
+def command(bundle: Path, max_seq: int | None, verify: bool, as_json: bool) -> None:
+    """Show a bundle's architecture, precision, sizes, quality and files, and check that they are whole.
+
+    \b
+    Examples:
+      starling inspect smollm2
+      starling inspect smollm2 --max-seq 8192 --verify
+      starling inspect smollm2 --json
+    """
+    from starling.engine.bundle import Bundle
+
+    opened = Bundle.open(bundle, verify=verify)
+    positions = _positions(opened, max_seq)
+    if as_json:
+        print_json(_document(opened, positions, verify))
+        return
+    rows = _rows(opened, positions, verify)
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        click.echo(f"{click.style(name.ljust(width), bold=True)}  {text}")
+
+
+def _positions(bundle: Bundle, max_seq: int | None) -> int:
+    most = bundle.architecture.max_positions
+    if max_seq is not None and max_seq > most:
+        raise UserError(f"--max-seq is {max_seq}, but this model has {most} positions: give 1 to {most}")
+    return max_seq or min(DEFAULT_MAX_SEQ, most)
+
+
+def _document(bundle: Bundle, positions: int, verified: bool) -> dict[str, Any]:
+    """bundle.json as it is, with what follows from it."""
+    cache = {**bundle.raw["kv_cache"], "max_seq": positions, "bytes": bundle.kv_cache.bytes_per_token * positions}
+    return {
+        **bundle.raw,
+        "folder": str(bundle.folder),
+        "bytes": sum(record.bytes for record in bundle.files.values()),
+        "kv_cache": cache,
+        "weights_verified": verified,
+    }
+
+
+def _rows(bundle: Bundle, positions: int, verified: bool) -> list[tuple[str, str]]:
+    arch, cache, weights = bundle.architecture, bundle.kv_cache, bundle.weights
+    window = f", sliding window {arch.sliding_window}" if arch.sliding_window else ""
+    total = sum(record.bytes for record in bundle.files.values())
+    return [
+        ("bundle", f"{bundle.folder} ({human_bytes(total)})"),
+        ("source", f"{bundle.source.get('name')} ({bundle.source.get('kind')})"),
+        ("model", f"{arch.class_name}, {arch.parameters / 1e6:,.1f} million parameters"),
+        (
+            "shape",
+            f"{arch.layers} layers, hidden {arch.hidden_size}, {arch.query_heads} query and {arch.kv_heads} KV heads "
+            f"of {arch.head_dim}, vocabulary {arch.vocab_size}, {arch.max_positions} positions{window}",
+        ),
+        ("dialect", bundle.dialect),
+        ("precision", precision(bundle)),
+        ("weights", f"{human_bytes(weights.bytes)}, {human_bytes(weights.bytes_per_token)} read per token"),
+        (
+            "KV cache",
+            f"{cache.dtype}, {cache.bytes_per_token:,} bytes a token, {human_bytes(cache.bytes_per_token * positions)} "
+            f"for {positions} positions",
+        ),
+        ("tokens", f"bos {bundle.tokens.bos}, eos {', '.join(map(str, bundle.tokens.eos))}, pad {bundle.tokens.pad}"),
+        ("parity", parity_line(bundle.parity)),
+        *(("note", text) for text in bundle.raw.get("notes", [])),
+        *(("file", f"{name} ({human_bytes(record.bytes)})") for name, record in bundle.files.items()),
+        ("files", "all as bundle.json says" + ("" if verified else "; add --verify to hash the weights too")),
+    ]
+
+
+def precision(bundle: Bundle) -> str:
+    """dtype and quantization in words."""
+    how = bundle.quantization
+    if how is None:
+        return bundle.dtype
+    kind = "symmetric" if how.symmetric else "asymmetric"
+    return f"{how.scheme} weights (block {how.block_size}, {kind}, accuracy level {how.accuracy_level}), {bundle.dtype}"
+
+
+def parity_line(parity: Any) -> str:
+    """The figures of the comparison with PyTorch at export, in one line."""
+    if not parity:
+        return "not compared with PyTorch"
+    return (
+        f"max |Δlogit| {parity['max_abs_logit_diff']:.2g}, KL mean {parity['mean_kl']:.2g} max {parity['max_kl']:.2g} "
+        f"nats, top-1 agreement {parity['top1_agreement']:.1%}, perplexity {parity['perplexity']:.2f} "
+        f"(PyTorch {parity['reference_perplexity']:.2f}), over {parity['positions']} positions"
+    )

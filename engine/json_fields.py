@@ -1,0 +1,50 @@
+"""Typed reads from a JSON object that a person or a broken copy may have spoilt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+from starling.engine.errors import BundleError
+
+T = TypeVar("T")
+
+
+class JsonFields:
+    """Typed reads from one JSON object; a wrong field raises BundleError with its whole path, such as graph.file."""
+
+    def __init__(self, where: str, value: object, prefix: str = "") -> None:
+        self.where, self.prefix = where, prefix
+        if not isinstance(value, dict):
+            raise self.bad(prefix.rstrip(".") or "top level", value, "an object")
+        self.value = value
+
+    def bad(self, name: str, got: object, wanted: str) -> BundleError:
+        return BundleError(f"{self.where}: {name} is {str(got)[:60]!r}, not {wanted}; export the model again")
+
+    def get(self, name: str, kind: type[T]) -> T:
+        got = self.value.get(name)
+        # bool is an int to Python, but a `true` where a size belongs is a broken file.
+        if not isinstance(got, kind) or (kind is int and (isinstance(got, bool) or cast(int, got) < 0)):
+            wanted = "a number >= 0" if kind is int else {str: "a string", bool: "true or false"}.get(kind, "a list")
+            raise self.bad(self.prefix + name, got, wanted)
+        return got
+
+    def optional(self, name: str, kind: type[T]) -> T | None:
+        return None if self.value.get(name) is None else self.get(name, kind)
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        got = self.get(name, str)
+        if got not in choices:
+            raise self.bad(self.prefix + name, got, f"one of {', '.join(choices)}")
+        return got
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        return self.inside(name).value if self.value.get(name) is not None else {}
+
+    def inside(self, name: str) -> JsonFields:
+        return JsonFields(self.where, self.value.get(name), f"{self.prefix}{name}.")
+
+    def items(self, name: str) -> list[JsonFields]:
+        listed = self.get(name, list)
+        return [JsonFields(self.where, item, f"{self.prefix}{name}[{i}].") for i, item in enumerate(listed)]

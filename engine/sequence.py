@@ -1,0 +1,167 @@
+"""One row of a generation: a prompt and its answer so far, and how a token is taken into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from starling.engine.backend import Logits
+from starling.engine.detokenizer import Detokenizer
+from starling.engine.results import FinishReason, GenerationChunk, GenerationResult, Timings
+from starling.engine.sampling import Sampler, SamplingParams, TokenLogprob, logprobs, make_sampler
+from starling.engine.stops import StopMatcher
+from starling.engine.tokenizer import Tokenizer
+
+_STOP: FinishReason = "stop"
+_LENGTH: FinishReason = "length"
+
+
+class Step(NamedTuple):
+    """One chosen token, and the text that became certain with it."""
+
+    token: int
+    text: str
+    logprob: TokenLogprob | None
+
+
+@dataclass(slots=True)
+class GenerationSequence:
+    """A prompt and its answer so far. Everything the loop changes about a row is here."""
+
+    prompt: tuple[int, ...]
+    #: Prompt tokens that the row's cache already holds, from its beginning.
+    reused: int
+    #: New tokens at most: max_tokens, or fewer where the cache ends.
+    limit: int
+    top_logprobs: int | None
+    stop_ids: frozenset[int]
+    sample: Sampler
+    detokenizer: Detokenizer
+    stops: StopMatcher
+    #: Seconds that encoding the prompt took; part of the time to first token.
+    encode_s: float = 0.0
+    steps: list[Step] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    #: True once the last chunk was handed out.
+    closed: bool = False
+    handed_out: int = 0
+    prefilled: bool = False
+    ttft_s: float = 0.0
+    prefill_model_s: float = 0.0
+    itl_s: list[float] = field(default_factory=list)
+    decode_model_s: float = 0.0
+
+    def token_at(self, position: int) -> int:
+        """The token at a position of prompt and answer."""
+        behind = position - len(self.prompt)
+        return self.steps[behind].token if behind >= 0 else self.prompt[position]
+
+    def cached_ids(self) -> tuple[int, ...]:
+        """Ids that the row's cache surely holds. The newest token is not among them: decoding it writes it."""
+        if not self.prefilled:
+            return self.prompt[: self.reused]
+        return self.prompt + tuple(step.token for step in self.steps[:-1])
+
+    def result(self) -> GenerationResult:
+        """The answer so far; "interrupted" where it had not come to its end."""
+        logprobs_ = tuple(step.logprob for step in self.steps if step.logprob is not None)
+        return GenerationResult(
+            text="".join(step.text for step in self.steps),
+            tokens=tuple(step.token for step in self.steps),
+            finish_reason=self.finish_reason or "interrupted",
+            logprobs=None if self.top_logprobs is None else logprobs_,
+            prompt_tokens=self.prompt,
+            timings=self.timings(),
+        )
+
+    def timings(self) -> Timings:
+        """Timings so far."""
+        return Timings(
+            prompt_tokens=len(self.prompt),
+            new_tokens=len(self.steps),
+            reused_tokens=self.reused,
+            ttft_s=self.ttft_s,
+            prefill_model_s=self.prefill_model_s,
+            itl_s=tuple(self.itl_s),
+            decode_model_s=self.decode_model_s,
+        )
+
+
+def make_sequence(
+    prompt: tuple[int, ...],
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    *,
+    eos: tuple[int, ...],
+    max_seq: int,
+    reused: int = 0,
+    encode_s: float = 0.0,
+) -> GenerationSequence:
+    """A sequence ready to run. Its last token needs no cache position: prompt and answer may be one token longer."""
+    return GenerationSequence(
+        prompt=prompt,
+        reused=reused,
+        limit=min(params.max_tokens, max_seq + 1 - len(prompt)),
+        top_logprobs=params.logprobs,
+        stop_ids=frozenset(params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos)),
+        sample=make_sampler(params, prompt),
+        detokenizer=tokenizer.detokenizer(prompt),
+        stops=StopMatcher(params.stop),
+        encode_s=encode_s,
+    )
+
+
+def accept(sequence: GenerationSequence, logits: Logits) -> None:
+    """Choose the next token from logits [vocab], and see whether it ends the sequence."""
+    token = sequence.sample(logits)
+    top = sequence.top_logprobs
+    logprob = None if top is None else logprobs(logits, token, top)
+    text, reason = "", None
+    if token in sequence.stop_ids:
+        reason = _STOP
+    else:
+        text, stopped = sequence.stops.push(sequence.detokenizer.push(token))
+        if stopped:
+            reason = _STOP
+        elif len(sequence.steps) + 1 >= sequence.limit:
+            reason = _LENGTH
+    if reason is not None:
+        text, reason = _with_held_back(sequence, text, reason)
+    # One append commits the token, so that Ctrl-C finds either all of it or nothing.
+    sequence.steps.append(Step(token, text, logprob))
+    sequence.finish_reason = reason
+
+
+def _with_held_back(sequence: GenerationSequence, text: str, reason: FinishReason) -> tuple[str, FinishReason]:
+    """The text with what detokenizer and stop matcher still held; it may itself complete a stop string."""
+    tail, stopped = sequence.stops.push(sequence.detokenizer.flush())
+    return text + tail + sequence.stops.flush(), _STOP if stopped else reason
+
+
+def next_chunk(sequence: GenerationSequence) -> GenerationChunk:
+    """The newest token as a chunk; the last one carries the reason and the timings."""
+    step = sequence.steps[-1]
+    sequence.handed_out = len(sequence.steps)
+    if sequence.finish_reason is None:
+        return GenerationChunk(step.text, step.token, step.logprob)
+    sequence.closed = True
+    return GenerationChunk(step.text, step.token, step.logprob, sequence.finish_reason, sequence.timings())
+
+
+def interrupted_chunk(sequence: GenerationSequence) -> GenerationChunk:
+    """The last chunk of a row that Ctrl-C ended: text that was held back or not handed out yet."""
+    text = "".join(step.text for step in sequence.steps[sequence.handed_out :])
+    text += interrupt(sequence)
+    sequence.closed = True
+    return GenerationChunk(text, None, None, sequence.finish_reason, sequence.timings())
+
+
+def interrupt(sequence: GenerationSequence) -> str:
+    """End an unfinished sequence where it is; returns the text that was held back, now part of its newest token's."""
+    if sequence.finish_reason is not None:
+        return ""
+    tail, sequence.finish_reason = _with_held_back(sequence, "", "interrupted")
+    if not sequence.steps:
+        return ""
+    sequence.steps[-1] = sequence.steps[-1]._replace(text=sequence.steps[-1].text + tail)
+    return tail

@@ -1,0 +1,49 @@
+"""Bundles that many tests share, exported once a session through the same code as the command line."""
+
+from pathlib import Path
+
+import pytest
+from starling.export.checkpoint import Checkpoint, open_checkpoint
+from starling.export.exporter import ExportOptions, export_bundle
+from starling.export.quantization import Quantization
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the shared bundles."""
+    return tmp_path_factory.mktemp("bundles")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Checkpoint:
+    """Random weights of Starling's head layout, with the real Starling tokenizer."""
+    return open_checkpoint("random:starling-tiny")
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Checkpoint:
+    """SmolLM2-135M-Instruct, the real model."""
+    return open_checkpoint("demo")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(bundles: Path, tiny_checkpoint: Checkpoint) -> Path:
+    """starling-tiny, fp32, ort dialect, compared with PyTorch."""
+    return _export(tiny_checkpoint, bundles / "tiny", ExportOptions(check=True))
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(bundles: Path, demo_checkpoint: Checkpoint) -> Path:
+    """SmolLM2, fp32, ort dialect, compared with PyTorch."""
+    return _export(demo_checkpoint, bundles / "demo", ExportOptions())
+
+
+@pytest.fixture(scope="session")
+def demo_int8_bundle(bundles: Path, demo_checkpoint: Checkpoint) -> Path:
+    """SmolLM2, weight-only INT8, compared with PyTorch."""
+    return _export(demo_checkpoint, bundles / "demo-int8", ExportOptions(quantization=Quantization("int8")))
+
+
+def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Path:
+    export_bundle(checkpoint, out, options)
+    return out

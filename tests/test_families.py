@@ -1,0 +1,170 @@
+"""Every family is proved against PyTorch: prefill, a chunk behind it, decode, and beyond the sliding window."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from starling.engine.backend import open_backend
+from starling.engine.bundle import Bundle
+from starling.engine.errors import UnsupportedModelError
+from starling.export.checkpoint import Checkpoint, open_checkpoint
+from starling.export.exporter import ExportOptions, export_bundle
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+TOKENS = 40  # well beyond every window below
+WINDOW = 9
+SMALL: dict[str, Any] = {
+    "vocab_size": 32002,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A small configuration of one transformers model type."""
+
+    name: str
+    model_type: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> PreTrainedConfig:
+        return AutoConfig.for_model(self.model_type, **(SMALL | self.options))
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
+FAMILIES = [
+    Family("llama", "llama"),
+    Family("llama-tied", "llama", {"tie_word_embeddings": True}),
+    Family("llama-bias", "llama", {"attention_bias": True, "mlp_bias": True}),
+    Family("llama3-rope", "llama", {"rope_parameters": LLAMA3_ROPE}),
+    Family("llama-yarn", "llama", {"rope_parameters": YARN_ROPE}),
+    Family("mistral-window", "mistral", {"sliding_window": WINDOW}),
+    Family("mistral-full", "mistral", {"sliding_window": None}),
+    Family("qwen2-bias", "qwen2"),
+    Family(
+        "qwen2-mixed-windows", "qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+    ),
+    Family("qwen3-qk-norm", "qwen3"),
+    Family("phi3-fused", "phi3", {"sliding_window": None}),
+    Family("phi3-partial-rotary-window", "phi3", {"sliding_window": WINDOW, "rope_parameters": PARTIAL_ROPE}),
+    Family("smollm3-layers-without-rotary", "smollm3", {"no_rope_layers": [1, 0, 1]}),
+    Family(
+        "granite-multipliers",
+        "granite",
+        {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    ),
+    Family("olmo2-post-norm", "olmo2"),
+    Family("cohere-interleaved-rotary", "cohere"),
+]
+
+
+def random_folder(family: Family, tokenizer: Checkpoint, folder: Path) -> Path:
+    """Save a model whose every weight matters: no zero biases, no norm weights of one, sharp attention."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family.config(), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.3))
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer.tokenizer.tokenizer_json, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("dialect", ["ort", "canonical"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_logits_are_pytorchs(family: Family, dialect: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
+    export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", ExportOptions(dialect=dialect, check=False))
+    ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = reference(ids).logits[0].numpy()
+
+    backend = open_backend(Bundle.open(tmp_path / "bundle"), name="onnxruntime-cpu", max_seq=64, max_batch=1)
+    tokens = ids[0].numpy()
+    whole = backend.prefill(0, tokens, 0).copy()
+    steps = {TOKENS - 1: whole, 11: backend.prefill(0, tokens[:12], 0).copy()}
+    steps[19] = backend.prefill(0, tokens[12:20], 12).copy()
+    for at in range(20, TOKENS):
+        steps[at] = backend.decode(tokens[at : at + 1], np.array([at]))[0].copy()
+    backend.close()
+
+    assert np.abs(whole - expected[-1]).max() < 1e-3
+    for at, logits in steps.items():
+        assert np.abs(logits - expected[at]).max() < 1e-3, f"position {at}"
+    assert expected.std() > 0.05  # the comparison is of something
+
+
+def test_the_window_matters(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The windowed families above would fail without their window: the same weights give other logits."""
+    windowed = Family("windowed", "mistral", {"sliding_window": WINDOW})
+    folder = random_folder(windowed, tiny_checkpoint, tmp_path)
+    ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for window in (WINDOW, None):
+        model = AutoModelForCausalLM.from_pretrained(folder, sliding_window=window, attn_implementation="eager").eval()
+        with torch.inference_mode():
+            logits.append(model(ids).logits[0, -1])
+    assert (logits[0] - logits[1]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        (Family("gemma2", "gemma2", {"attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 32}), "softcap"),
+        (
+            Family("dynamic", "llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+            "dynamic",
+        ),
+        (
+            Family(
+                "longrope",
+                "phi3",
+                {
+                    "head_dim": 16,
+                    "rope_parameters": {
+                        "rope_type": "longrope",
+                        "rope_theta": 1e4,
+                        "short_factor": [1.0] * 8,
+                        "long_factor": [2.0] * 8,
+                        "original_max_position_embeddings": 64,
+                    },
+                    "original_max_position_embeddings": 64,
+                },
+            ),
+            "longrope",
+        ),
+        (Family("hunyuan-norm-after-rotary", "hunyuan_v1_dense"), "between rotary embedding and attention"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Family) else "",
+)
+def test_what_cannot_be_lowered_is_refused_by_name(
+    family: Family, named: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match=named):
+        export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", ExportOptions(check=False))
+    assert not (tmp_path / "bundle").exists()

@@ -1,0 +1,223 @@
+"""The ONNX Runtime backend: one KV cache, past and present in the same memory, rows that do not disturb each other."""
+
+import os
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pytest
+
+from starling.engine.backend import default_threads, open_backend
+from starling.engine.bundle import Bundle, TensorSpec
+from starling.engine.errors import BackendError, UserError
+from starling.engine.ort_backend import OrtBackend
+from starling.engine.ort_buffers import LogitsBuffer
+from starling.export.checkpoint import Checkpoint
+from starling.export.exporter import ExportOptions, export_bundle
+
+MAX_SEQ, ROWS = 64, 3
+# Sums of a few hundred float32 products in another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def opened(folder: Path, *, max_batch: int = ROWS, prefill_chunk: int = 512) -> OrtBackend:
+    backend = open_backend(
+        Bundle.open(folder),
+        name="onnxruntime-cpu",
+        max_seq=MAX_SEQ,
+        max_batch=max_batch,
+        threads=1,
+        prefill_chunk=prefill_chunk,
+    )
+    assert isinstance(backend, OrtBackend)
+    return backend
+
+
+@pytest.fixture
+def backend(tiny_bundle: Path) -> Iterator[OrtBackend]:
+    backend = opened(tiny_bundle)
+    yield backend
+    backend.close()
+
+
+def tokens(count: int, *, seed: int = 0) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(3, 30_000, count)
+
+
+def cache(backend: OrtBackend) -> dict[str, npt.NDArray[np.float32]]:
+    """The backend's own cache memory, [rows, kv_heads, max_seq, head_dim] per layer and side."""
+    return {name: value.numpy() for name, value in backend._cache.items()}
+
+
+def test_chunked_prefill_equals_whole_prefill(tiny_bundle: Path) -> None:
+    ids = tokens(23)
+    whole = opened(tiny_bundle).prefill(0, ids, 0)
+    np.testing.assert_allclose(opened(tiny_bundle, prefill_chunk=5).prefill(0, ids, 0), whole, **CLOSE)
+
+
+def test_prefill_behind_a_cache_equals_whole_prefill(backend: OrtBackend) -> None:
+    ids = tokens(20)
+    whole = backend.prefill(0, ids, 0).copy()
+    backend.prefill(1, ids[:13], 0)
+    np.testing.assert_allclose(backend.prefill(1, ids[13:], 13), whole, **CLOSE)
+
+
+def test_prefill_overwrites_what_lies_behind_its_start(backend: OrtBackend) -> None:
+    ids = tokens(20)
+    fresh = backend.prefill(0, ids, 0).copy()
+    backend.prefill(1, np.concatenate([ids[:8], tokens(30, seed=1)]), 0)
+    np.testing.assert_allclose(backend.prefill(1, ids[8:], 8), fresh, **CLOSE)
+
+
+def test_decode_equals_prefill_of_one_token_more(backend: OrtBackend) -> None:
+    ids = tokens(12)
+    whole = backend.prefill(0, ids, 0).copy()
+    backend.prefill(1, ids[:11], 0)
+    backend.prefill(0, ids[:11], 0)
+    decoded = backend.decode(ids[[11, 11]], np.array([11, 11]))
+    np.testing.assert_allclose(decoded, [whole, whole], **CLOSE)
+
+
+def test_rows_of_different_lengths_decode_as_alone(backend: OrtBackend) -> None:
+    prompts = [tokens(7, seed=1), tokens(19, seed=2), tokens(3, seed=3)]
+    alone = [backend.prefill(0, prompt, 0).copy() for prompt in prompts]
+    for row, prompt in enumerate(prompts):
+        backend.prefill(row, prompt[:-1], 0)
+    together = backend.decode(
+        np.array([prompt[-1] for prompt in prompts]), np.array([len(prompt) - 1 for prompt in prompts])
+    )
+    np.testing.assert_allclose(together, alone, **CLOSE)
+
+
+def test_past_and_present_are_the_same_memory(backend: OrtBackend) -> None:
+    backend.prefill(1, tokens(9), 0)
+    for name, buffer in cache(backend).items():
+        assert np.abs(buffer[1, :, :9]).sum(axis=(0, 2)).all(), f"{name}: present did not arrive in the past buffer"
+        buffer[1, :, :9] = 0
+        assert not buffer.any(), f"{name}: something was written outside row 1, positions 0 to 8"
+
+
+def test_decode_writes_only_its_rows_and_positions(backend: OrtBackend) -> None:
+    backend.decode(tokens(2), np.array([4, 10]))
+    for name, buffer in cache(backend).items():
+        written = np.abs(buffer).sum(axis=(1, 3)) > 0
+        assert sorted(zip(*np.nonzero(written), strict=True)) == [(0, 4), (1, 10)], name
+
+
+def test_kv_cache_bytes_are_those_of_the_buffers(backend: OrtBackend) -> None:
+    assert backend.kv_cache_bytes == sum(buffer.nbytes for buffer in cache(backend).values())
+
+
+def test_nothing_is_allocated_or_bound_per_decoded_token(backend: OrtBackend) -> None:
+    token, position = tokens(1), np.array([0])
+    first = backend.decode(token, position)
+    binding = backend._decode_bindings[1]
+    tracemalloc.start()
+    for step in range(100):
+        position[0] = step % MAX_SEQ
+        logits = backend.decode(token, position)
+    grown, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.shares_memory(first, logits)
+    assert backend._decode_bindings == {1: binding}
+    # The interpreter's own small change: a row of logits alone would be over 100 KB.
+    assert grown < 2_000
+    assert peak < 8_000
+
+
+def test_model_seconds_are_part_of_the_wall_time(backend: OrtBackend) -> None:
+    begin, before = perf_counter(), backend.model_seconds
+    backend.decode(tokens(1), np.array([0]))
+    assert 0 < backend.model_seconds - before < perf_counter() - begin
+
+
+@pytest.mark.parametrize("position", [MAX_SEQ, 10**6])
+def test_decode_outside_the_cache_is_refused(backend: OrtBackend, position: int) -> None:
+    with pytest.raises(BackendError, match=rf"position {position} of row 0 lies outside the KV cache"):
+        backend.decode(tokens(1), np.array([position]))
+
+
+def test_prefill_outside_the_cache_is_refused(backend: OrtBackend) -> None:
+    with pytest.raises(BackendError, match="position 64 of row 0 lies outside"):
+        backend.prefill(0, tokens(5), 60)
+    with pytest.raises(BackendError, match="of row 3 lies outside"):
+        backend.prefill(ROWS, tokens(5), 0)
+
+
+@pytest.fixture(scope="module")
+def tiny_canonical_bundle(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same random weights as `tiny_bundle`, as standard operators."""
+    folder = tmp_path_factory.mktemp("canonical") / "tiny"
+    export_bundle(tiny_checkpoint, folder, ExportOptions(dialect="canonical", check=False))
+    return folder
+
+
+def test_canonical_dialect_agrees_with_ort(tiny_bundle: Path, tiny_canonical_bundle: Path) -> None:
+    prompts = [tokens(17, seed=1), tokens(6, seed=2)]
+    logits = []
+    for folder in (tiny_bundle, tiny_canonical_bundle):
+        backend = opened(folder, prefill_chunk=4)
+        for row, prompt in enumerate(prompts):
+            backend.prefill(row, prompt[:-1], 0)
+        last = [prompt[-1] for prompt in prompts]
+        logits.append(backend.decode(np.array(last), np.array([16, 5])))
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "shift"), [("float16", 0), ("bfloat16", 16)])
+def test_16_bit_logits_are_read_as_float32(tiny_bundle: Path, kind: str, shift: int) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    graph = replace(bundle.graph, outputs=(TensorSpec("logits", kind, ("batch", 1, 5)),))
+    small = replace(bundle, graph=graph, architecture=replace(bundle.architecture, vocab_size=5))
+    wanted = np.array([[0.0, -1.5, 3.25, np.inf, -np.inf]], np.float32)
+    buffer = LogitsBuffer(small, 2)
+    buffer._raw[:1] = wanted.view(np.uint32) >> 16 if shift else wanted.astype(np.float16).view(np.uint16)
+    read = buffer.read(1)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, wanted)
+
+
+def test_bf16_bundle_on_the_cpu_names_the_way_out(tiny_bundle: Path) -> None:
+    bundle = replace(Bundle.open(tiny_bundle), dtype="bf16")
+    with pytest.raises(BackendError, match="bf16 has no CPU kernels: export with --dtype fp32, or use CUDA"):
+        open_backend(bundle, name="onnxruntime-cpu", max_seq=8)
+
+
+def test_unknown_backend_lists_the_known_ones(tiny_bundle: Path) -> None:
+    with pytest.raises(BackendError, match="unknown backend 'tensorrt'; choose one of auto, onnxruntime, "):
+        open_backend(Bundle.open(tiny_bundle), name="tensorrt", max_seq=8)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="CUDA is installed")
+def test_cuda_without_its_package_names_the_extra(tiny_bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"without CUDA; uninstall onnxruntime and install starling-llm\[gpu\]"):
+        open_backend(Bundle.open(tiny_bundle), name="onnxruntime-cuda", max_seq=8)
+
+
+def test_no_onnxruntime_names_both_extras(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what a missing package is to `import`
+    with pytest.raises(BackendError, match=r"not installed .*; install starling-llm\[cpu\], or starling-llm\[gpu\]"):
+        open_backend(Bundle.open(tiny_bundle), max_seq=8)
+
+
+def test_unreadable_graph_is_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BackendError, match="cannot load") as caught:
+        open_backend(replace(Bundle.open(tiny_bundle), folder=tmp_path), max_seq=8)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [{"max_seq": 0}, {"max_seq": 8, "max_batch": 0}, {"max_seq": 8, "threads": 0}])
+def test_sizes_below_one_are_refused(tiny_bundle: Path, sizes: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="each must be at least 1"):
+        open_backend(Bundle.open(tiny_bundle), **sizes)  # type: ignore[arg-type]
+
+
+def test_default_threads_are_physical_cores_of_this_process() -> None:
+    assert 1 <= default_threads() <= len(os.sched_getaffinity(0))
