@@ -42,7 +42,7 @@ SCHEMES = ("int8", "int4")
 @click.option("--force", is_flag=True, help="Replace the bundle in OUT.")
 @json_option
 @click.pass_obj
-def command(session: Any, model: str, out: Path, revision: str | None, as_json: bool, **options: Any) -> None:
+def command(session: Any, /, model: str, out: Path, revision: str | None, as_json: bool, **options: Any) -> None:
     """Export MODEL into the new bundle folder OUT, which appears whole or not at all.
 
     MODEL is a Hugging Face folder (safetensors), a hub id org/name, a .gguf file, `demo` (SmolLM2-135M-Instruct), or

@@ -38,7 +38,7 @@ INTERRUPTED = 130
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
 @json_option
 @click.pass_context
-def command(context: click.Context, bundle: Path, no_stream: bool, as_json: bool, **options: Any) -> None:
+def command(context: click.Context, /, bundle: Path, no_stream: bool, as_json: bool, **options: Any) -> None:
     """Generate an answer to PROMPT (- reads stdin); several prompts run as one static batch.
 
     The text goes to stdout, a line of figures to stderr. Without sampling options decoding is greedy. Ctrl-C keeps the

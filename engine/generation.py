@@ -26,8 +26,9 @@ def generate(backend: Backend, sequences: list[GenerationSequence]) -> RowChunks
             elapsed = prefill(backend, row, sequence, elapsed)
             yield row, next_chunk(sequence)
         tokens, positions = np.zeros((2, len(sequences)), dtype=np.int64)
-        while any(sequence.finish_reason is None for sequence in sequences):
-            for row in decode(backend, sequences, tokens, positions):
+        while live := [row for row, sequence in enumerate(sequences) if sequence.finish_reason is None]:
+            decode(backend, sequences, live, tokens, positions)
+            for row in live:
                 yield row, next_chunk(sequences[row])
     except KeyboardInterrupt:
         for row, sequence in enumerate(sequences):
@@ -48,18 +49,18 @@ def prefill(backend: Backend, row: int, sequence: GenerationSequence, elapsed: f
     return elapsed
 
 
-def decode(backend: Backend, sequences: list[GenerationSequence], tokens: Tokens, positions: Tokens) -> list[int]:
-    """One step of every row up to the last unfinished one; returns the rows that got a token.
+def decode(
+    backend: Backend, sequences: list[GenerationSequence], live: list[int], tokens: Tokens, positions: Tokens
+) -> None:
+    """One step of every row up to the last of the unfinished ones, `live`.
 
     `tokens` and `positions` are int64 [rows] to fill: the newest token of each row, and where it is written.
     """
     begin, model_begin = perf_counter(), backend.model_seconds
-    live = [row for row, sequence in enumerate(sequences) if sequence.finish_reason is None]
     rows = live[-1] + 1
-    for row, sequence in enumerate(sequences[:rows]):
+    for row in range(rows):
         # A finished row between unfinished ones writes what stands there once more: that changes nothing.
-        position = min(len(sequence.prompt) + len(sequence.steps), backend.max_seq) - 1
-        tokens[row], positions[row] = sequence.token_at(position), position
+        tokens[row], positions[row] = sequences[row].newest(backend.max_seq)
     logits = backend.decode(tokens[:rows], positions[:rows])
     for row in live:
         accept(sequences[row], logits[row])
@@ -67,7 +68,6 @@ def decode(backend: Backend, sequences: list[GenerationSequence], tokens: Tokens
     for row in live:
         sequences[row].itl_s.append(seconds)
         sequences[row].decode_model_s += model_s
-    return live
 
 
 class GenerationStream(Iterator[GenerationChunk]):

@@ -51,10 +51,12 @@ class GenerationSequence:
     itl_s: list[float] = field(default_factory=list)
     decode_model_s: float = 0.0
 
-    def token_at(self, position: int) -> int:
-        """The token at a position of prompt and answer."""
-        behind = position - len(self.prompt)
-        return self.steps[behind].token if behind >= 0 else self.prompt[position]
+    def newest(self, max_seq: int) -> tuple[int, int]:
+        """The last token of prompt and answer that a cache of `max_seq` positions has room for, and its position."""
+        length = len(self.prompt) + len(self.steps)
+        if length <= max_seq:
+            return self.steps[-1].token, length - 1
+        return (self.steps[-2].token if len(self.steps) > 1 else self.prompt[-1]), max_seq - 1
 
     def cached_ids(self) -> tuple[int, ...]:
         """Ids that the row's cache surely holds. The newest token is not among them: decoding it writes it."""

@@ -59,7 +59,7 @@ def check_supported(config: PreTrainedConfig) -> None:
     for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
         if not isinstance(getattr(config, field, None), int):
             raise UnsupportedModelError(
-                f"{config.model_type}: its configuration has no {field}; only decoder-only language models are supported"
+                f"{config.model_type}: its configuration has no {field}; only decoder language models are supported"
             )
     for rope_type in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if rope_type not in STATIC_ROPE_TYPES:

@@ -44,7 +44,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StarlingError(
-            f"not enough disk space in {folder.parent}: the bundle needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+            f"not enough disk space in {folder.parent}: the bundle needs {needed / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free"
         )
 
 

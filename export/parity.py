@@ -80,7 +80,7 @@ def require_fp32(parity: Parity) -> None:
     if parity.max_abs_logit_diff > FP32_TOLERANCE or parity.top1_agreement < 1:
         raise StarlingError(
             f"the exported graph disagrees with PyTorch: max |Δlogit| {parity.max_abs_logit_diff:.3g} (limit "
-            f"{FP32_TOLERANCE:g}), top-1 agreement {parity.top1_agreement:.3f}; nothing was written. Please report this model"
+            f"{FP32_TOLERANCE:g}), top-1 agreement {parity.top1_agreement:.3f}; nothing was written, please report it"
         )
 
 

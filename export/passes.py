@@ -1,7 +1,7 @@
 """Rewrites of a traced graph. They see `starling::Linear` nodes, not yet matrix products."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
@@ -56,9 +56,9 @@ def fuse_residual_norms(model: ir.Model) -> None:
     for norm in list(graph):
         if norm.op_type != "SimplifiedLayerNormalization":
             continue
-        x, weight = norm.inputs
-        add = x.producer() if x is not None else None
-        if add is None or add.op_type != "Add" or any(i is None or i.shape != x.shape for i in add.inputs):
+        x, weight = _required(norm.inputs[0]), norm.inputs[1]
+        add = x.producer()
+        if add is None or add.op_type != "Add" or any(_required(i).shape != x.shape for i in add.inputs):
             continue
         fused = ir.Node(
             MICROSOFT,
@@ -122,7 +122,7 @@ def _common_source(pieces: Sequence[ir.Value | None]) -> ir.Value | None:
     sources = {f[0] for f in found if f is not None}
     source = next(iter(sources))
     spans = [f[1:] for f in found if f is not None]
-    follows = all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    follows = all(a[1] == b[0] for a, b in pairwise(spans))
     whole = spans[0][0] == 0 and source.shape is not None and spans[-1][1] == source.shape[-1]
     return source if len(sources) == 1 and follows and whole else None
 

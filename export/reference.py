@@ -10,9 +10,9 @@ from starling.export.checkpoint import TensorSource
 
 # Plain prose, numbers and code, so that the check sees more than one kind of token.
 PASSAGE = """\
-The lighthouse keeper wrote the date, 14 March 1907, at the top of the page and waited for the ink to dry. Outside, the \
-wind had turned to the north-west and the first gulls of the morning were quarrelling over something on the rocks. He \
-had counted 23 ships in February and only 9 so far this month; the harbour master would want to know why.
+The lighthouse keeper wrote the date, 14 March 1907, at the top of the page and waited for the ink to dry. Outside, \
+the wind had turned to the north-west and the first gulls of the morning were quarrelling over something on the rocks. \
+He had counted 23 ships in February and only 9 so far this month; the harbour master would want to know why.
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
@@ -33,7 +33,7 @@ def cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 def load_reference(config: PreTrainedConfig, tensors: TensorSource) -> torch.nn.Module:
     """The model of `config` in float32 with the checkpoint's weights; layers beyond the configuration are not read."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # type: ignore[no-untyped-call]
     have = set(tensors.names())
     weights = {n: _whole(tensors, n) for n, _ in model.named_parameters() if n in have}
     model.load_state_dict(weights, strict=False, assign=True)

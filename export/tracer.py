@@ -112,7 +112,7 @@ def _plan_weights(graph: ir.Model, tied: dict[str, str], lowering: Lowering) -> 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise UnsupportedModelError(f"{config.model_type}: transformers has no causal language model for it") from error
     return model.eval()  # type: ignore[no-any-return]

@@ -163,8 +163,9 @@ def _assemble(weight: Rows | Table, tensors: TensorSource, value: ir.Value) -> T
 def _narrow(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     narrowed = rows.to(dtype)
     if dtype is torch.float16 and rows.dtype is not torch.float16 and not bool(narrowed.isfinite().all()):
+        largest = f"{rows.abs().max():.3g}"
         raise UnsupportedModelError(
-            f"{name} holds values that float16 cannot (largest {rows.abs().max():.3g}); export with --dtype bf16 or fp32"
+            f"{name} holds values that float16 cannot (largest {largest}); export with --dtype bf16 or fp32"
         )
     return narrowed
 

@@ -10,7 +10,7 @@ _META = "starling.weight"
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Checkpoint tensors of shape [rows_i, columns] (or [rows_i]), one below another; `transposed` stores [columns, rows]."""
+    """Checkpoint tensors [rows_i, columns] (or [rows_i]), one below another; `transposed` stores [columns, rows]."""
 
     names: tuple[str, ...]
     transposed: bool = False
@@ -72,7 +72,7 @@ def stacked(rows: list[Rows]) -> Rows:
 
 
 def stacked_name(names: list[str]) -> str:
-    """A name for weights packed into one: `layers.0.attn.{q_proj,k_proj}.weight` -> `layers.0.attn.q_proj+k_proj.weight`."""
+    """A name for weights packed into one: `0.q_proj.weight` and `0.k_proj.weight` give `0.q_proj+k_proj.weight`."""
     parts = [name.split(".") for name in names]
     columns = (dict.fromkeys(column) for column in zip(*parts, strict=True))
     return ".".join("+".join(column) for column in columns)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization import Quantization

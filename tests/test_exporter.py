@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+
 from starling.engine.bundle import Bundle
 from starling.engine.errors import StarlingError, UnsupportedModelError, UserError
 from starling.export.checkpoint import Checkpoint
@@ -129,12 +130,19 @@ def test_a_failure_leaves_nothing_and_keeps_the_old_bundle(tiny_checkpoint: Chec
 
 
 def test_what_a_killed_export_left_is_cleared_by_the_next(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from starling.export.checkpoint import open_checkpoint;"
-        "from starling.export.exporter import *;"
-        "P = type('P', (Silent,), {'bytes': lambda s, a, b: (print('writing', flush=True), __import__('time').sleep(99))});"
-        "export_bundle(open_checkpoint('random:starling-tiny'), Path(sys.argv[1]), ExportOptions(), P())"
-    )
+    code = """
+import sys, time
+from pathlib import Path
+from starling.export.checkpoint import open_checkpoint
+from starling.export.exporter import ExportOptions, Silent, export_bundle
+
+class Stalling(Silent):
+    def bytes(self, done, total):
+        print("writing", flush=True)
+        time.sleep(99)
+
+export_bundle(open_checkpoint("random:starling-tiny"), Path(sys.argv[1]), ExportOptions(), Stalling())
+"""
     out = tmp_path / "bundle"
     with subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

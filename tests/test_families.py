@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
 from starling.engine.backend import open_backend
 from starling.engine.bundle import Bundle
 from starling.engine.errors import UnsupportedModelError
 from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 TOKENS = 40  # well beyond every window below
 WINDOW = 9

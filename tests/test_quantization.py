@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from starling.engine.backend import open_backend
 from starling.engine.bundle import Bundle
 from starling.engine.errors import UserError
 from starling.export.checkpoint import Checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization import Quantization, quantize_rows
-from torch import Tensor
 
 
 def dequantize(data: Tensor, scales: Tensor, zeros: Tensor, how: Quantization, columns: int) -> Tensor:

@@ -1,12 +1,15 @@
 """What the tracer asks of a dialect."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
+
+#: Attributes of an ONNX node, as torch.onnx.ops takes them.
+Attributes = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.export.dialects.base import AttentionCall, Rotary, StepInput
+from starling.export.dialects.base import AttentionCall, Attributes, Rotary, StepInput
 
 
 class CanonicalDialect:
@@ -26,7 +26,7 @@ class CanonicalDialect:
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """RMSNormalization with FP32 statistics (stash_type 1)."""
-        attrs = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+        attrs: Attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
         return torch.onnx.ops.symbolic(
             "RMSNormalization", (x, weight), attrs=attrs, dtype=x.dtype, shape=x.shape, version=23
         )
@@ -38,7 +38,7 @@ class CanonicalDialect:
             query, key = (_rotate(x, call.rotary, step["position_ids"]) for x in (query, key))
         present_key = _scatter(call.past_key, key, step["write_indices"])
         present_value = _scatter(call.past_value, call.value, step["write_indices"])
-        attrs: dict[str, int | float] = {"scale": call.scale, "is_causal": int(call.window is None)}
+        attrs: Attributes = {"scale": call.scale, "is_causal": int(call.window is None)}
         inputs: list[Tensor | None] = [query, present_key, present_value]
         if call.window is None:
             inputs += [None, None, None, step["nonpad_kv_seqlen"]]
@@ -56,7 +56,7 @@ class CanonicalDialect:
 
 def _rotate(x: Tensor, rotary: Rotary, position_ids: Tensor) -> Tensor:
     dim = 2 * rotary.cos.shape[1]
-    attrs: dict[str, int] = {"interleaved": int(rotary.interleaved)}
+    attrs: Attributes = {"interleaved": int(rotary.interleaved)}
     if dim != x.shape[-1]:
         attrs["rotary_embedding_dim"] = dim
     return torch.onnx.ops.symbolic(

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.export.dialects.base import AttentionCall, StepInput
+from starling.export.dialects.base import AttentionCall, Attributes, StepInput
 from starling.export.passes import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
 
 
@@ -26,7 +26,7 @@ class OrtDialect:
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """SimplifiedLayerNormalization: ONNX Runtime's RMSNorm with FP32 statistics."""
-        attrs = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+        attrs: Attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
         return torch.onnx.ops.symbolic(
             "SimplifiedLayerNormalization", (x, weight), attrs=attrs, dtype=x.dtype, shape=x.shape, version=1
         )
@@ -38,7 +38,7 @@ class OrtDialect:
             x.transpose(1, 2).reshape(batch, sequence, x.shape[1] * head_dim)
             for x in (call.query, call.key, call.value)
         )
-        attrs: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": call.key.shape[1], "scale": call.scale}
+        attrs: Attributes = {"num_heads": heads, "kv_num_heads": call.key.shape[1], "scale": call.scale}
         if call.window is not None:
             attrs["local_window_size"] = call.window
         inputs: list[Tensor | None] = [query, key, value, call.past_key, call.past_value]
