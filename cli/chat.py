@@ -10,7 +10,7 @@ import click
 
 from starling.cli.options import bundle_argument, engine_options, engine_settings, sampling_options
 from starling.cli.options import sampling_params as params_of
-from starling.cli.output import note
+from starling.cli.output import decode_utf8, note
 from starling.cli.results import cache_figure, figures
 from starling.cli.streaming import print_stream
 from starling.engine.errors import PromptError
@@ -77,13 +77,10 @@ def _prompt() -> str:
 
 
 def _piped() -> str:
-    try:
-        line = sys.stdin.readline()
-    except UnicodeDecodeError as error:
-        raise PromptError(f"stdin is not UTF-8 text ({error.reason}): convert it to UTF-8") from error
+    line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
-    return line.strip()
+    return decode_utf8(line, "stdin").strip()
 
 
 def _obey(line: str, session: ChatSession) -> bool:

@@ -131,7 +131,7 @@ def _print(results: Sequence[GenerationResult], engine: Engine, *, streamed: boo
         if len(results) > 1:
             click.secho(f"[{number}/{len(results)}]", bold=True)
         if not streamed:
-            click.echo(result.text)
+            click.echo(result.text, nl=not result.text.endswith("\n"))
         for line in logprob_lines(result, engine):
             click.echo(line)
     note(figures(results[0], engine) if len(results) == 1 else batch_figures(results, engine))

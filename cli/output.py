@@ -49,9 +49,15 @@ def read_text(source: Path | None) -> str:
     name = "stdin" if source is None else str(source)
     try:
         content = sys.stdin.buffer.read() if source is None else source.read_bytes()
-        return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise PromptError(f"{name} cannot be read: {error.strerror or error}; give another prompt file") from error
+    return decode_utf8(content, name).removesuffix("\n").removesuffix("\r")
+
+
+def decode_utf8(content: bytes, name: str) -> str:
+    """The text of `content`, which came from `name`. Raises PromptError where it is not UTF-8."""
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise PromptError(

@@ -110,7 +110,7 @@ class _SentencePiece:
         return self._first_space_stripped(text)
 
     def _first_space_stripped(self, text: str) -> str:
-        strip, self._strip = self._strip, self._strip and not text
+        strip, self._strip = self._strip, False
         return text.removeprefix(" ") if strip else text
 
 

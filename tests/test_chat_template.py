@@ -184,6 +184,12 @@ def test_jinja_is_set_up_as_templates_expect() -> None:
     assert text == 'Hello\ngFalse{"a": "<é>"}4True<|im_end|>'
 
 
+def test_a_field_without_a_value_is_a_field_that_is_not_there() -> None:
+    chat = [{"role": "assistant", "content": "x", "tool_calls": None}]
+    templates = ChatTemplates({"default": "{{ 'tool_calls' in messages[0] }}"})
+    assert templates.render(chat, tokenizer(SMOLLM2)) == "False"
+
+
 def write(folder: Path, files: dict[str, Any]) -> Path:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -98,36 +98,40 @@ def test_generate_raw_continues_the_text(demo_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["-", "--prompt-file", "--ids"])
-def test_a_prompt_comes_from_an_argument_stdin_a_file_or_ids(how: str, demo_bundle: Path, tmp_path: Path) -> None:
+def test_a_prompt_comes_from_an_argument_stdin_a_file_or_ids(how: str, tiny_bundle: Path, tmp_path: Path) -> None:
     text = "The capital of France is"
     (tmp_path / "prompt.txt").write_text(text + "\n")
-    ids = succeed("tokenize", demo_bundle, text).strip()
+    ids = succeed("tokenize", tiny_bundle, text).strip()
     given = {"-": ["-", "--raw"], "--prompt-file": [how, str(tmp_path / "prompt.txt"), "--raw"], "--ids": [how, ids]}
-    common = ("generate", demo_bundle, "--max-tokens", "4", "--no-stream")
+    common = ("generate", tiny_bundle, "--max-tokens", "4", "--no-stream")
     assert succeed(*common, *given[how], stdin=text + "\n") == succeed(*common, "--raw", text)
 
 
-def test_streamed_and_whole_text_are_the_same(demo_bundle: Path) -> None:
-    common = ("generate", demo_bundle, "Name three fruits.", "--max-tokens", "24")
+def test_streamed_and_whole_text_are_the_same(tiny_bundle: Path) -> None:
+    common = ("generate", tiny_bundle, "Name three fruits.", "--max-tokens", "24")
     streamed = succeed(*common)
     assert streamed == succeed(*common, "--no-stream")
-    assert streamed == document(*common)["results"][0]["text"] + "\n"
+    assert streamed == document(*common)["results"][0]["text"].removesuffix("\n") + "\n"
 
 
 def test_several_prompts_run_as_one_batch_with_the_same_answers(demo_bundle: Path) -> None:
     prompts = ["The capital of France is", "One, two, three,"]
     batch = document("generate", demo_bundle, "--raw", *prompts, "--max-tokens", "6")
-    alone = [document("generate", demo_bundle, "--raw", text, "--max-tokens", "6")["results"][0] for text in prompts]
-    assert [row["tokens"] for row in batch["results"]] == [row["tokens"] for row in alone]
+    [alone] = document("generate", demo_bundle, "--raw", prompts[0], "--max-tokens", "6")["results"]
+    assert batch["results"][0]["tokens"] == alone["tokens"]
+    assert batch["results"][0]["tokens"] != batch["results"][1]["tokens"]
     assert batch["kv_cache"]["rows"] == 2
     assert batch["kv_cache"]["bytes"] == 2 * 2048 * 46080
-    text = succeed("generate", demo_bundle, *prompts, "--max-tokens", "6")
+
+
+def test_the_answers_of_a_batch_are_numbered(tiny_bundle: Path) -> None:
+    text = succeed("generate", tiny_bundle, "Hello", "Goodbye", "--max-tokens", "3")
     assert text.startswith("[1/2]\n")
     assert "\n[2/2]\n" in text
 
 
-def test_sampling_options_reach_the_engine(demo_bundle: Path) -> None:
-    common = ("generate", demo_bundle, "Tell me a story.", "--max-tokens", "12")
+def test_sampling_options_reach_the_engine(tiny_bundle: Path) -> None:
+    common = ("generate", tiny_bundle, "Tell me a story.", "--max-tokens", "8")
     drawn = ("--temperature", "1.5", "--top-k", "500", "--top-p", "0.99", "--min-p", "0.001")
     first, again, other = (succeed(*common, *drawn, "--seed", seed) for seed in ("1", "1", "2"))
     assert first == again
@@ -135,14 +139,16 @@ def test_sampling_options_reach_the_engine(demo_bundle: Path) -> None:
     assert first != succeed(*common)
 
 
-def test_stop_strings_and_ignored_end_tokens(demo_bundle: Path) -> None:
-    common = ("generate", demo_bundle, QUESTION, "--max-tokens", "24")
-    [stopped] = document(*common, "--stop", "France")["results"]
-    assert stopped["finish_reason"] == "stop"
-    assert "France" not in stopped["text"]
-    [longer] = document(*common, "--ignore-eos")["results"]
-    assert longer["finish_reason"] == "length"
-    assert len(longer["tokens"]) == 24
+def test_stop_strings_end_the_text(demo_bundle: Path) -> None:
+    [result] = document("generate", demo_bundle, QUESTION, "--max-tokens", "24", "--stop", "France")["results"]
+    assert result["finish_reason"] == "stop"
+    assert result["text"] == "The capital of "
+
+
+def test_ignore_eos_goes_on_to_max_tokens(demo_bundle: Path) -> None:
+    [result] = document("generate", demo_bundle, QUESTION, "--max-tokens", "16", "--ignore-eos")["results"]
+    assert result["finish_reason"] == "length"
+    assert len(result["tokens"]) == 16
 
 
 def test_logprobs_are_shown_for_people_and_programs(demo_bundle: Path) -> None:

@@ -57,6 +57,12 @@ def test_an_answer_in_a_chat_begins_without_the_word_start() -> None:
     assert "".join(streamed(subject, ids, prompt_ids=[1])) == "Hello there"  # behind BOS alone nothing was said
 
 
+def test_special_tokens_at_the_end_of_a_prompt_do_not_hide_its_words() -> None:
+    subject = tokenizer(STARLING)
+    ids = subject.encode("there", add_special_tokens=False)
+    assert "".join(streamed(subject, ids, [*subject.encode("Hello"), *[32000] * 100])) == " there"
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_prompt_and_continuation_join_to_the_whole_at_every_cut(model: str) -> None:
     subject, rng = tokenizer(model), random.Random(3)

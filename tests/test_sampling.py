@@ -98,10 +98,10 @@ def test_over_a_whole_vocabulary_nothing_is_drawn_that_transformers_excludes(
     sampler = make_sampler(params)
     drawn = np.array([sampler(logits) for _ in range(300)])
     assert (expected[drawn] > 0).all()
-    # The likely half of what may be drawn is drawn as often as it should be.
+    # The likelier tokens, with about three quarters of the probability, are drawn as often as they should be.
     order = np.argsort(-expected)
-    half = order[: np.searchsorted(np.cumsum(expected[order]), 0.5) + 1]
-    assert abs(np.isin(drawn, half).mean() - expected[half].sum()) < 0.15
+    likelier = order[: np.searchsorted(np.cumsum(expected[order]), 0.75) + 1]
+    assert abs(np.isin(drawn, likelier).mean() - expected[likelier].sum()) < 0.125  # five standard deviations
 
 
 def test_the_nucleus_holds_the_token_that_reaches_p() -> None:

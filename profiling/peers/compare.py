@@ -20,6 +20,7 @@ from starling.engine.backend import default_threads
 from starling.engine.bundle import Bundle
 from starling.engine.errors import StarlingError, UserError
 from starling.engine.tokenizer import Tokenizer
+from starling.profiling.machine import describe_machine
 from starling.profiling.peers.contenders import OURS, Contender, contenders, opened
 from starling.profiling.peers.measure import Run, measure
 from starling.profiling.peers.prompts import prompt_tokens
@@ -33,8 +34,7 @@ def environment(threads: int) -> dict[str, Any]:
     """The machine and the moment, for the report."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": cpu_name(),
-        "physical_cores": default_threads(),
+        "machine": asdict(describe_machine()),
         "load_average": round(load_average(), 2),
         "threads": threads,
         "system": platform.platform(),
@@ -44,16 +44,6 @@ def environment(threads: int) -> dict[str, Any]:
 def load_average() -> float:
     """How many processes wanted a core during the last minute, 0 where the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def report(
@@ -146,10 +136,8 @@ def compare(
             status.update,
         )
     summaries = summarize(runs, OURS)
-    _print(
-        summaries,
-        f"{bundle.folder.name} on {about['cpu']}, {threads} threads, {new_tokens} new tokens, {repeats} repeats",
-    )
+    settings = f"{threads} threads, {new_tokens} new tokens, {repeats} repeats"
+    _print(summaries, f"{bundle.folder.name} on {about['machine']['cpu']}, {settings}")
     return report(bundle, about, [member for _, member in pairs], runs, summaries)
 
 

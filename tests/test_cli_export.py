@@ -1,0 +1,148 @@
+"""`starling export` leaves a whole bundle or nothing, and says in one line why there is none."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from command_line import document, end, read_until, refusal, running, starling, succeed
+
+TINY = "random:starling-tiny"
+HUB_OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts an empty memory file system of the given limits."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(limits: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", limits, "tmpfs", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("mounting a small file system takes root")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
+
+
+def test_an_export_shows_its_phases_and_what_to_do_next(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "tiny"
+    finished = starling("export", TINY, out, "--quant", "int8", "--block-size", "64", "--symmetric", "--check")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.splitlines() == [
+        "loading PyTorch",
+        f"opening {TINY}",
+        "tracing starling-tiny",
+        "writing weights",
+        "comparing with PyTorch",
+    ]
+    first, parity, *_, last = finished.stdout.splitlines()
+    assert "int8 weights (block 64, symmetric, accuracy level 4), fp32, ort dialect" in first
+    for figure in ("max |Δlogit|", "KL mean", "top-1 agreement", "perplexity"):
+        assert figure in parity
+    assert last == f'next: starling generate {out} "What is the capital of France?"'
+    assert document("inspect", out)["quantization"]["block_size"] == 64
+    succeed("generate", out, "Hello", "--max-tokens", "2")
+
+
+def test_ctrl_c_in_an_export_leaves_nothing(tmp_path: Path) -> None:
+    with running("export", TINY, tmp_path / "out") as process:
+        read_until(process.stderr, b"tracing")
+        assert [path.name for path in tmp_path.iterdir()] == [f".out.partial-{process.pid}"]
+        code, out, errors = end(process, signal.SIGINT)
+    assert code == 130
+    assert out == ""
+    assert errors.strip().splitlines()[-1] == "error: interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_in_an_export_leaves_nothing(tmp_path: Path) -> None:
+    with running("export", TINY, tmp_path / "out") as process:
+        read_until(process.stderr, b"tracing")
+        code, _, _ = end(process, signal.SIGTERM)
+    assert code == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_no_bundle_and_the_next_one_works(tmp_path: Path) -> None:
+    with running("export", TINY, tmp_path / "out", "--check") as process:
+        read_until(process.stderr, b"comparing")  # everything is written by then, but not in its place
+        end(process, signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    manifest = document("export", TINY, tmp_path / "out")
+    assert manifest["folder"] == str(tmp_path / "out")
+    assert manifest["architecture"] == json.loads((tmp_path / "out" / "bundle.json").read_text())["architecture"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_too_small_for_the_bundle(small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("size=8m")
+    line = refusal("export", TINY, disk / "out", code=1)
+    assert line == f"not enough disk space in {disk}: the bundle needs 0.16 GB, 0.01 GB are free"
+    assert list(disk.iterdir()) == []
+
+
+def test_a_disk_that_is_full_while_writing(small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("nr_inodes=4")  # room for the weights, none for all the files
+    line = refusal("export", TINY, disk / "out", code=1)
+    assert line == (
+        f"the disk is full: writing {disk}/out stopped and nothing was left behind; free space and retry"
+    )
+    assert list(disk.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_refused_before_pytorch_is_loaded(tmp_path: Path) -> None:
+    finished = starling("export", TINY, tmp_path)
+    assert finished.returncode == 2
+    assert finished.stderr == f"error: {tmp_path} exists; give another folder, or --force to replace the bundle in it\n"
+
+
+def test_force_replaces_bundles_only(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    line = refusal("export", TINY, tmp_path, "--force")
+    assert line == f"{tmp_path} is not a bundle; --force replaces bundles only, so choose another folder"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_model_that_is_none(tmp_path: Path) -> None:
+    assert "'nowhere' is no model: give" in refusal("export", "nowhere", tmp_path / "out")
+    assert "starling-8b" in refusal("export", "random:starling-8b", tmp_path / "out")
+
+
+def test_an_unknown_architecture(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "flying-spaghetti", "vocab_size": 8}))
+    assert "flying-spaghetti" in refusal("export", model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreachable_hub(tmp_path: Path) -> None:
+    line = refusal("export", "org/name", tmp_path / "out", code=1, env={**HUB_OFFLINE, "HF_HOME": str(tmp_path / "hf")})
+    assert line == (
+        "org/name is not in the hub's cache and http://127.0.0.1:9 cannot be reached: "
+        "go online, or give a folder, a .gguf file or 'demo'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--dtype", "fp8"), "Invalid value for '--dtype'"),
+        (("--dialect", "coreml"), "Invalid value for '--dialect'"),
+        (("--quant", "int3"), "Invalid value for '--quant'"),
+        (("--block-size", "64"), "--block-size is about quantized weights: add --quant int8 or int4"),
+        (("--symmetric",), "--symmetric is about quantized weights"),
+        (("--quant", "int4", "--block-size", "50"), "block size 50 is not one of 16, 32, 64, 128, 256"),
+        (("--quant", "int4", "--accuracy-level", "9"), "accuracy level 9 is not between 0 and 4"),
+        (("--quant", "int8", "--dialect", "canonical"), "dialect canonical is full precision only"),
+    ],
+    ids=" ".join,
+)
+def test_impossible_settings(options: tuple[str, ...], expected: str, tmp_path: Path) -> None:
+    assert expected in refusal("export", TINY, tmp_path / "out", *options)
