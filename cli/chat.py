@@ -63,6 +63,8 @@ def _read_line(interactive: bool) -> str | None:
         try:
             return _prompt() if interactive else _piped()
         except EOFError:
+            if interactive:
+                click.echo(err=True)  # the shell's prompt shall not stand behind ours
             return None
         except KeyboardInterrupt:
             if not interactive:

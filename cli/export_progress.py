@@ -63,7 +63,7 @@ class Bars:
         if self._bar is None:
             self.stop()
             self._bar = _byte_bar(self._console)
-            self._bar.add_task(self._phase)
+            self._bar.add_task(self._phase, total=total)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done, total=total)
 

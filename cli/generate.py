@@ -115,15 +115,16 @@ def _start(
 
 
 def _run_batch(
-    engine: Engine, prompts: Sequence[Any], chat: bool, options: dict[str, Any], params: SamplingParams
+    engine: Engine, prompts: list[str] | list[list[int]], chat: bool, options: dict[str, Any], params: SamplingParams
 ) -> list[GenerationResult]:
-    if chat:
-        system = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
-        prompts = [
-            engine.apply_chat_template([*system, {"role": "user", "content": text}], options["template"])
-            for text in prompts
-        ]
-    return engine.generate(list(prompts), params)
+    if not chat:
+        return engine.generate(prompts, params)
+    system = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
+    rendered = [
+        engine.apply_chat_template([*system, {"role": "user", "content": str(text)}], options["template"])
+        for text in prompts
+    ]
+    return engine.generate(rendered, params)
 
 
 def _print(results: Sequence[GenerationResult], engine: Engine, *, streamed: bool) -> None:

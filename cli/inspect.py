@@ -14,8 +14,6 @@ from starling.engine.errors import UserError
 if TYPE_CHECKING:
     from starling.engine.bundle import Bundle
 
-DEFAULT_MAX_SEQ = 2048
-
 
 @click.command()
 @bundle_argument
@@ -45,6 +43,8 @@ def command(bundle: Path, max_seq: int | None, verify: bool, as_json: bool) -> N
 
 
 def _positions(bundle: Bundle, max_seq: int | None) -> int:
+    from starling.engine.engine import DEFAULT_MAX_SEQ
+
     most = bundle.architecture.max_positions
     if max_seq is not None and max_seq > most:
         raise UserError(f"--max-seq is {max_seq}, but this model has {most} positions: give 1 to {most}")

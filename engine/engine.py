@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
-from operator import index
 from pathlib import Path
+from threading import Thread
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from starling.engine.backend import Backend, open_backend
 from starling.engine.bundle import Bundle
 from starling.engine.errors import PromptError, SamplingError
 from starling.engine.generation import GenerationStream, generate
+from starling.engine.prompts import Prompt, checked_ids, common_prefix, is_single
 from starling.engine.results import GenerationResult
 from starling.engine.sampling import SamplingParams
 from starling.engine.sequence import GenerationSequence, make_sequence
@@ -30,8 +28,7 @@ if TYPE_CHECKING:
 #: Positions of the KV cache unless the caller asks for more: the cache costs memory whether it is used or not.
 DEFAULT_MAX_SEQ = 2048
 
-#: A prompt: text, or token ids.
-Prompt: TypeAlias = str | Sequence[int]
+T = TypeVar("T")
 
 
 class Engine:
@@ -62,13 +59,13 @@ class Engine:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
         self.max_seq = _checked_max_seq(self.bundle, max_seq)
         self.max_batch = max_batch
-        architecture = self.bundle.architecture
-        with ThreadPoolExecutor(1) as pool:  # the tokenizer loads while ONNX Runtime does
-            tokenizer = pool.submit(Tokenizer.load, self.bundle.folder, architecture.vocab_size)
-            self.backend: Backend = open_backend(
-                self.bundle, name=backend, max_seq=self.max_seq, max_batch=max_batch, threads=threads
-            )
-            self.tokenizer = tokenizer.result()
+        vocab_size = self.bundle.architecture.vocab_size
+        # ONNX Runtime loads without holding Python's lock: the tokenizer's 0.1 s cost nothing beside it.
+        tokenizer = in_background(lambda: Tokenizer.load(self.bundle.folder, vocab_size))
+        self.backend: Backend = open_backend(
+            self.bundle, name=backend, max_seq=self.max_seq, max_batch=max_batch, threads=threads
+        )
+        self.tokenizer = tokenizer()
         self._newest: GenerationStream | None = None
         self._first_row: GenerationSequence | None = None
         #: Seconds from opening the bundle to being ready.
@@ -120,7 +117,7 @@ class Engine:
         The text is a reply of its own, so it does not begin with the space that would continue the prompt.
         `encode_s` are the seconds that rendering the chat took, for the time to first token.
         """
-        prompt = self._checked_ids(ids)
+        prompt = checked_ids(ids, self.bundle, self.max_seq)
         self._end_newest()
         cached = self._first_row.cached_ids() if self._first_row is not None else ()
         # The last prompt token is always prefilled, for its logits.
@@ -176,7 +173,7 @@ class Engine:
         if isinstance(prompt, str) and not prompt:
             raise PromptError("the prompt is empty: give it at least one character")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._sequence(self._checked_ids(ids), params, encode_s=perf_counter() - begin)
+        return self._sequence(checked_ids(ids, self.bundle, self.max_seq), params, encode_s=perf_counter() - begin)
 
     def _sequence(
         self, prompt: tuple[int, ...], params: SamplingParams, *, reused: int = 0, encode_s: float
@@ -191,27 +188,6 @@ class Engine:
             encode_s=encode_s,
         )
 
-    def _checked_ids(self, ids: Iterable[int]) -> tuple[int, ...]:
-        try:
-            checked = tuple(index(token) for token in ids)
-        except TypeError as error:
-            raise PromptError(f"a prompt is text or a list of token ids: {error}") from error
-        if not checked:
-            raise PromptError("the prompt is empty: give at least one token")
-        vocabulary = self.bundle.architecture.vocab_size
-        for position, token in enumerate(checked):
-            if not 0 <= token < vocabulary:
-                raise PromptError(
-                    f"token id {token} at position {position} is outside the model's vocabulary "
-                    f"(0 to {vocabulary - 1}): use this bundle's own tokenizer"
-                )
-        if len(checked) > self.max_seq:
-            raise PromptError(
-                f"the prompt has {len(checked)} tokens, but the KV cache holds {self.max_seq}: "
-                f"shorten it, or raise --max-seq (this model: up to {self.bundle.architecture.max_positions})"
-            )
-        return checked
-
     def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:
         self._end_newest()
         self._first_row = sequences[0]
@@ -225,11 +201,6 @@ class Engine:
             self._newest = None
 
 
-def is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
-    """True for one prompt (text or token ids), False for a list of prompts."""
-    return isinstance(prompt, str) or len(prompt) == 0 or not isinstance(prompt[0], str | Sequence | np.ndarray)
-
-
 def sampling_params(params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
     """`params`, or the defaults, with `overrides` in place. Raises SamplingError for an unknown name or a bad value."""
     known = [field.name for field in fields(SamplingParams)]
@@ -239,10 +210,27 @@ def sampling_params(params: SamplingParams | None, overrides: Mapping[str, Any])
     return replace(params or SamplingParams(), **overrides)
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids the two have in common from their beginnings."""
-    shorter = min(len(first), len(second))
-    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+def in_background(task: Callable[[], T]) -> Callable[[], T]:
+    """Start `task` on a thread; the function returned waits for its result, or raises what it raised."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(task())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=work)
+    thread.start()
+
+    def wait() -> T:
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    return wait
 
 
 def _checked_max_seq(bundle: Bundle, max_seq: int | None) -> int:

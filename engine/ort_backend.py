@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from importlib import import_module
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from starling.engine.backend import Logits, Tokens
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
-from starling.engine.ort_buffers import LogitsBuffer, StepInputs, allocate_cache, first_line
+from starling.engine.ort_buffers import LogitsBuffer, LogitsReader, StepInputs, StepWriter, allocate_cache, first_line
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # What ONNX Runtime 1.32 has kernels for: MatMul on the CPU lacks bf16, GroupQueryAttention on CUDA lacks fp32.
@@ -62,6 +62,14 @@ def _check_runnable(bundle: Bundle, provider: str) -> None:
         raise BackendError(f"{bundle.folder}: ONNX Runtime's {provider} cannot run this bundle: {reason}")
 
 
+class _Step(NamedTuple):
+    """All that a decode step of so many rows needs, made once."""
+
+    binding: Any
+    write: StepWriter
+    read: LogitsReader
+
+
 class OrtBackend:
     """Implements `starling.engine.backend.Backend` with ONNX Runtime on one device. Not thread-safe."""
 
@@ -83,7 +91,8 @@ class OrtBackend:
         self._inputs = StepInputs(self._ort, bundle.dialect, self._device, max_batch, self._chunk)
         self._logits = LogitsBuffer(bundle, max_batch)
         self._row_bindings: dict[int, Any] = {}
-        self._decode_bindings: dict[int, Any] = {}
+        self._steps: dict[int, _Step] = {}
+        self._read_row = self._logits.reader(1)
 
     def prefill(self, slot: int, tokens: Tokens, start: int) -> Logits:
         """Write `tokens` int64 [n] at start..start+n of row `slot`; float32 logits [vocab] of the last one.
@@ -95,26 +104,22 @@ class OrtBackend:
             self._check_room(slot, start + first + len(chunk) - 1)
             self._inputs.write_chunk(chunk, start + first)
             self._run(self._row_binding(slot, len(chunk)))
-        logits: Logits = self._logits.read(1)[0]
+        logits: Logits = self._read_row()[0]
         return logits
 
     def decode(self, tokens: Tokens, positions: Tokens) -> Logits:
         """One token for each of the first k rows, `tokens` and `positions` int64 [k]; float32 logits [k, vocab]."""
-        rows = len(tokens)
-        longest = max(positions.tolist())
+        rows, longest = len(tokens), max(positions.tolist())
         self._check_room(rows - 1, longest)
-        self._inputs.write_step(tokens, positions, longest)
-        binding = self._decode_bindings.get(rows)
-        if binding is None:
-            binding = self._decode_bindings[rows] = self._bind(0, rows)
-            self._inputs.bind(binding, rows, 1)
-        self._run(binding)
-        return self._logits.read(rows)
+        step = self._steps.get(rows) or self._new_step(rows)
+        step.write(tokens, positions, longest)
+        self._run(step.binding)
+        return step.read()
 
     def close(self) -> None:
         """Free the session, the cache and every binding."""
         self._row_bindings.clear()
-        self._decode_bindings.clear()
+        self._steps.clear()
         self._cache.clear()
         self._session = None
 
@@ -135,6 +140,12 @@ class OrtBackend:
             raise BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}") from error
         finally:
             self.model_seconds += perf_counter() - begin
+
+    def _new_step(self, rows: int) -> _Step:
+        binding = self._bind(0, rows)
+        self._inputs.bind(binding, rows, 1)
+        step = self._steps[rows] = _Step(binding, self._inputs.step_writer(rows), self._logits.reader(rows))
+        return step
 
     def _row_binding(self, slot: int, length: int) -> Any:
         binding = self._row_bindings.get(slot)

@@ -134,4 +134,12 @@ def _quantized_embedding(graph: ir.Graph, node: ir.Node, how: Quantization) -> i
     data, scales, zeros = _block_weights(graph, table, how, flat=True)
     attributes = {"bits": how.bits, "block_size": how.block_size, "gather_axis": 0, "quantize_axis": 1}
     inputs = [data, ids, scales, zeros]
-    return _insert(graph, node, ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain=MICROSOFT))
+    gather = ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain=MICROSOFT)
+    gathered = _insert(graph, node, gather)
+    assert table.shape is not None
+    columns = int(table.shape[1])  # type: ignore[arg-type]
+    if columns % how.block_size == 0:
+        return gathered
+    # the last block of a row is stored whole: what is behind the embedding's width is cut off again
+    bounds = [insert_constant(graph, node, [at]) for at in (0, columns, -1)]
+    return _insert(graph, node, ir.node("Slice", [gathered, *bounds]))

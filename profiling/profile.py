@@ -18,6 +18,7 @@ from starling.profiling.peers.prompts import prompt_tokens
 from starling.profiling.statistics import Distribution, distribution
 
 CPU_PROVIDER = "CPUExecutionProvider"
+NOT_MEASURED = "not measured on this provider"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +186,3 @@ def _bandwidth_json(bandwidth: Bandwidth | None) -> dict[str, Any]:
     if bandwidth is None:
         return {"measured": False, "reason": NOT_MEASURED}
     return {"measured": True, **asdict(bandwidth), "share": bandwidth.share}
-
-
-NOT_MEASURED = "not measured on this provider"

@@ -1,5 +1,6 @@
 """Bad input gets one line that says what is wrong and what to do, and the right exit code: 2 a mistake, 1 a failure."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from command_line import (
     starling,
     succeed,
 )
+
+from starling.cli.failures import describe
 
 
 @pytest.fixture
@@ -191,6 +194,23 @@ def test_without_the_export_extra(tmp_path: Path) -> None:
     line = refusal("export", "demo", tmp_path / "out", code=1, python=python)
     assert line == "exporting needs the package torch, which is not installed: pip install 'starling-llm[export]'"
     assert "needs torch: pip install 'starling-llm[export]'" in starling("doctor", python=python).stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "out of memory: free some, or ask for less (--max-seq, a smaller model or dtype)"),
+        (OSError(errno.ENOSPC, "No space left on device", "out.json"), "out.json: No space left on device; free space"),
+        (PermissionError(errno.EACCES, "Permission denied", "out.json"), "out.json: Permission denied"),
+        (ModuleNotFoundError("x", name="onnx_ir.passes"), "exporting needs the package onnx_ir"),
+        (ModuleNotFoundError("x", name="rich"), "the package rich is not installed: pip install"),
+        (KeyError("layers"), "unexpected KeyError: 'layers'; run `starling --debug …` for the traceback"),
+    ],
+)
+def test_failures_that_nobody_foresaw(error: Exception, line: str) -> None:
+    message, code = describe(error)
+    assert message.startswith(line)
+    assert code == 1
 
 
 def _files(bundle: Path) -> dict[str, dict[str, object]]:

@@ -90,9 +90,7 @@ def test_a_disk_too_small_for_the_bundle(small_disk: Callable[[str], Path]) -> N
 def test_a_disk_that_is_full_while_writing(small_disk: Callable[[str], Path]) -> None:
     disk = small_disk("nr_inodes=4")  # room for the weights, none for all the files
     line = refusal("export", TINY, disk / "out", code=1)
-    assert line == (
-        f"the disk is full: writing {disk}/out stopped and nothing was left behind; free space and retry"
-    )
+    assert line == (f"the disk is full: writing {disk}/out stopped and nothing was left behind; free space and retry")
     assert list(disk.iterdir()) == []
 
 
@@ -142,7 +140,6 @@ def test_an_unreachable_hub(tmp_path: Path) -> None:
         (("--quant", "int4", "--accuracy-level", "9"), "accuracy level 9 is not between 0 and 4"),
         (("--quant", "int8", "--dialect", "canonical"), "dialect canonical is full precision only"),
     ],
-    ids=" ".join,
 )
 def test_impossible_settings(options: tuple[str, ...], expected: str, tmp_path: Path) -> None:
     assert expected in refusal("export", TINY, tmp_path / "out", *options)

@@ -1,13 +1,12 @@
 """Every family is proved against PyTorch: prefill, a chunk behind it, decode, and beyond the sliding window."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from families import Family, random_folder
+from transformers import AutoModelForCausalLM
 
 from starling.engine.backend import open_backend
 from starling.engine.bundle import Bundle
@@ -17,34 +16,6 @@ from starling.export.exporter import ExportOptions, export_bundle
 
 TOKENS = 40  # well beyond every window below
 WINDOW = 9
-SMALL: dict[str, Any] = {
-    "vocab_size": 32002,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A small configuration of one transformers model type."""
-
-    name: str
-    model_type: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def config(self) -> PreTrainedConfig:
-        return AutoConfig.for_model(self.model_type, **(SMALL | self.options))
-
-
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -80,18 +51,6 @@ FAMILIES = [
     Family("olmo2-post-norm", "olmo2"),
     Family("cohere-interleaved-rotary", "cohere"),
 ]
-
-
-def random_folder(family: Family, tokenizer: Checkpoint, folder: Path) -> Path:
-    """Save a model whose every weight matters: no zero biases, no norm weights of one, sharp attention."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(family.config(), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.3))
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(tokenizer.tokenizer.tokenizer_json, encoding="utf-8")
-    return folder
 
 
 @pytest.mark.parametrize("dialect", ["ort", "canonical"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from starling.engine.bundle import Bundle
 from starling.engine.engine import Engine
 from starling.export.checkpoint import Checkpoint

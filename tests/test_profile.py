@@ -111,7 +111,6 @@ def test_peak_memory_is_the_process_own_and_not_its_parents() -> None:
         (("--max-seq", "64"), "need 256 positions, but --max-seq is 64"),
         (("--output", "nowhere/figures.json"), "nowhere is no folder: choose another --output"),
     ],
-    ids=" ".join,
 )
 def test_impossible_settings(options: tuple[str, ...], expected: str, tiny_bundle: Path) -> None:
     assert expected in refusal("profile", tiny_bundle, *options)

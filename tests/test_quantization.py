@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import Family, random_folder
 from torch import Tensor
 
 from starling.engine.backend import open_backend
 from starling.engine.bundle import Bundle
 from starling.engine.errors import UserError
-from starling.export.checkpoint import Checkpoint
+from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization import Quantization, quantize_rows
 
@@ -50,6 +51,17 @@ def test_the_bundle_says_how_far_it_is_from_pytorch(
     parity = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["parity"]
     assert 0 < parity["mean_kl"] < mean_kl
     assert parity["positions"] > 50
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_width_that_no_block_divides(scheme: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """hidden 80 in blocks of 32 ends in half a block, in the tied embedding as in every projection."""
+    family = Family("narrow", "llama", {"hidden_size": 80, "tie_word_embeddings": True})
+    folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
+    options = ExportOptions(quantization=Quantization(scheme, block_size=32), check=True)
+    export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", options)
+    parity = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["parity"]
+    assert parity["top1_agreement"] > (0.9 if scheme == "int8" else 0.3)
 
 
 def test_tied_weights_are_stored_once(demo_int8_bundle: Path) -> None:
