@@ -162,7 +162,7 @@ def interrupting(row: GenerationSequence, *, at_token: int) -> GenerationSequenc
     """The sequence, with a real SIGINT arriving while it chooses that token."""
     choose = row.sample
 
-    def choose_interrupted(logits: np.ndarray) -> int:  # type: ignore[type-arg]
+    def choose_interrupted(logits: np.ndarray) -> int:
         if len(row.steps) == at_token:
             signal.raise_signal(signal.SIGINT)
         return choose(logits)

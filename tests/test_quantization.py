@@ -61,7 +61,9 @@ def test_a_width_that_no_block_divides(scheme: str, tiny_checkpoint: Checkpoint,
     options = ExportOptions(quantization=Quantization(scheme, block_size=32), check=True)
     export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", options)
     parity = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["parity"]
-    assert parity["top1_agreement"] > (0.9 if scheme == "int8" else 0.3)
+    assert parity["mean_kl"] < (
+        0.01 if scheme == "int8" else 0.6
+    )  # noise of this size; a misread row gives several nats
 
 
 def test_tied_weights_are_stored_once(demo_int8_bundle: Path) -> None:
