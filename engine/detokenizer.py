@@ -7,7 +7,6 @@ its cost grows with it), and shows byte-fallback characters which a later invali
 import codecs
 import json
 from collections.abc import Collection, Sequence
-from functools import cache
 from typing import Any, Protocol
 
 import tokenizers
@@ -35,37 +34,63 @@ class Detokenizer(Protocol):
         """What was held back, with U+FFFD for bytes that never became a character. Call it once, at the end."""
 
 
-def make_detokenizer(
-    core: tokenizers.Tokenizer, special_ids: Collection[int], prompt_ids: Sequence[int] = ()
-) -> Detokenizer:
-    """The detokenizer that fits the tokenizer's decoder; special tokens give no text.
+class DetokenizerFactory:
+    """Makes detokenizers that fit one tokenizer's decoder; special tokens give no text.
 
-    Behind `prompt_ids` the first space is kept, and a character that the prompt left incomplete is completed.
+    The text of every id is looked up once, here: behind a step of the model the caches are cold, and a look-up in the
+    library's table then costs 50 µs.
     """
-    tail = [token_id for token_id in prompt_ids[-PROMPT_TAIL:] if token_id not in special_ids]
-    started = bool(tail) or any(token_id not in special_ids for token_id in prompt_ids)
-    config = json.loads(core.decoder.__getstate__()) if core.decoder is not None else {}
-    steps = config.get("decoders", [])
-    if config.get("type") == "ByteLevel":
-        return _ByteLevel(core, special_ids, tail)
-    if steps[:3] == SENTENCEPIECE and steps[3:] in ([], [STRIP_FIRST_SPACE]):
-        return _SentencePiece(core, special_ids, tail, strip=bool(steps[3:]) and not started)
-    return _Window(core, tail)
+
+    def __init__(self, core: tokenizers.Tokenizer, special_ids: Collection[int]) -> None:
+        self._core, self._special_ids = core, frozenset(special_ids)
+        config = json.loads(core.decoder.__getstate__()) if core.decoder is not None else {}
+        steps = config.get("decoders", [])
+        self._byte_level = config.get("type") == "ByteLevel"
+        self._sentencepiece = steps[:3] == SENTENCEPIECE and steps[3:] in ([], [STRIP_FIRST_SPACE])
+        self._strips = bool(steps[3:])
+        self._texts = self._texts_by_id() if self._byte_level or self._sentencepiece else []
+
+    def make(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        """A fresh detokenizer.
+
+        Behind `prompt_ids` the first space is kept, and a character that the prompt left incomplete is completed.
+        """
+        tail = [token_id for token_id in prompt_ids[-PROMPT_TAIL:] if token_id not in self._special_ids]
+        if self._byte_level:
+            return _ByteLevel(self._texts, tail)
+        if self._sentencepiece:
+            started = bool(tail) or any(token_id not in self._special_ids for token_id in prompt_ids)
+            return _SentencePiece(self._texts, tail, strip=self._strips and not started)
+        return _Window(self._core, tail)
+
+    def _texts_by_id(self) -> list[str | None]:
+        """Texts by id, None for special ids and gaps; those of a byte-level vocabulary with a character per byte."""
+        vocab = self._core.get_vocab(with_added_tokens=True)
+        texts: list[str | None] = [None] * (max(vocab.values(), default=-1) + 1)
+        for token, token_id in vocab.items():
+            texts[token_id] = token
+        if self._byte_level:
+            written = [token.content for token in self._core.get_added_tokens_decoder().values()]
+            texts = _as_bytes(texts, {token: token.encode().decode("latin-1") for token in written})
+        for token_id in self._special_ids:
+            if token_id < len(texts):
+                texts[token_id] = None
+        return texts
 
 
 class _ByteLevel:
     """GPT-2's vocabulary, whose tokens are bytes: UTF-8 decoded incrementally."""
 
-    def __init__(self, core: tokenizers.Tokenizer, special_ids: Collection[int], tail: Sequence[int]) -> None:
-        self._core, self._special_ids = core, special_ids
+    def __init__(self, texts: Sequence[str | None], tail: Sequence[int]) -> None:
+        self._texts = texts
         # Python and the library alike put one U+FFFD for each maximal part of a character (Unicode, section 3.9).
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         for token_id in tail:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        token = None if token_id in self._special_ids else self._core.id_to_token(token_id)
-        return "" if token is None else self._utf8.decode(_token_bytes(token))
+        text = self._texts[token_id] if token_id < len(self._texts) else None
+        return "" if text is None else self._utf8.decode(text.encode("latin-1"))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -78,10 +103,8 @@ class _SentencePiece:
     So a run is held until it ends.
     """
 
-    def __init__(
-        self, core: tokenizers.Tokenizer, special_ids: Collection[int], tail: Sequence[int], *, strip: bool
-    ) -> None:
-        self._core, self._special_ids = core, special_ids
+    def __init__(self, texts: Sequence[str | None], tail: Sequence[int], *, strip: bool) -> None:
+        self._texts = texts
         self._run = bytearray()
         self._strip = False
         for token_id in tail:
@@ -90,7 +113,7 @@ class _SentencePiece:
         self._strip = strip
 
     def push(self, token_id: int) -> str:
-        token = None if token_id in self._special_ids else self._core.id_to_token(token_id)
+        token = self._texts[token_id] if token_id < len(self._texts) else None
         if token is None:
             return ""
         byte = _fallback_byte(token)
@@ -145,20 +168,17 @@ class _Window:
         return self._core.decode(ids, skip_special_tokens=True)
 
 
-@cache
-def _byte_of_char() -> dict[str, int]:
+def _as_bytes(texts: list[str | None], written: dict[str, str]) -> list[str | None]:
+    """Tokens of GPT-2's alphabet with each byte as the character of that number; those in `written` as given there."""
+    alphabet = str.maketrans(_char_of_byte())
+    return [None if text is None else written.get(text) or text.translate(alphabet) for text in texts]
+
+
+def _char_of_byte() -> dict[str, str]:
     """GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for U+0100 onwards."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-def _token_bytes(token: str) -> bytes:
-    table = _byte_of_char()
-    try:
-        return bytes([table[char] for char in token])
-    except KeyError:  # an added token, written as it is
-        return token.encode("utf-8")
+    return {chr(byte): chr(byte) for byte in printable} | {chr(256 + i): chr(byte) for i, byte in enumerate(rest)}
 
 
 def _fallback_byte(token: str) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from starling.engine.detokenizer import Detokenizer, make_detokenizer
+from starling.engine.detokenizer import Detokenizer, DetokenizerFactory
 from starling.engine.errors import BundleError, PromptError
 
 # Unicode's private-use characters, 137,000 of them.
@@ -30,6 +30,7 @@ class Tokenizer:
         self.special_tokens: Mapping[str, str] = {
             role: text for role, text in special_tokens.items() if core.token_to_id(text) is not None
         }
+        self._detokenizers = DetokenizerFactory(core, self.special_ids)
         self._special_pattern = literal_pattern(self._added[token_id] for token_id in self.special_ids)
 
     @classmethod
@@ -96,7 +97,7 @@ class Tokenizer:
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """A fresh incremental detokenizer. Behind `prompt_ids` the text continues theirs and keeps its first space."""
-        return make_detokenizer(self._core, self.special_ids, prompt_ids)
+        return self._detokenizers.make(prompt_ids)
 
     def encode_with_literals(self, text: str, literals: "Literals") -> list[int]:
         """Ids of a text in which `literals` hid strings: these become plain text, all other added tokens their ids.
