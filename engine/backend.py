@@ -49,6 +49,13 @@ class Backend(Protocol):
         """One step of the first k rows: token i of `tokens` [k] is written at `positions`[i]; logits [k, vocab]."""
         ...
 
+    def likeliest(self, logits: Logits) -> list[int]:
+        """The token with the greatest logit in each row of `logits` [k, vocab].
+
+        `logits` must be what the last call returned: the choice may have been made on the device already.
+        """
+        ...
+
     def close(self) -> None:
         """Free the model and the cache; the backend cannot be used afterwards."""
         ...

@@ -42,7 +42,7 @@ def prefill(backend: Backend, row: int, sequence: GenerationSequence, elapsed: f
     tokens = np.array(sequence.prompt[sequence.reused :], dtype=np.int64)
     logits = backend.prefill(row, tokens, sequence.reused)
     sequence.prefilled = True
-    accept(sequence, logits)
+    accept(sequence, logits, backend.likeliest(logits[None])[0])
     elapsed += sequence.encode_s + perf_counter() - begin
     sequence.ttft_s = elapsed
     sequence.prefill_model_s = backend.model_seconds - model_begin
@@ -62,12 +62,13 @@ def decode(
         # A finished row between unfinished ones writes what stands there once more: that changes nothing.
         tokens[row], positions[row] = sequences[row].newest(backend.max_seq)
     logits = backend.decode(tokens[:rows], positions[:rows])
+    likeliest = backend.likeliest(logits)
     for row in live:
-        accept(sequences[row], logits[row])
+        accept(sequences[row], logits[row], likeliest[row])
     model_s, seconds = backend.model_seconds - model_begin, perf_counter() - begin
     for row in live:
         sequences[row].itl_s.append(seconds)
-        sequences[row].decode_model_s += model_s
+        sequences[row].host_s.append(seconds - model_s)
 
 
 class GenerationStream(Iterator[GenerationChunk]):

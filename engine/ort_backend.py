@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 from starling.engine.backend import Logits, Tokens
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
-from starling.engine.ort_buffers import LogitsBuffer, LogitsReader, StepInputs, StepWriter, allocate_cache, first_line
+from starling.engine.ort_buffers import (
+    ChoiceBuffer,
+    ChoiceReader,
+    LogitsBuffer,
+    LogitsReader,
+    StepInputs,
+    StepWriter,
+    allocate_cache,
+    first_line,
+)
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # What ONNX Runtime 1.32 has kernels for: MatMul on the CPU lacks bf16, GroupQueryAttention on CUDA lacks fp32.
@@ -68,6 +77,7 @@ class _Step(NamedTuple):
     binding: Any
     write: StepWriter
     read: LogitsReader
+    choose: ChoiceReader
 
 
 class OrtBackend:
@@ -90,9 +100,11 @@ class OrtBackend:
         self._cache = allocate_cache(self._ort, bundle, self._device, max_batch, max_seq)
         self._inputs = StepInputs(self._ort, bundle.dialect, self._device, max_batch, self._chunk)
         self._logits = LogitsBuffer(bundle, max_batch)
+        self._choice = ChoiceBuffer(bundle, max_batch)
         self._row_bindings: dict[int, Any] = {}
         self._steps: dict[int, _Step] = {}
         self._read_row = self._logits.reader(1)
+        self._choose = self._choose_row = self._choice.reader(1)
 
     def prefill(self, slot: int, tokens: Tokens, start: int) -> Logits:
         """Write `tokens` int64 [n] at start..start+n of row `slot`; float32 logits [vocab] of the last one.
@@ -104,6 +116,7 @@ class OrtBackend:
             self._check_room(slot, start + first + len(chunk) - 1)
             self._inputs.write_chunk(chunk, start + first)
             self._run(self._row_binding(slot, len(chunk)))
+        self._choose = self._choose_row
         logits: Logits = self._read_row()[0]
         return logits
 
@@ -114,7 +127,12 @@ class OrtBackend:
         step = self._steps.get(rows) or self._new_step(rows)
         step.write(tokens, positions, longest)
         self._run(step.binding)
+        self._choose = step.choose
         return step.read()
+
+    def likeliest(self, logits: Logits) -> list[int]:
+        """The likeliest token of each row of `logits` [k, vocab], which the last `decode` or `prefill` returned."""
+        return self._choose(logits)
 
     def close(self) -> None:
         """Free the session, the cache and every binding."""
@@ -144,7 +162,9 @@ class OrtBackend:
     def _new_step(self, rows: int) -> _Step:
         binding = self._bind(0, rows)
         self._inputs.bind(binding, rows, 1)
-        step = self._steps[rows] = _Step(binding, self._inputs.step_writer(rows), self._logits.reader(rows))
+        step = self._steps[rows] = _Step(
+            binding, self._inputs.step_writer(rows), self._logits.reader(rows), self._choice.reader(rows)
+        )
         return step
 
     def _row_binding(self, slot: int, length: int) -> Any:
@@ -164,6 +184,7 @@ class OrtBackend:
             binding.bind_input(f"past_key_values.{name}", self._device, 0, kind, shape, pointer)
             binding.bind_output(f"present.{name}", self._device, 0, kind, shape, pointer)
         self._logits.bind(binding, rows)
+        self._choice.bind(binding, rows)
         return binding
 
 

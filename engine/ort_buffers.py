@@ -11,8 +11,12 @@ from starling.engine.backend import Logits, Tokens
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
 
+#: The graph's output with the greedy choice.
+NEXT_TOKENS = "next_tokens"
+
 StepWriter: TypeAlias = Callable[[Tokens, Tokens, int], None]
 LogitsReader: TypeAlias = Callable[[], Logits]
+ChoiceReader: TypeAlias = Callable[[Logits], list[int]]
 
 # TensorProto.DataType values, which IOBinding takes: NumPy has no bfloat16, so 16-bit floats travel as uint16.
 ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
@@ -127,6 +131,27 @@ class StepInputs:
     def _push(self) -> None:
         for buffer in (*self._per_token.values(), *self._per_row.values()):
             buffer.push()
+
+
+class ChoiceBuffer:
+    """The graph's greedy choice, int64 [max_batch, 1]; where a graph has none, it is made from the logits."""
+
+    def __init__(self, bundle: Bundle, rows: int) -> None:
+        self._in_graph = any(spec.name == NEXT_TOKENS for spec in bundle.graph.outputs)
+        self._tokens = np.zeros((rows, 1), np.int64)
+
+    def bind(self, binding: Any, rows: int) -> None:
+        """Bind the first `rows` rows as the graph's output."""
+        if self._in_graph:
+            pointer = self._tokens.ctypes.data
+            binding.bind_output(NEXT_TOKENS, "cpu", 0, ONNX_TYPES["int64"], [rows, 1], pointer)
+
+    def reader(self, rows: int) -> ChoiceReader:
+        """A function (logits [rows, vocab]) that gives the token with the greatest logit of each row."""
+        chosen = self._tokens[:rows, 0]
+        if self._in_graph:
+            return lambda _: chosen.tolist()
+        return lambda logits: logits.argmax(axis=-1).tolist()
 
 
 class LogitsBuffer:

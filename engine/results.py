@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 from starling.engine.sampling import TokenLogprob
@@ -28,8 +29,8 @@ class Timings:
     #: The prefill's runs of the model alone.
     prefill_model_s: float
     itl_s: tuple[float, ...]
-    #: The decode steps' runs of the model alone.
-    decode_model_s: float
+    #: Per decode step, what it took outside the model's run: choosing, detokenizing, stop checks.
+    host_s: tuple[float, ...]
 
     @property
     def prefilled_tokens(self) -> int:
@@ -54,7 +55,7 @@ class Timings:
     @property
     def model_s(self) -> float:
         """Seconds inside the model's runs."""
-        return self.prefill_model_s + self.decode_model_s
+        return self.prefill_model_s + self.decode_s - sum(self.host_s)
 
     @property
     def tpot_ms(self) -> float:
@@ -68,8 +69,8 @@ class Timings:
 
     @property
     def host_s_per_token(self) -> float:
-        """Seconds of a decode step outside the model's run (choosing, detokenizing, stop checks), on average."""
-        return (self.decode_s - self.decode_model_s) / len(self.itl_s) if self.itl_s else 0.0
+        """Seconds of a decode step outside the model's run, the median. 0 with fewer than two tokens."""
+        return median(self.host_s) if self.host_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)

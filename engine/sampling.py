@@ -63,6 +63,9 @@ class SamplingParams:
         for name in ("seed", "logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), "0 or more, or None")
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for index, text in enumerate(_checked_tuple(self, "stop")):
             if not isinstance(text, str) or not text:
                 raise SamplingError(f"stop[{index}] is {text!r}: give a string that is not empty")
@@ -70,6 +73,11 @@ class SamplingParams:
             _check_int(f"stop_token_ids[{index}]", token, "a token id")
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError(f"ignore_eos is {self.ignore_eos!r}: give True or False")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken as it is."""
+        return self.temperature == 0 and self.repetition_penalty == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,7 @@ def top_candidates(logits: Logits, k: int) -> Indices:
 
 def _greedy(logits: Logits) -> int:
     token = int(logits.argmax())
-    _check_finite(logits[token])
+    check_finite(logits[token])
     return token
 
 
@@ -141,7 +149,7 @@ def _random_choice(params: SamplingParams) -> Sampler:
         if work.size != logits.size:
             work = np.empty_like(logits)
         peak = logits[logits.argmax()]
-        _check_finite(peak)
+        check_finite(peak)
         indices = _prefiltered(logits, float(peak), params)
         # In place: a fresh array of the vocabulary's size costs more in page faults than the arithmetic on it.
         weights = work if indices is None else work[: indices.size]
@@ -216,7 +224,8 @@ def _draw(weights: Logits, uniform: float) -> int:
     return block * BLOCK + (inside if inside < inner.size else int(inner.argmax()))
 
 
-def _check_finite(peak: np.float32) -> None:
+def check_finite(peak: float | np.float32) -> None:
+    """Raise BackendError where the greatest logit is no number."""
     if not math.isfinite(peak):
         raise BackendError(
             f"the model's greatest logit is {peak}: its numbers overflowed; try --dtype fp32 or bf16 at export"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from starling.engine.backend import Logits
 from starling.engine.detokenizer import Detokenizer
 from starling.engine.results import FinishReason, GenerationChunk, GenerationResult, Timings
-from starling.engine.sampling import Sampler, SamplingParams, TokenLogprob, logprobs, make_sampler
+from starling.engine.sampling import Sampler, SamplingParams, TokenLogprob, check_finite, logprobs, make_sampler
 from starling.engine.stops import StopMatcher
 from starling.engine.tokenizer import Tokenizer
 
@@ -35,7 +35,8 @@ class GenerationSequence:
     limit: int
     top_logprobs: int | None
     stop_ids: frozenset[int]
-    sample: Sampler
+    #: None: the likeliest token is taken (greedy).
+    sample: Sampler | None
     detokenizer: Detokenizer
     stops: StopMatcher
     #: Seconds that encoding the prompt took; part of the time to first token.
@@ -49,7 +50,7 @@ class GenerationSequence:
     ttft_s: float = 0.0
     prefill_model_s: float = 0.0
     itl_s: list[float] = field(default_factory=list)
-    decode_model_s: float = 0.0
+    host_s: list[float] = field(default_factory=list)
 
     def newest(self, max_seq: int) -> tuple[int, int]:
         """The last token of prompt and answer that a cache of `max_seq` positions has room for, and its position."""
@@ -85,7 +86,7 @@ class GenerationSequence:
             ttft_s=self.ttft_s,
             prefill_model_s=self.prefill_model_s,
             itl_s=tuple(self.itl_s),
-            decode_model_s=self.decode_model_s,
+            host_s=tuple(self.host_s),
         )
 
 
@@ -106,16 +107,20 @@ def make_sequence(
         limit=min(params.max_tokens, max_seq + 1 - len(prompt)),
         top_logprobs=params.logprobs,
         stop_ids=frozenset(params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos)),
-        sample=make_sampler(params, prompt),
+        sample=None if params.is_greedy else make_sampler(params, prompt),
         detokenizer=tokenizer.detokenizer(prompt),
         stops=StopMatcher(params.stop),
         encode_s=encode_s,
     )
 
 
-def accept(sequence: GenerationSequence, logits: Logits) -> None:
-    """Choose the next token from logits [vocab], and see whether it ends the sequence."""
-    token = sequence.sample(logits)
+def accept(sequence: GenerationSequence, logits: Logits, likeliest: int) -> None:
+    """Choose the next token from logits [vocab], whose greatest is at `likeliest`; see whether it ends the sequence."""
+    if sequence.sample is None:
+        token = likeliest
+        check_finite(logits.item(token))
+    else:
+        token = sequence.sample(logits)
     top = sequence.top_logprobs
     logprob = None if top is None else logprobs(logits, token, top)
     text, reason = "", None

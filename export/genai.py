@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from starling.export.architecture import Architecture
 from starling.export.checkpoint import Checkpoint
+from starling.export.dialects.ort import NEXT_TOKENS
 
 GRAPH_FILE = "model_genai.onnx"
 # Its generic decoder-only kind: what the type changes beyond that is the processing of images and sound.
@@ -17,7 +18,7 @@ MODEL_TYPE = "decoder"
 
 
 def genai_graph(model: ir.Model) -> ir.Model:
-    """A copy of an `ort` graph with `attention_mask` in place of `seqlens_k` and `total_sequence_length`."""
+    """A copy of an `ort` graph with `attention_mask` in place of the two lengths, and logits as its only choice."""
     twin = model.clone()
     graph = twin.graph
     by_name = {value.name: value for value in graph.inputs}
@@ -31,6 +32,9 @@ def genai_graph(model: ir.Model) -> ir.Model:
     shape = _add(graph, first, ir.node("Shape", [mask], attributes={"start": 1}))
     scalar = _add(graph, first, ir.node("Squeeze", [shape]))
     total = _add(graph, first, ir.node("Cast", [scalar], attributes={"to": ir.DataType.INT32}))
+    for choice in [output for output in graph.outputs if output.name == NEXT_TOKENS]:
+        graph.outputs.remove(choice)
+        graph.remove(choice.producer(), safe=True)  # type: ignore[arg-type]
     for name, value in (("seqlens_k", seqlens), ("total_sequence_length", total)):
         ir.convenience.replace_all_uses_with(by_name[name], value)
         graph.inputs.remove(by_name[name])

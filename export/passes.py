@@ -76,6 +76,20 @@ def fuse_residual_norms(model: ir.Model) -> None:
     model.opset_imports.setdefault(MICROSOFT, 1)
 
 
+def add_greedy_choice(model: ir.Model, name: str) -> None:
+    """A further output `name`, int64 [batch, 1]: the token with the greatest logit, chosen where the logits are."""
+    graph = model.graph
+    logits = graph.outputs[0]
+    scores = logits
+    if logits.dtype is ir.DataType.BFLOAT16:  # ArgMax has no kernel for it
+        scores = _append(graph, ir.node("Cast", [logits], attributes={"to": ir.DataType.FLOAT}))
+    choice = _append(graph, ir.node("ArgMax", [scores], attributes={"axis": -1, "keepdims": 0}))
+    choice.name, choice.type = name, ir.TensorType(ir.DataType.INT64)
+    assert logits.shape is not None
+    choice.shape = ir.Shape(logits.shape[:-1])
+    graph.outputs.append(choice)
+
+
 def is_linear(node: ir.Node) -> bool:
     """Whether node is an abstract projection: x [..., in], weight [out, in], and perhaps bias [out]."""
     return node.domain == STARLING and node.op_type == "Linear"
@@ -194,6 +208,11 @@ def _take_over(old: ir.Value, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=is_output)
     if is_output:
         old.name, new.name = f"{old.name}_replaced", old.name
+
+
+def _append(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    graph.append(node)
+    return node.outputs[0]
 
 
 def _required(value: ir.Value | None) -> ir.Value:

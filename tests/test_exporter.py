@@ -48,7 +48,8 @@ def test_inputs_are_named_as_optimum_names_them(tiny_bundle: Path) -> None:
     assert [n for n in inputs if n.startswith("past_key_values")] == [
         f"past_key_values.{i}.{side}" for i in range(2) for side in ("key", "value")
     ]
-    assert outputs == ["logits"] + [f"present.{i}.{side}" for i in range(2) for side in ("key", "value")]
+    presents = [f"present.{i}.{side}" for i in range(2) for side in ("key", "value")]
+    assert outputs == ["logits", *presents, "next_tokens"]
     assert graph["outputs"][0]["shape"] == ["batch", 1, 32002]
 
 

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from starling.export.dialects.base import AttentionCall, Attributes, StepInput
-from starling.export.passes import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
+from starling.export.passes import add_greedy_choice, fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
+
+#: The output with the greedy choice. A sampled one is made from the logits, on the host.
+NEXT_TOKENS = "next_tokens"
 
 
 class OrtDialect:
@@ -57,7 +60,8 @@ class OrtDialect:
         return output, present_key, present_value
 
     def optimize(self, model: ir.Model) -> None:
-        """Fewer, larger operators: one projection for query, key and value, one for gate and up, one per add + norm."""
+        """Fewer, larger operators: packed projections, add + norm in one; and the greedy choice in the graph."""
         pack_sibling_linears(model)
         pack_attention_inputs(model)
         fuse_residual_norms(model)
+        add_greedy_choice(model, NEXT_TOKENS)
