@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,13 +118,23 @@ def _run_batch(
     engine: Engine, prompts: list[str] | list[list[int]], chat: bool, options: dict[str, Any], params: SamplingParams
 ) -> list[GenerationResult]:
     if not chat:
-        return engine.generate(prompts, params)
+        return _kept(lambda: engine.generate(prompts, params))
     system = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
     rendered = [
         engine.apply_chat_template([*system, {"role": "user", "content": str(text)}], options["template"])
         for text in prompts
     ]
-    return engine.generate(rendered, params)
+    return _kept(lambda: engine.generate(rendered, params, reply=True))
+
+
+def _kept(run: Callable[[], list[GenerationResult]]) -> list[GenerationResult]:
+    """The results of `run`, or what there was of them when Ctrl-C ended it."""
+    from starling.engine.results import GenerationInterrupted
+
+    try:
+        return run()
+    except GenerationInterrupted as interruption:
+        return interruption.results
 
 
 def _print(results: Sequence[GenerationResult], engine: Engine, *, streamed: bool) -> None:

@@ -16,7 +16,7 @@ from starling.engine.bundle import Bundle
 from starling.engine.errors import PromptError, SamplingError
 from starling.engine.generation import GenerationStream, generate
 from starling.engine.prompts import Prompt, checked_ids, common_prefix, is_single
-from starling.engine.results import GenerationResult
+from starling.engine.results import GenerationInterrupted, GenerationResult
 from starling.engine.sampling import SamplingParams
 from starling.engine.sequence import GenerationSequence, make_sequence
 from starling.engine.tokenizer import Tokenizer
@@ -77,28 +77,44 @@ class Engine:
         return self.backend.kv_cache_bytes
 
     @overload
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Any) -> GenerationResult: ...
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, reply: bool = False, **overrides: Any
+    ) -> GenerationResult: ...
 
     @overload
     def generate(
-        self, prompt: list[str] | list[list[int]], params: SamplingParams | None = None, **overrides: Any
+        self,
+        prompt: list[str] | list[list[int]],
+        params: SamplingParams | None = None,
+        *,
+        reply: bool = False,
+        **overrides: Any,
     ) -> list[GenerationResult]: ...
 
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **overrides: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        reply: bool = False,
+        **overrides: Any,
     ) -> GenerationResult | list[GenerationResult]:
         """Generate an answer to a prompt, or to each prompt of a list in one static batch of at most `max_batch`.
 
-        A prompt is text or token ids; `overrides` change fields of `params`. Raises PromptError or SamplingError.
+        A prompt is text or token ids; `overrides` change fields of `params`. With `reply` the text is one of its own,
+        as for a chat, and does not begin with the space that would continue the prompt. Raises PromptError or
+        SamplingError, and on Ctrl-C GenerationInterrupted, which has the results so far.
         """
         single = is_single(prompt)
         prompts = cast(list[Prompt], [prompt] if single else list(prompt))
         sequences = self._prepare(prompts, sampling_params(params, overrides))
+        for sequence in sequences if reply else ():
+            sequence.detokenizer = self.tokenizer.detokenizer()
         for _ in self._start(sequences):
             pass
         results = [sequence.result() for sequence in sequences]
         if any(result.finish_reason == "interrupted" for result in results):
-            raise KeyboardInterrupt  # only a stream can hand out what there was
+            raise GenerationInterrupted(results)
         return results[0] if single else results
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Any) -> GenerationStream:

@@ -86,6 +86,14 @@ class GenerationResult:
     timings: Timings
 
 
+class GenerationInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `Engine.generate`; `results` has one result per prompt, with the text so far."""
+
+    def __init__(self, results: list[GenerationResult]) -> None:
+        super().__init__("generation interrupted")
+        self.results = results
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationChunk:
     """What one token added to a stream. The texts of all chunks joined are the result's text.

@@ -14,7 +14,7 @@ from starling.engine.errors import UserError
 from starling.engine.results import GenerationResult, Timings
 from starling.profiling.bandwidth import Bandwidth, decode_bandwidth
 from starling.profiling.machine import Machine, describe_machine, peak_rss_bytes
-from starling.profiling.peers.prompts import prompt_tokens
+from starling.profiling.prompts import prompt_tokens
 from starling.profiling.statistics import Distribution, distribution
 
 CPU_PROVIDER = "CPUExecutionProvider"

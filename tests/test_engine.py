@@ -13,6 +13,7 @@ import pytest
 from starling.engine.bundle import Bundle
 from starling.engine.engine import DEFAULT_MAX_SEQ, Engine
 from starling.engine.errors import BundleError, PromptError, SamplingError, UserError
+from starling.engine.results import GenerationInterrupted
 from starling.engine.sampling import SamplingParams
 
 MAX_SEQ = 48
@@ -138,9 +139,18 @@ def test_ctrl_c_stops_a_whole_generation_and_leaves_the_engine_usable(tiny_bundl
     with Engine(tiny_bundle, max_seq=2048, threads=1) as engine:
         before = engine.generate("Hello there", SHORT)
         Timer(0.2, _thread.interrupt_main).start()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(GenerationInterrupted) as interruption:
             engine.generate("Hello there", max_tokens=2000, ignore_eos=True)
+        [partial] = interruption.value.results
+        assert partial.finish_reason == "interrupted"
+        assert partial.tokens[: len(before.tokens)] == before.tokens[: len(partial.tokens)]
         assert engine.generate("Hello there", SHORT).tokens == before.tokens
+
+
+def test_a_batch_of_replies_reads_as_the_chat_does(engine: Engine) -> None:
+    ids = engine.apply_chat_template([{"role": "user", "content": "Hello"}])
+    alone = engine.chat().send("Hello", SHORT)
+    assert [result.text for result in engine.generate([ids, ids], SHORT, reply=True)] == [alone.text] * 2
 
 
 def test_time_to_first_token_includes_encoding(engine: Engine) -> None:

@@ -19,9 +19,9 @@ from starling.profiling.peers.compare import main
 from starling.profiling.peers.measure import Run, to_run, turns
 from starling.profiling.peers.precision import graph_precision
 from starling.profiling.peers.process import WorkerProcess
-from starling.profiling.peers.prompts import SENTENCES, prompt_tokens
 from starling.profiling.peers.summary import summarize
 from starling.profiling.peers.worker import serve
+from starling.profiling.prompts import SENTENCES, prompt_tokens
 
 
 class Counting:

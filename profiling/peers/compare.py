@@ -23,8 +23,8 @@ from starling.engine.tokenizer import Tokenizer
 from starling.profiling.machine import describe_machine
 from starling.profiling.peers.contenders import OURS, Contender, contenders, opened
 from starling.profiling.peers.measure import Run, measure
-from starling.profiling.peers.prompts import prompt_tokens
 from starling.profiling.peers.summary import Summary, summarize, tables
+from starling.profiling.prompts import prompt_tokens
 
 #: A load average above this before we start means that somebody else is measured along.
 BUSY_LOAD = 0.5
