@@ -15,6 +15,7 @@ from starling.cli.inspect import parity_line, precision
 from starling.cli.options import json_option
 from starling.cli.output import human_bytes, human_seconds, print_json
 from starling.engine.errors import UserError
+from starling.export.bundle_folder import check_target
 
 if TYPE_CHECKING:
     from starling.engine.bundle import Bundle
@@ -89,8 +90,7 @@ def _check_settings(out: Path, options: dict[str, Any]) -> None:
         for name in ("block_size", "symmetric", "accuracy_level"):
             if options[name] not in (None, False):
                 raise UserError(f"--{name.replace('_', '-')} is about quantized weights: add --quant int8 or int4")
-    if out.exists() and not options["force"]:
-        raise UserError(f"{out} exists; give another folder, or --force to replace the bundle in it")
+    check_target(out, force=options["force"])
 
 
 def _quantization(options: dict[str, Any]) -> Quantization | None:

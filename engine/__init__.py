@@ -1,1 +1,41 @@
 """Run a bundle: tokenizer, sampling, backends and the decode loop. Imports neither torch, transformers nor onnx."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starling.engine.bundle import Bundle
+    from starling.engine.chat_session import ChatSession
+    from starling.engine.engine import Engine
+    from starling.engine.errors import StarlingError
+    from starling.engine.results import GenerationChunk, GenerationResult, Timings
+    from starling.engine.sampling import SamplingParams
+
+__all__ = [
+    "Bundle",
+    "ChatSession",
+    "Engine",
+    "GenerationChunk",
+    "GenerationResult",
+    "SamplingParams",
+    "StarlingError",
+    "Timings",
+]
+
+# Loaded when first asked for: `starling --help` needs the errors, not NumPy.
+_HOMES = {
+    "Bundle": "bundle",
+    "ChatSession": "chat_session",
+    "Engine": "engine",
+    "GenerationChunk": "results",
+    "GenerationResult": "results",
+    "SamplingParams": "sampling",
+    "StarlingError": "errors",
+    "Timings": "results",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

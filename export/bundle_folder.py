@@ -8,24 +8,26 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starling.engine.errors import StarlingError, UserError
-from starling.export.checkpoint import TokenizerFiles
+
+if TYPE_CHECKING:  # the command line asks check_target before it loads PyTorch
+    from starling.export.checkpoint import TokenizerFiles
 
 
 @contextmanager
 def new_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """A working folder beside `target`, renamed to it when the block ends well and removed when it does not.
 
-    Its name starts with a dot and it holds no bundle.json before its end, so a killed run leaves nothing that looks
-    whole; the next export to the same place clears it away.
+    Its name starts with a dot and says that it is partial, so a killed run leaves nothing that looks whole; the next
+    export to the same place clears it away.
 
     Raises:
         UserError: `target` exists and `force` is not set, or is not a bundle and would be overwritten.
         StarlingError: the disk is full or the place cannot be written.
     """
-    _check_target(target, force=force)
+    check_target(target, force=force)
     work = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +39,16 @@ def new_folder(target: Path, *, force: bool) -> Iterator[Path]:
         raise _explain(error, target) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Raise UserError where a bundle may not be written to `target`: see `new_folder`."""
+    if not target.exists():
+        return
+    if not force:
+        raise UserError(f"{target} exists; give another folder, or --force to replace the bundle in it")
+    if target.is_file() or (any(target.iterdir()) and not (target / "bundle.json").is_file()):
+        raise UserError(f"{target} is not a bundle; --force replaces bundles only, so choose another folder")
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -54,7 +66,7 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(folder: Path, files: TokenizerFiles, generation: dict[str, Any]) -> None:
+def write_tokenizer(folder: Path, files: "TokenizerFiles", generation: dict[str, Any]) -> None:
     """Write the tokenizer, its chat templates and the generation defaults."""
     (folder / "tokenizer.json").write_text(files.tokenizer_json, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", files.tokenizer_config)
@@ -72,15 +84,6 @@ def file_entry(file: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, as bundle.json lists it."""
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _check_target(target: Path, *, force: bool) -> None:
-    if not target.exists():
-        return
-    if not force:
-        raise UserError(f"{target} exists; give another folder, or --force to replace the bundle in it")
-    if target.is_file() or (any(target.iterdir()) and not (target / "bundle.json").is_file()):
-        raise UserError(f"{target} is not a bundle; --force replaces bundles only, so choose another folder")
 
 
 def _put_in_place(work: Path, target: Path) -> None:

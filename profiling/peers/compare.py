@@ -85,7 +85,8 @@ def _lengths(context: click.Context, option: click.Parameter, value: str) -> tup
 @click.option("--prompt-tokens", "lengths", default="128,1024", callback=_lengths, help="Prompt lengths, by commas.")
 @click.option("--new-tokens", default=128, type=click.IntRange(2), help="Greedy tokens of one run.")
 @click.option("--threads", default=default_threads, type=click.IntRange(1), help="Threads of every contender.")
-@click.option("--repeats", default=5, type=click.IntRange(1), help="Runs of each contender on each prompt length.")
+@click.option("--rounds", default=4, type=click.IntRange(1), help="Times that all contenders are started afresh.")
+@click.option("--repeats", default=2, type=click.IntRange(1), help="Runs of each contender on each length in a round.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="JSON file for all figures.")
 def main(
     bundle: Path,
@@ -95,6 +96,7 @@ def main(
     lengths: tuple[int, ...],
     new_tokens: int,
     threads: int,
+    rounds: int,
     repeats: int,
     output: Path | None,
 ) -> None:
@@ -109,7 +111,7 @@ def main(
             raise UserError(f"{output.parent} is no folder; choose another --output")
         ours = Bundle.open(bundle)
         listed = contenders(ours, peer_python, peer_models, bundle_in_peer)
-        document = compare(ours, listed, lengths, new_tokens, threads, repeats)
+        document = compare(ours, listed, lengths, new_tokens, threads, (rounds, repeats))
     except StarlingError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -118,25 +120,37 @@ def main(
 
 
 def compare(
-    bundle: Bundle, listed: Sequence[Contender], lengths: Sequence[int], new_tokens: int, threads: int, repeats: int
+    bundle: Bundle,
+    listed: Sequence[Contender],
+    lengths: Sequence[int],
+    new_tokens: int,
+    threads: int,
+    times: tuple[int, int],
 ) -> dict[str, Any]:
-    """Run the comparison, print its tables, and give the whole of it as a JSON document. Raises StarlingError."""
+    """Run the comparison, print its tables, and give the whole of it as a JSON document. Raises StarlingError.
+
+    `times`: rounds, each with fresh processes, and repeats within one.
+    """
+    rounds, repeats = times
     tokenizer = Tokenizer.load(bundle.folder, bundle.architecture.vocab_size)
     about = environment(threads)
     if about["load_average"] > BUSY_LOAD:
         click.echo(f"The machine is busy (load {about['load_average']}): ratios may be off, times are.", err=True)
-    with ExitStack() as stack, Console(stderr=True).status("loading") as status:
-        pairs = [stack.enter_context(opened(contender, threads, max(lengths) + new_tokens)) for contender in listed]
-        runs = measure(
-            [process for process, _ in pairs],
-            lambda length, repeat: prompt_tokens(tokenizer, length, repeat),
-            lengths,
-            new_tokens,
-            repeats,
-            status.update,
-        )
+    runs: list[Run] = []
+    for round_ in range(rounds):
+        # Fresh processes: where a process's memory happens to lie makes it some 10 % faster or slower for its life.
+        with ExitStack() as stack, Console(stderr=True).status("loading") as status:
+            pairs = [stack.enter_context(opened(contender, threads, max(lengths) + new_tokens)) for contender in listed]
+            runs += measure(
+                [process for process, _ in pairs],
+                lambda length, repeat: prompt_tokens(tokenizer, length, repeat),
+                lengths,
+                new_tokens,
+                range(round_ * repeats, (round_ + 1) * repeats),
+                status.update,
+            )
     summaries = summarize(runs, OURS)
-    settings = f"{threads} threads, {new_tokens} new tokens, {repeats} repeats"
+    settings = f"{threads} threads, {new_tokens} new tokens, {rounds} rounds of {repeats} repeats"
     _print(summaries, f"{bundle.folder.name} on {about['machine']['cpu']}, {settings}")
     return report(bundle, about, [member for _, member in pairs], runs, summaries)
 

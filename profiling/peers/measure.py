@@ -40,10 +40,10 @@ def measure(
     prompts: Callable[[int, int], list[int]],
     lengths: Sequence[int],
     new_tokens: int,
-    repeats: int,
+    repeats: range,
     progress: Callable[[str], None],
 ) -> list[Run]:
-    """Every contender on every prompt length, `repeats` times, after one warm-up run of each.
+    """Every contender on every prompt length, once for each of `repeats`, after one warm-up run of each.
 
     `prompts(length, repeat)` gives the token ids, the same for all contenders. Raises BackendError when a worker
     fails, or gives fewer or more tokens than were asked for.
@@ -53,10 +53,10 @@ def measure(
         for worker in workers:
             progress(f"warming up {worker.name} on {length} tokens")
             worker.request(op="run", prompt=prompts(length, -1), new_tokens=WARM_UP_TOKENS)
-        for repeat in range(repeats):
+        for repeat in repeats:
             prompt = prompts(length, repeat)
             for worker in turns(workers, repeat):
-                progress(f"{length} prompt tokens, repeat {repeat + 1} of {repeats}: {worker.name}")
+                progress(f"{length} prompt tokens, repeat {repeat + 1} of {repeats.stop}: {worker.name}")
                 runs.append(_run(worker, workers, prompt, new_tokens, repeat))
     return runs
 
