@@ -23,7 +23,11 @@ DType = Literal["fp32", "fp16", "bf16"]
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Shapes of the decoder. `max_positions` is the longest sequence that its rotary tables cover."""
+    """Shape of the decoder.
+
+    `sliding_window` is the checkpoint's own, in tokens (None: it has none); `max_positions` the longest sequence that
+    the rotary tables cover; `parameters` counts tied weights once.
+    """
 
     model_type: str
     class_name: str

@@ -5,6 +5,7 @@ The CUDA path has not been run on a GPU yet; the CPU path is tested.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import import_module
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from starling.engine.backend import Logits, Tokens
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
+from starling.engine.huge_pages import huge_pages
 from starling.engine.ort_buffers import (
     ChoiceBuffer,
     ChoiceReader,
@@ -198,7 +200,8 @@ def _open_session(ort: Any, bundle: Bundle, provider: str, threads: int) -> Any:
     if provider == CUDA:
         ort.preload_dlls()
     try:
-        session = ort.InferenceSession(str(bundle.graph_path), options, providers=[provider])
+        with huge_pages() if provider == CPU else nullcontext():
+            session = ort.InferenceSession(str(bundle.graph_path), options, providers=[provider])
     except Exception as error:
         raise BackendError(f"ONNX Runtime cannot load {bundle.graph_path}: {first_line(error)}") from error
     if session.get_providers()[0] != provider:

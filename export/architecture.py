@@ -1,43 +1,23 @@
 """What the exporter needs to know of a model before it traces it, and what it refuses by name."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from starling.engine.bundle import Architecture
 from starling.engine.errors import UnsupportedModelError
 
 # Their frequencies are the same at every sequence length, so a table of cosines and sines made once is exact.
 STATIC_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """The shape of a decoder-only model.
-
-    `sliding_window` is the widest window of any layer in tokens (None: some layer attends to everything);
-    `max_positions` the longest sequence; `parameters` counts tied weights once.
-    """
-
-    model_type: str
-    class_name: str
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    sliding_window: int | None
-    max_positions: int
-    parameters: int
-    tied_embeddings: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """The `architecture` object of bundle.json."""
-        fields = asdict(self)
-        fields["class"] = fields.pop("class_name")
-        return fields
+def architecture_json(arch: Architecture) -> dict[str, Any]:
+    """The `architecture` object of bundle.json; Bundle.open reads it back."""
+    fields = asdict(arch)
+    fields["class"] = fields.pop("class_name")
+    return fields
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:

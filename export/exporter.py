@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from starling.engine.bundle import FORMAT, FORMAT_VERSION
+from starling.engine.bundle import FORMAT, FORMAT_VERSION, Architecture
 from starling.engine.errors import UserError
-from starling.export.architecture import Architecture
+from starling.export.architecture import architecture_json
 from starling.export.bundle_folder import check_space, file_entry, new_folder, write_json, write_tokenizer
 from starling.export.checkpoint import Checkpoint
 from starling.export.dialects import get_dialect
@@ -142,7 +142,7 @@ def _manifest(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "starling_version": version("starling-llm"),
         "source": {"kind": checkpoint.kind, "name": checkpoint.name},
-        "architecture": arch.to_json(),
+        "architecture": architecture_json(arch),
         "dialect": options.dialect,
         "dtype": options.dtype,
         "quantization": None if options.quantization is None else options.quantization.to_json(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from starling.export.architecture import Architecture
+from starling.engine.bundle import Architecture
 from starling.export.checkpoint import Checkpoint
 from starling.export.dialects.ort import NEXT_TOKENS
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from starling.engine.bundle import Architecture
 from starling.engine.errors import StarlingError, UnsupportedModelError
-from starling.export.architecture import Architecture, check_supported, head_dim_of, kv_heads_of
+from starling.export.architecture import check_supported, head_dim_of, kv_heads_of
 from starling.export.dialects import Dialect, StepInput
 from starling.export.lowering import Lowering, Step, table_buffers
 from starling.export.passes import simplify
