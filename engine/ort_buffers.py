@@ -11,7 +11,7 @@ from starling.engine.backend import Logits, Tokens
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
 
-#: The graph's output with the greedy choice.
+#: The graph's output with the greedy choice; a sampled one is made from the logits, on the host.
 NEXT_TOKENS = "next_tokens"
 
 StepWriter: TypeAlias = Callable[[Tokens, Tokens, int], None]

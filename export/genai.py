@@ -9,8 +9,8 @@ from typing import Any
 import onnx_ir as ir
 
 from starling.engine.bundle import Architecture
+from starling.engine.ort_buffers import NEXT_TOKENS
 from starling.export.checkpoint import Checkpoint
-from starling.export.dialects.ort import NEXT_TOKENS
 
 GRAPH_FILE = "model_genai.onnx"
 # Its generic decoder-only kind: what the type changes beyond that is the processing of images and sound.

@@ -114,6 +114,7 @@ class Lowering:
         sliding_window: int | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
+        # `sliding_window` is taken and left: the mask is what the model's own attention would obey
         name = type(module).__name__
         for option, given in options.items():
             if given is not None and option not in HARMLESS:

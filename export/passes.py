@@ -69,8 +69,8 @@ def fuse_residual_norms(model: ir.Model) -> None:
             name=norm.name,
         )
         graph.insert_before(add, fused)
-        _take_over(norm.outputs[0], fused.outputs[0])
-        _take_over(add.outputs[0], fused.outputs[3])
+        take_over(norm.outputs[0], fused.outputs[0])
+        take_over(add.outputs[0], fused.outputs[3])
         graph.remove([norm], safe=True)
         graph.remove([add], safe=True)
     model.opset_imports.setdefault(MICROSOFT, 1)
@@ -124,7 +124,7 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     split = ir.node("Split", [packed.outputs[0], lengths], attributes={"axis": -1}, num_outputs=len(nodes))
     graph.insert_before(first, split)
     for node, output in zip(nodes, split.outputs, strict=True):
-        _take_over(node.outputs[0], output)
+        take_over(node.outputs[0], output)
         graph.remove(node, safe=True)
 
 
@@ -168,7 +168,7 @@ def _replace_views(graph: ir.Graph) -> None:
     for node in graph:
         same = _same_tensor(node)
         if same is not None:
-            _take_over(node.outputs[0], same)
+            take_over(node.outputs[0], same)
 
 
 def _same_tensor(node: ir.Node) -> ir.Value | None:
@@ -200,7 +200,7 @@ def _equal_shapes(a: ir.Value, b: ir.Value) -> bool:
     return known and a.shape == b.shape
 
 
-def _take_over(old: ir.Value, new: ir.Value) -> None:
+def take_over(old: ir.Value, new: ir.Value) -> None:
     """`new` is used wherever `old` was, and says what `old` said of type and shape."""
     new.type = new.type or old.type
     new.shape = new.shape or old.shape

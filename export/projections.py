@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from starling.export.passes import MICROSOFT, STARLING, insert_constant, is_linear
+from starling.export.passes import MICROSOFT, STARLING, insert_constant, is_linear, take_over
 from starling.export.quantization import Quantization
 from starling.export.weights import Blocks, Rows, new_weight, rows_of
 
@@ -42,12 +42,7 @@ def _is_embedding(node: ir.Node) -> bool:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
-    old = node.outputs[0]
-    output.type, output.shape = old.type, old.shape
-    is_output = old.is_graph_output()
-    ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=is_output)
-    if is_output:
-        old.name, output.name = f"{old.name}_abstract", old.name
+    take_over(node.outputs[0], output)
     graph.remove(node, safe=True)
 
 

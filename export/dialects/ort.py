@@ -6,11 +6,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from starling.engine.ort_buffers import NEXT_TOKENS
 from starling.export.dialects.base import AttentionCall, Attributes, StepInput
 from starling.export.passes import add_greedy_choice, fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
-
-#: The output with the greedy choice. A sampled one is made from the logits, on the host.
-NEXT_TOKENS = "next_tokens"
 
 
 class OrtDialect:
