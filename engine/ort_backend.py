@@ -14,11 +14,11 @@ from starling.engine.backend import Logits, Tokens
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.huge_pages import huge_pages
+from starling.engine.logits import LogitsReader
 from starling.engine.ort_buffers import (
     ChoiceBuffer,
     ChoiceReader,
     LogitsBuffer,
-    LogitsReader,
     StepInputs,
     StepWriter,
     allocate_cache,
