@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from starling.export.quantization import Quantization
 
 # Spelt out here, since importing them from starling.export would bring torch into `--help`; a test compares them.
-DIALECTS = ("ort", "canonical")
+DIALECTS = ("ort", "canonical", "tensorrt")
 DTYPES = ("fp32", "fp16", "bf16")
 SCHEMES = ("int8", "int4")
 

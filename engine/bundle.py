@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 #: Files up to this size are hashed at every open: the graph and the tokenizer cost milliseconds, the weights seconds.
 ALWAYS_HASHED_BYTES = 64 * 2**20
 
-Dialect = Literal["ort", "canonical"]
+Dialect = Literal["ort", "canonical", "tensorrt"]
 DType = Literal["fp32", "fp16", "bf16"]
 
 
@@ -106,7 +106,10 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Typed view of a bundle folder. `raw` is bundle.json as it was read; `parity` what the export measured."""
+    """Typed view of a bundle folder. `raw` is bundle.json as it was read; `parity` what the export measured.
+
+    `reference_graph` is a second file with the same nodes, in which operators of the dialect's own have a meaning.
+    """
 
     folder: Path
     source: Mapping[str, str]
@@ -115,6 +118,7 @@ class Bundle:
     dtype: DType
     quantization: Quantization | None
     graph: Graph
+    reference_graph: str | None
     kv_cache: KVCache
     weights: Weights
     tokens: SpecialTokens
@@ -138,8 +142,13 @@ class Bundle:
 
     @property
     def graph_path(self) -> Path:
-        """The ONNX file to load."""
+        """The ONNX file that the dialect's own runtime loads."""
         return self.folder / self.graph.file
+
+    @property
+    def reference_path(self) -> Path:
+        """The ONNX file that any reader of the standard can run."""
+        return self.folder / (self.reference_graph or self.graph.file)
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -190,8 +199,10 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
     top = JsonFields(f"{folder}/bundle.json", raw)
     kv, weights = top.inside("kv_cache"), top.inside("weights")
     graph, files = _graph(top.inside("graph")), _files(top.inside("files"))
-    if graph.file not in files:
-        raise top.bad("graph.file", graph.file, "one of the files that bundle.json lists")
+    reference_graph = top.optional("reference_graph", str)
+    for field, file in (("graph.file", graph.file), ("reference_graph", reference_graph)):
+        if file is not None and file not in files:
+            raise top.bad(field, file, "one of the files that bundle.json lists")
     return Bundle(
         folder=folder,
         source=top.mapping("source"),
@@ -200,6 +211,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
         dtype=cast(DType, top.choice("dtype", get_args(DType))),
         quantization=_quantization(top.inside("quantization")) if raw.get("quantization") is not None else None,
         graph=graph,
+        reference_graph=reference_graph,
         kv_cache=KVCache(kv.choice("dtype", ("float32", "float16", "bfloat16")), kv.get("bytes_per_token", int)),
         weights=Weights(weights.get("bytes", int), weights.get("bytes_per_token", int)),
         tokens=_tokens(top.inside("tokens")),

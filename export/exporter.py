@@ -23,6 +23,8 @@ from starling.export.parity import Parity, available_memory, bundle_logits, comp
 from starling.export.projections import write_projections
 from starling.export.quantization import Quantization
 from starling.export.reference import PASSAGE, cut, load_reference, reference_logits
+from starling.export.tensorrt_reference import GRAPH_FILE as REFERENCE_FILE
+from starling.export.tensorrt_reference import reference_graph
 from starling.export.tracer import DTYPES, trace
 from starling.export.weight_file import WrittenFile, bytes_per_token, planned_bytes, write_weights
 
@@ -111,6 +113,8 @@ def _write_model(checkpoint: Checkpoint, folder: Path, options: ExportOptions, p
     if options.dialect == "ort":
         ir.save(genai_graph(graph), folder / GENAI_GRAPH_FILE)
         write_json(folder / "genai_config.json", genai_config(arch, checkpoint))
+    elif options.dialect == "tensorrt":
+        ir.save(reference_graph(graph), folder / REFERENCE_FILE)
     write_tokenizer(folder, checkpoint.tokenizer, checkpoint.generation)
     manifest = _manifest(checkpoint, arch, options, graph, total)
     manifest["files"] = _files(folder, {WEIGHT_FILE: data})
@@ -151,6 +155,7 @@ def _manifest(
             "inputs": _tensor_specs(graph.graph.inputs),
             "outputs": _tensor_specs(graph.graph.outputs),
         },
+        "reference_graph": REFERENCE_FILE if options.dialect == "tensorrt" else None,
         "kv_cache": {
             "dtype": _DTYPE_NAMES[options.dtype],
             "bytes_per_token": 2 * arch.layers * arch.kv_heads * arch.head_dim * width,

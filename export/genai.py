@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from starling.engine.bundle import Architecture
-from starling.engine.ort_buffers import NEXT_TOKENS
+from starling.engine.graph_names import NEXT_TOKENS
 from starling.export.checkpoint import Checkpoint
 
 GRAPH_FILE = "model_genai.onnx"

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 from onnxscript.optimizer import fold_constants
 
-from starling.export.weights import new_weight, rows_of, stacked, stacked_name
+from starling.export.weights import new_weight, rows_of, stacked, stacked_name, weight_of
 
 MICROSOFT = "com.microsoft"
 STARLING = "starling"
@@ -17,6 +18,7 @@ def simplify(model: ir.Model) -> None:
     """Fold the constants of shape arithmetic and drop views that change nothing, copies and unused nodes."""
     fold_constants(model, onnx_shape_inference=False)
     _replace_views(model.graph)
+    _merge_scalars(model.graph)
     for tidy in (
         common_passes.IdentityEliminationPass(),
         common_passes.CommonSubexpressionEliminationPass(),
@@ -76,23 +78,14 @@ def fuse_residual_norms(model: ir.Model) -> None:
     model.opset_imports.setdefault(MICROSOFT, 1)
 
 
-def add_greedy_choice(model: ir.Model, name: str) -> None:
-    """A further output `name`, int64 [batch, 1]: the token with the greatest logit, chosen where the logits are."""
-    graph = model.graph
-    logits = graph.outputs[0]
-    scores = logits
-    if logits.dtype is ir.DataType.BFLOAT16:  # ArgMax has no kernel for it
-        scores = _append(graph, ir.node("Cast", [logits], attributes={"to": ir.DataType.FLOAT}))
-    choice = _append(graph, ir.node("ArgMax", [scores], attributes={"axis": -1, "keepdims": 0}))
-    choice.name, choice.type = name, ir.TensorType(ir.DataType.INT64)
-    assert logits.shape is not None
-    choice.shape = ir.Shape(logits.shape[:-1])
-    graph.outputs.append(choice)
-
-
 def is_linear(node: ir.Node) -> bool:
     """Whether node is an abstract projection: x [..., in], weight [out, in], and perhaps bias [out]."""
     return node.domain == STARLING and node.op_type == "Linear"
+
+
+def is_embedding(node: ir.Node) -> bool:
+    """Whether node is an abstract embedding: token ids, and weight [vocab, hidden]."""
+    return node.domain == STARLING and node.op_type == "Embedding"
 
 
 def insert_constant(graph: ir.Graph, before: ir.Node, values: Sequence[int]) -> ir.Value:
@@ -101,6 +94,19 @@ def insert_constant(graph: ir.Graph, before: ir.Node, values: Sequence[int]) -> 
     node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
     graph.insert_before(before, node)
     return node.outputs[0]
+
+
+def _merge_scalars(graph: ir.Graph) -> None:
+    """Equal scalars become one, without which no two nodes that use them are seen to be the same."""
+    first: dict[tuple[Any, ...], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        constant = value.const_value
+        if constant is None or constant.size != 1 or weight_of(value) is not None or value.is_graph_output():
+            continue
+        known = first.setdefault((value.dtype, tuple(constant.shape.numpy()), constant.tobytes()), value)
+        if known is not value:
+            ir.convenience.replace_all_uses_with(value, known)
+            graph.initializers.pop(name)
 
 
 def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
@@ -208,11 +214,6 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=is_output)
     if is_output:
         old.name, new.name = f"{old.name}_replaced", old.name
-
-
-def _append(graph: ir.Graph, node: ir.Node) -> ir.Value:
-    graph.append(node)
-    return node.outputs[0]
 
 
 def _required(value: ir.Value | None) -> ir.Value:

@@ -52,7 +52,7 @@ class _TraceCache:
 
 
 class _Traced(nn.Module):
-    """The signature of the graph: token ids, the dialect's step inputs, the cache; logits of the last position."""
+    """The signature of the graph: ids, the dialect's step inputs and cache; the last logits, cache, further outputs."""
 
     def __init__(self, lowering: Lowering, step_inputs: list[StepInput]) -> None:
         super().__init__()
@@ -62,7 +62,8 @@ class _Traced(nn.Module):
     def forward(self, input_ids: Tensor, step: list[Tensor], past: list[Tensor]) -> tuple[Tensor, ...]:
         lowering = self._lowering[0]
         pairs = list(zip(past[0::2], past[1::2], strict=True))
-        lowering.step = Step(dict(zip(self._names, step, strict=True)), pairs)
+        inputs = dict(zip(self._names, step, strict=True))
+        lowering.step = Step(inputs, pairs)
         output = self.model(
             input_ids=input_ids, past_key_values=_TraceCache(), use_cache=True, logits_to_keep=1, return_dict=True
         )
@@ -72,7 +73,8 @@ class _Traced(nn.Module):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}: layer {missing[0]} has no softmax attention with a KV cache of its own"
             )
-        return (output.logits, *(tensor for i in range(len(pairs)) for tensor in present[i]))
+        cache = (tensor for i in range(len(pairs)) for tensor in present[i])
+        return (output.logits, *cache, *lowering.dialect.further_outputs(output.logits, inputs, input_ids.shape[1]))
 
 
 def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str) -> Trace:
@@ -149,7 +151,7 @@ def _tied_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _export(lowering: Lowering, dialect: Dialect, arch: Architecture, dtype: torch.dtype) -> ir.Model:
-    sizes = {"batch": _BATCH, "sequence": _SEQUENCE}
+    sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "cache": _CACHE}
     steps = dialect.step_inputs()
     cache = (_BATCH, arch.kv_heads, _CACHE, arch.head_dim)
     names = [f"{i}.{side}" for i in range(arch.layers) for side in ("key", "value")]
@@ -172,7 +174,7 @@ def _export(lowering: Lowering, dialect: Dialect, arch: Architecture, dtype: tor
                 dynamo=True,
                 opset_version=dialect.opset,
                 input_names=["input_ids", *(s.name for s in steps), *(f"past_key_values.{n}" for n in names)],
-                output_names=["logits", *(f"present.{n}" for n in names)],
+                output_names=["logits", *(f"present.{n}" for n in names), *dialect.outputs],
                 dynamic_shapes=dynamic,
                 optimize=False,
                 verbose=False,

@@ -7,10 +7,15 @@ from starling.engine.errors import UserError
 from starling.export.dialects.base import AttentionCall, Dialect, Rotary, StepInput
 from starling.export.dialects.canonical import CanonicalDialect
 from starling.export.dialects.ort import OrtDialect
+from starling.export.dialects.tensorrt import TensorrtDialect
 
 __all__ = ["DIALECTS", "AttentionCall", "Dialect", "Rotary", "StepInput", "get_dialect"]
 
-DIALECTS: dict[str, type[Dialect]] = {"canonical": CanonicalDialect, "ort": OrtDialect}
+DIALECTS: dict[str, type[Dialect]] = {
+    "canonical": CanonicalDialect,
+    "ort": OrtDialect,
+    "tensorrt": TensorrtDialect,
+}
 
 
 def get_dialect(name: str) -> Dialect:

@@ -16,7 +16,8 @@ Attributes = dict[str, int | float | str | bool | Sequence[int] | Sequence[float
 class StepInput:
     """A graph input that tells a step where it stands, beside input_ids and the KV cache.
 
-    `axes` names the dynamic axes: () is a scalar, ("batch",) a vector, ("batch", "sequence") one value per token.
+    `axes` names the dynamic axes: () is a scalar, ("batch",) a vector, ("batch", "sequence") one value per new token,
+    ("batch", "cache") one per position of the KV cache.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Dialect(Protocol):
     name: str
     opset: int
     quantizable: bool
+    #: Names of `further_outputs`.
+    outputs: tuple[str, ...]
 
     def step_inputs(self) -> list[StepInput]:
         """The inputs that this dialect needs beside `input_ids` and the KV cache."""
@@ -76,6 +79,10 @@ class Dialect(Protocol):
 
         Returns the output [batch, sequence, query_heads * head_dim] and the present key and value, shaped as the past.
         """
+        ...
+
+    def further_outputs(self, logits: Tensor, step: Mapping[str, Tensor], sequence: int) -> tuple[Tensor, ...]:
+        """What the graph gives beside logits and cache, from logits [batch, 1, vocab] and the step's token count."""
         ...
 
     def optimize(self, model: ir.Model) -> None:

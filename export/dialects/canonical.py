@@ -15,6 +15,7 @@ class CanonicalDialect:
     name = "canonical"
     opset = 24
     quantizable = False
+    outputs: tuple[str, ...] = ()
 
     def step_inputs(self) -> list[StepInput]:
         """`position_ids` of the new tokens, `write_indices` where they go, `nonpad_kv_seqlen` valid after the step."""
@@ -26,35 +27,44 @@ class CanonicalDialect:
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """RMSNormalization with FP32 statistics (stash_type 1)."""
-        attrs: Attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
-        return torch.onnx.ops.symbolic(
-            "RMSNormalization", (x, weight), attrs=attrs, dtype=x.dtype, shape=x.shape, version=23
-        )
+        return rms_norm(x, weight, epsilon)
 
     def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate, write into the cache, attend: bottom-right causal, or by an explicit mask where there is a window."""
         query, key = call.query, call.key
         if call.rotary is not None:
-            query, key = (_rotate(x, call.rotary, step["position_ids"]) for x in (query, key))
-        present_key = _scatter(call.past_key, key, step["write_indices"])
-        present_value = _scatter(call.past_value, call.value, step["write_indices"])
+            query, key = (rotate(x, call.rotary, step["position_ids"]) for x in (query, key))
+        present_key = scatter(call.past_key, key, step["write_indices"])
+        present_value = scatter(call.past_value, call.value, step["write_indices"])
         attrs: Attributes = {"scale": call.scale, "is_causal": int(call.window is None)}
         inputs: list[Tensor | None] = [query, present_key, present_value]
         if call.window is None:
             inputs += [None, None, None, step["nonpad_kv_seqlen"]]
         else:
-            inputs.append(_window_mask(present_key.shape[2], step["position_ids"], call.window))
+            inputs.append(window_mask(present_key.shape[2], step["position_ids"], call.window))
         output = torch.onnx.ops.symbolic(
             "Attention", inputs, attrs=attrs, dtype=query.dtype, shape=query.shape, version=24
         )
-        batch, heads, sequence, head_dim = query.shape
-        return output.transpose(1, 2).reshape(batch, sequence, heads * head_dim), present_key, present_value
+        return merge_heads(output), present_key, present_value
+
+    def further_outputs(self, logits: Tensor, step: Mapping[str, Tensor], sequence: int) -> tuple[Tensor, ...]:
+        """None."""
+        return ()
 
     def optimize(self, model: ir.Model) -> None:
         """Nothing: the oracle stays as the model was written."""
 
 
-def _rotate(x: Tensor, rotary: Rotary, position_ids: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNormalization with FP32 statistics (stash_type 1)."""
+    attrs: Attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+    return torch.onnx.ops.symbolic(
+        "RMSNormalization", (x, weight), attrs=attrs, dtype=x.dtype, shape=x.shape, version=23
+    )
+
+
+def rotate(x: Tensor, rotary: Rotary, position_ids: Tensor) -> Tensor:
+    """RotaryEmbedding of x [batch, heads, sequence, head_dim] at position_ids [batch, sequence]."""
     dim = 2 * rotary.cos.shape[1]
     attrs: Attributes = {"interleaved": int(rotary.interleaved)}
     if dim != x.shape[-1]:
@@ -69,7 +79,8 @@ def _rotate(x: Tensor, rotary: Rotary, position_ids: Tensor) -> Tensor:
     )
 
 
-def _scatter(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+def scatter(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+    """TensorScatter: `past` [batch, kv_heads, cache, head_dim] with `update` from position write_indices [batch] on."""
     return torch.onnx.ops.symbolic(
         "TensorScatter",
         (past, update, write_indices),
@@ -80,7 +91,13 @@ def _scatter(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
     )
 
 
-def _window_mask(cache: int, position_ids: Tensor, window: int) -> Tensor:
+def merge_heads(output: Tensor) -> Tensor:
+    """[batch, heads, sequence, head_dim] to [batch, sequence, heads * head_dim]."""
+    batch, heads, sequence, head_dim = output.shape
+    return output.transpose(1, 2).reshape(batch, sequence, heads * head_dim)
+
+
+def window_mask(cache: int, position_ids: Tensor, window: int) -> Tensor:
     """Boolean [batch, 1, sequence, cache]: a token at position p sees the positions p - window + 1 … p."""
     seen = torch.arange(cache, dtype=torch.int64)[None, None, None, :]
     position = position_ids[:, None, :, None]

@@ -6,9 +6,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.ort_buffers import NEXT_TOKENS
+from starling.engine.graph_names import NEXT_TOKENS
 from starling.export.dialects.base import AttentionCall, Attributes, StepInput
-from starling.export.passes import add_greedy_choice, fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
+from starling.export.passes import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
 
 
 class OrtDialect:
@@ -17,6 +17,7 @@ class OrtDialect:
     name = "ort"
     opset = 21
     quantizable = True
+    outputs: tuple[str, ...] = (NEXT_TOKENS,)
 
     def step_inputs(self) -> list[StepInput]:
         """`seqlens_k`: valid tokens per row after the step, minus one; `total_sequence_length`: the longest row's."""
@@ -57,9 +58,13 @@ class OrtDialect:
         )
         return output, present_key, present_value
 
+    def further_outputs(self, logits: Tensor, step: Mapping[str, Tensor], sequence: int) -> tuple[Tensor, ...]:
+        """The greedy choice, int64 [batch, 1]: the token with the greatest logit, chosen where the logits are."""
+        scores = logits.float() if logits.dtype is torch.bfloat16 else logits  # ArgMax has no kernel for bfloat16
+        return (scores.argmax(dim=-1),)
+
     def optimize(self, model: ir.Model) -> None:
-        """Fewer, larger operators: packed projections, add + norm in one; and the greedy choice in the graph."""
+        """Fewer, larger operators: packed projections, add + norm in one."""
         pack_sibling_linears(model)
         pack_attention_inputs(model)
         fuse_residual_norms(model)
-        add_greedy_choice(model, NEXT_TOKENS)

@@ -1,0 +1,18 @@
+"""Names of graph inputs and outputs that the exporter writes and the backends bind."""
+
+#: int64 [batch, 1]: the next token, chosen in the graph.
+NEXT_TOKENS = "next_tokens"
+#: int64 [batch]: valid positions of each row behind the step; the next step's `past_lengths`.
+NEXT_LENGTHS = "next_lengths"
+#: int64 [batch]: valid positions of each row before the step.
+PAST_LENGTHS = "past_lengths"
+#: float32 [batch].
+TEMPERATURE = "temperature"
+#: int64 [batch]: 1 takes the likeliest token, 0 is off.
+TOP_K = "top_k"
+#: float32 [batch].
+TOP_P = "top_p"
+#: float32 [batch, cache], uniform in [0, 1): the step whose last written position is p chooses with noise[:, p].
+NOISE = "noise"
+#: The most tokens of a row that a choice in the graph draws from.
+TOP_K_LIMIT = 256

@@ -1,0 +1,83 @@
+"""The dialect for TensorRT: the canonical one, with attention in the form that TensorRT honours.
+
+TensorRT drops the lengths of the standard Attention and reads its causal rule from the upper left corner. Its own
+`TRT_Attention` keeps both. The operator has no meaning outside TensorRT; `tensorrt_reference` gives it one.
+"""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from starling.engine.graph_names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
+from starling.export.device_sampling import choose_tokens
+from starling.export.dialects.base import AttentionCall, StepInput
+from starling.export.dialects.canonical import merge_heads, rms_norm, rotate, scatter, window_mask
+from starling.export.passes import insert_constant, is_embedding
+
+ATTENTION = "TRT_Attention"
+#: TensorRT takes the operator in any domain; these two say which of its forms a node has.
+CAUSAL, MASKED = "trt.causal", "trt.masked"
+
+
+class TensorrtDialect:
+    """TRT_Attention; all that a step needs to know is computed from `past_lengths`; the choice is in the graph."""
+
+    name = "tensorrt"
+    opset = 24
+    quantizable = False
+    outputs: tuple[str, ...] = (NEXT_TOKENS, NEXT_LENGTHS)
+
+    def step_inputs(self) -> list[StepInput]:
+        """`past_lengths`: valid positions before the step; the rest is for `device_sampling.choose_tokens`."""
+        return [
+            StepInput(PAST_LENGTHS, torch.int64, ("batch",)),
+            StepInput(TEMPERATURE, torch.float32, ("batch",)),
+            StepInput(TOP_K, torch.int64, ("batch",)),
+            StepInput(TOP_P, torch.float32, ("batch",)),
+            StepInput(NOISE, torch.float32, ("batch", "cache")),
+        ]
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """RMSNormalization: TensorRT's parser casts to FP32 for the statistics and back before the weight."""
+        return rms_norm(x, weight, epsilon)
+
+    def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotate, write into the cache, attend over the valid positions; a window becomes a mask."""
+        query, key, past_lengths = call.query, call.key, step[PAST_LENGTHS]
+        sequence = query.shape[2]
+        position_ids = past_lengths[:, None] + torch.arange(sequence)
+        if call.rotary is not None:
+            query, key = (rotate(x, call.rotary, position_ids) for x in (query, key))
+        present_key = scatter(call.past_key, key, past_lengths)
+        present_value = scatter(call.past_value, call.value, past_lengths)
+        mask, domain, causal = None, CAUSAL, "lower_right"  # TensorRT takes a mask or a causal rule, not both
+        if call.window is not None:
+            cache = step[NOISE].shape[1]  # the same for every layer, so that one mask serves them all
+            mask, domain, causal = window_mask(cache, position_ids, call.window), MASKED, "none"
+        valid = (past_lengths + sequence).to(torch.int32)
+        output = torch.onnx.ops.symbolic(
+            f"{domain}::{ATTENTION}",
+            [query * call.scale, present_key, present_value, mask, None, valid],
+            attrs={"causal_kind": causal},
+            dtype=query.dtype,
+            shape=query.shape,
+            version=1,
+        )
+        return merge_heads(output), present_key, present_value
+
+    def further_outputs(self, logits: Tensor, step: Mapping[str, Tensor], sequence: int) -> tuple[Tensor, ...]:
+        """The next token, int64 [batch, 1], and the lengths behind the step, int64 [batch]."""
+        lengths = step[PAST_LENGTHS] + sequence
+        uniform = step[NOISE].gather(1, lengths[:, None] - 1)[:, 0]
+        tokens = choose_tokens(logits[:, 0], step[TEMPERATURE], step[TOP_K], step[TOP_P], uniform)
+        return tokens, lengths
+
+    def optimize(self, model: ir.Model) -> None:
+        """Look up token 0 for the -1 of a failed choice, which may be fed back before the host has seen it."""
+        for node in [node for node in model.graph if is_embedding(node)]:
+            ids = node.inputs[0]
+            lookup = ir.node("Max", [ids, insert_constant(model.graph, node, [0])])
+            model.graph.insert_before(node, lookup)
+            node.replace_input_with(0, lookup.outputs[0])
