@@ -13,10 +13,11 @@ from typing import Any
 from starling.cli.extras import DISTRIBUTION, extra_packages
 from starling.engine.errors import BackendError
 from starling.engine.ort_backend import CUDA, import_onnxruntime
+from starling.engine.tensorrt.library import RUNTIMES, TITLES, RuntimeName, load_library
 from starling.profiling.machine import describe_machine
 
 RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
-TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13")
+TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13", "cuda-bindings")
 GPU_FIELDS = ("name", "memory.total", "driver_version", "compute_cap")
 GPU_TIMEOUT_S = 10
 # A processor without one of these multiplies int8 without VNNI's or SDOT's fourfold rate.
@@ -33,7 +34,7 @@ def describe_environment() -> dict[str, Any]:
         _cuda(runtime, gpus),
         _int8(machine["isa"]),
         _export(export),
-        _tensorrt({name: version for name, version in tensorrt.items() if version}),
+        *(_tensorrt(name, gpus) for name in RUNTIMES),
     ]
     return {
         "starling": metadata.version(DISTRIBUTION),
@@ -123,8 +124,16 @@ def _export(packages: dict[str, str | None]) -> dict[str, Any]:
     return _finding("export", True, f"checkpoints become bundles (torch {packages.get('torch')})")
 
 
-def _tensorrt(packages: dict[str, str]) -> dict[str, Any]:
-    later = "this version has no TensorRT backend yet"
-    if packages:
-        return _finding("TensorRT", False, f"{', '.join(f'{n} {v}' for n, v in packages.items())}: installed; {later}")
-    return _finding("TensorRT", False, f"not installed; {later}")
+def _tensorrt(name: RuntimeName, gpus: list[dict[str, str]]) -> dict[str, Any]:
+    subject = TITLES[name]
+    try:
+        library = load_library(name)
+    except BackendError as error:
+        return _finding(subject, False, str(error))
+    here = "and runs them here" if gpus else "but runs them on a machine with a GPU"
+    if library.targets is not None:
+        targets = ", ".join(library.targets)
+        return _finding(subject, True, f"{library.version} builds plans ahead of time for {targets}, {here}")
+    if not gpus:
+        return _finding(subject, False, f"{library.version} builds plans for the GPU that is present: none is here")
+    return _finding(subject, True, f"{library.version} builds plans for the GPU that is present, and runs them")

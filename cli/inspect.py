@@ -18,25 +18,36 @@ if TYPE_CHECKING:
 @click.command()
 @bundle_argument
 @click.option("--max-seq", type=click.IntRange(1), help="State the KV cache for so many positions.  [default: 2048]")
-@click.option("--verify", is_flag=True, help="Check the weights' SHA-256 too (seconds per GB).")
+@click.option("--engine", help="Show this TensorRT engine of the bundle instead; takes neither TensorRT nor a GPU.")
+@click.option("--verify", is_flag=True, help="Check the SHA-256 of weights and plans too (seconds per GB).")
 @json_option
-def command(bundle: Path, max_seq: int | None, verify: bool, as_json: bool) -> None:
-    """Show a bundle's architecture, precision, sizes, quality and files, and check that they are whole.
+def command(bundle: Path, max_seq: int | None, engine: str | None, verify: bool, as_json: bool) -> None:
+    """Show a bundle's architecture, precision, sizes, quality, files and engines, and check that they are whole.
 
     \b
     Examples:
       starling inspect smollm2
       starling inspect smollm2 --max-seq 8192 --verify
       starling inspect smollm2 --json
+      starling inspect smollm2-trt --engine tensorrt-rtx-1.7.1-sm89
     """
+    from starling.cli.inspect_engine import engine_document, engine_rows
     from starling.engine.bundle import Bundle
+    from starling.engine.tensorrt.engine_folder import open_engine
 
     opened = Bundle.open(bundle, verify=verify)
+    if engine is not None:
+        record = open_engine(opened, engine, verify=verify)
+        print_json(engine_document(record)) if as_json else _print_rows(engine_rows(record))
+        return
     positions = _positions(opened, max_seq)
     if as_json:
         print_json(_document(opened, positions, verify))
         return
-    rows = _rows(opened, positions, verify)
+    _print_rows(_rows(opened, positions, verify))
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         click.echo(f"{click.style(name.ljust(width), bold=True)}  {text}")
@@ -53,6 +64,8 @@ def _positions(bundle: Bundle, max_seq: int | None) -> int:
 
 def _document(bundle: Bundle, positions: int, verified: bool) -> dict[str, Any]:
     """bundle.json as it is, with what follows from it."""
+    from starling.cli.inspect_engine import engine_documents
+
     cache = {**bundle.raw["kv_cache"], "max_seq": positions, "bytes": bundle.kv_cache.bytes_per_token * positions}
     return {
         **bundle.raw,
@@ -60,10 +73,13 @@ def _document(bundle: Bundle, positions: int, verified: bool) -> dict[str, Any]:
         "bytes": sum(record.bytes for record in bundle.files.values()),
         "kv_cache": cache,
         "weights_verified": verified,
+        "engines": engine_documents(bundle, verified),
     }
 
 
 def _rows(bundle: Bundle, positions: int, verified: bool) -> list[tuple[str, str]]:
+    from starling.cli.inspect_engine import engine_lines
+
     arch, cache, weights = bundle.architecture, bundle.kv_cache, bundle.weights
     window = f", sliding window {arch.sliding_window}" if arch.sliding_window else ""
     total = sum(record.bytes for record in bundle.files.values())
@@ -89,6 +105,7 @@ def _rows(bundle: Bundle, positions: int, verified: bool) -> list[tuple[str, str
         *(("note", text) for text in bundle.raw.get("notes", [])),
         *(("file", f"{name} ({human_bytes(record.bytes)})") for name, record in bundle.files.items()),
         ("files", "all as bundle.json says" + ("" if verified else "; add --verify to hash the weights too")),
+        *(("engine", text) for text in engine_lines(bundle, verified)),
     ]
 
 

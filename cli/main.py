@@ -15,7 +15,7 @@ import click
 
 from starling.cli.failures import describe
 
-COMMANDS = ("export", "generate", "chat", "tokenize", "profile", "inspect", "doctor")
+COMMANDS = ("export", "build", "generate", "chat", "tokenize", "profile", "inspect", "doctor")
 INTERRUPTED = 130
 
 
@@ -46,7 +46,7 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 @click.pass_context
 def starling(context: click.Context, debug: bool) -> None:
-    """Run decoder LLMs with ONNX Runtime: export a checkpoint to a bundle, generate from it, measure it.
+    """Run decoder LLMs with ONNX Runtime and TensorRT: export a checkpoint to a bundle, generate from it, measure it.
 
     \b
     Examples:

@@ -43,3 +43,11 @@ class HubError(StarlingError):
 
 class BackendError(StarlingError):
     """An execution backend is not installed, or cannot run this bundle on this machine."""
+
+
+class BuildError(StarlingError):
+    """An engine plan cannot be built: the network would not mean what the model means, or TensorRT refuses it."""
+
+
+class PlanError(UserError):
+    """An engine plan is missing, truncated, altered, or was built for something else than it is wanted for."""

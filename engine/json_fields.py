@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
-from starling.engine.errors import BundleError
+from starling.engine.errors import BundleError, UserError
 
 T = TypeVar("T")
 
 
 class JsonFields:
-    """Typed reads from one JSON object; a wrong field raises BundleError with its whole path, such as graph.file."""
+    """Typed reads from one JSON object; a wrong field raises `error` with its whole path, such as graph.file."""
 
-    def __init__(self, where: str, value: object, prefix: str = "") -> None:
-        self.where, self.prefix = where, prefix
+    def __init__(
+        self,
+        where: str,
+        value: object,
+        prefix: str = "",
+        *,
+        error: type[UserError] = BundleError,
+        remedy: str = "export the model again",
+    ) -> None:
+        self.where, self.prefix, self.error, self.remedy = where, prefix, error, remedy
         if not isinstance(value, dict):
             raise self.bad(prefix.rstrip(".") or "top level", value, "an object")
         self.value = value
 
-    def bad(self, name: str, got: object, wanted: str) -> BundleError:
-        return BundleError(f"{self.where}: {name} is {str(got)[:60]!r}, not {wanted}; export the model again")
+    def bad(self, name: str, got: object, wanted: str) -> UserError:
+        return self.error(f"{self.where}: {name} is {str(got)[:60]!r}, not {wanted}; {self.remedy}")
 
     def get(self, name: str, kind: type[T]) -> T:
         got = self.value.get(name)
@@ -43,8 +51,11 @@ class JsonFields:
         return self.inside(name).value if self.value.get(name) is not None else {}
 
     def inside(self, name: str) -> JsonFields:
-        return JsonFields(self.where, self.value.get(name), f"{self.prefix}{name}.")
+        return self._part(self.value.get(name), f"{name}.")
 
     def items(self, name: str) -> list[JsonFields]:
         listed = self.get(name, list)
-        return [JsonFields(self.where, item, f"{self.prefix}{name}[{i}].") for i, item in enumerate(listed)]
+        return [self._part(item, f"{name}[{i}].") for i, item in enumerate(listed)]
+
+    def _part(self, value: object, below: str) -> JsonFields:
+        return JsonFields(self.where, value, self.prefix + below, error=self.error, remedy=self.remedy)

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT for RTX: plans are built from a bundle, and run on an NVIDIA GPU."""
