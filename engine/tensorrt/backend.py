@@ -1,0 +1,163 @@
+"""TensorRT backend: a plan's two profiles over one KV cache in the GPU's memory, tokens chosen and fed on the device.
+
+Not run on hardware yet; the tests run its logic with the bundle's own graph on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from time import perf_counter
+
+from starling.engine.backend import Tokens
+from starling.engine.bundle import Bundle
+from starling.engine.device_choice import DeviceChoice
+from starling.engine.errors import BackendError
+from starling.engine.graph_names import NEXT_TOKENS, PAST_LENGTHS
+from starling.engine.tensorrt.choices import RowChoices
+from starling.engine.tensorrt.device import Device, address_of
+from starling.engine.tensorrt.execution import PlanExecution
+from starling.engine.tensorrt.library import Library
+from starling.engine.tensorrt.memory import DeviceMemory
+from starling.engine.tensorrt.output import DeviceOutput, HostLogits, checked_tokens
+from starling.engine.tensorrt.pipeline import TOKEN_BYTES, LaunchedSteps
+from starling.engine.tensorrt.plan import EngineRecord
+from starling.engine.tensorrt.steps import DecodeStep, PrefillStep
+from starling.engine.tensorrt.tensors import INPUT_IDS, KVCache, StepTensors
+
+
+class TensorRTBackend:
+    """`Backend` and `TokenPipeline` of starling.engine.backend, with a TensorRT plan on one GPU. Not thread-safe."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        record: EngineRecord,
+        library: Library,
+        device: Device,
+        *,
+        max_seq: int,
+        max_batch: int,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        """Load the plan and allocate everything; `max_seq` and `max_batch` must fit the plan.
+
+        Raises BackendError where the plan does not run here or the GPU has no room.
+        """
+        self.name: str = library.name
+        self.provider = f"{library.title} on {device.name}"
+        self.max_seq, self.max_batch = max_seq, max_batch
+        self.vocab_size = bundle.architecture.vocab_size
+        self.model_seconds = 0.0
+        with ExitStack() as closing:
+            self._memory = memory = DeviceMemory(device)
+            closing.callback(memory.close)
+            self._plan = PlanExecution(library, record, memory)
+            closing.callback(self._plan.close)
+            self._allocate(bundle, record, min(prefill_chunk or record.max_prefill, record.max_prefill, max_seq))
+            closing.callback(self.drop)
+            # The first step is ready before the first prompt comes: its kernels are compiled, its graph is captured.
+            self._decode_step(max_batch)
+            self._plan.keep_compiled()
+            self._closing = closing.pop_all()
+
+    def _allocate(self, bundle: Bundle, record: EngineRecord, chunk: int) -> None:
+        memory, rows, positions = self._memory, self.max_batch, record.max_seq
+        kind = next(output.dtype for output in record.outputs if output.name == "logits")
+        self._cache = KVCache(memory, bundle, record.aliases, rows, positions)
+        self.kv_cache_bytes = self._cache.bytes
+        self._batch = StepTensors(memory, bundle, kind, rows=rows, length=1, positions=positions)
+        self._chunk = StepTensors(memory, bundle, kind, rows=1, length=chunk, positions=positions)
+        self._choices = RowChoices(memory, self._batch, rows, positions)
+        self._logits = HostLogits(memory, kind, rows, self.vocab_size)
+        self._launched = LaunchedSteps(memory, rows)
+        self._fed = memory.host((2, rows), "int64")
+        #: Valid positions of each row, as the device has them behind all that was launched.
+        self._lengths = [0] * rows
+        context = self._plan.context("prefill", fixed_shape=False)
+        self._prefill = PrefillStep(
+            context, memory, self._cache, self._chunk, self._batch, positions=positions, chunk_length=chunk
+        )
+        self._steps: dict[int, DecodeStep] = {}
+
+    @property
+    def pipeline(self) -> TensorRTBackend:
+        """Itself: tokens are chosen on the device, and a step finds there those of the step before."""
+        return self
+
+    def prefill(self, slot: int, tokens: Tokens, start: int) -> DeviceOutput:
+        """Write `tokens` int64 [n] at start..start+n of row `slot`; the output is that of the last one."""
+        self._check_room(slot, start + len(tokens) - 1)
+        begin = perf_counter()
+        self.drop()  # Ctrl-C may have left work behind that still reads the buffers
+        self._launched.launch(lambda: self._prefill.enqueue(slot, tokens, start), 1, self._chunk.addresses[NEXT_TOKENS])
+        self._lengths[slot] = start + len(tokens)
+        chosen = self._launched.oldest()
+        self.model_seconds += perf_counter() - begin
+        return DeviceOutput(chosen, self._logits, self._chunk)
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> DeviceOutput:
+        """One token for each of the first k rows: `tokens`[i] is written at `positions`[i] of row i."""
+        rows = len(tokens)
+        self._check_room(rows - 1, max(positions))
+        step = self._decode_step(rows)
+        begin = perf_counter()
+        self._feed(tokens, positions)
+        self._launched.launch(step.launch, rows, self._batch.addresses[NEXT_TOKENS])
+        chosen = self._launched.oldest()
+        self.model_seconds += perf_counter() - begin
+        return DeviceOutput(chosen, self._logits, self._batch)
+
+    def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
+        """From now on choose the row's tokens by `choice`; its first draw is that of the step writing `first`."""
+        self.drop()
+        self._choices.write(row, choice, first)
+
+    def can_launch(self, rows: int) -> bool:
+        """Whether one more step of the first `rows` rows may be launched, and stays inside the cache."""
+        return not self._launched.full and max(self._lengths[:rows]) < self.max_seq
+
+    def launch(self, rows: int) -> None:
+        """Launch a step of the first `rows` rows, each fed with the token chosen last, behind what was launched."""
+        self._check_room(rows - 1, max(self._lengths[:rows]))
+        step = self._decode_step(rows)
+        for row in range(rows):
+            self._lengths[row] += 1
+        self._launched.launch(step.launch, rows, self._batch.addresses[NEXT_TOKENS])
+
+    def tokens(self) -> list[int]:
+        """Wait for the oldest launched step; the token chosen in each of its rows."""
+        begin = perf_counter()
+        chosen = self._launched.oldest()
+        self.model_seconds += perf_counter() - begin
+        return checked_tokens(chosen)
+
+    def drop(self) -> None:
+        """Wait for everything launched, and forget the tokens that nobody asked for."""
+        self._launched.drop()
+
+    def close(self) -> None:
+        """Free the plan, the cache and every buffer; a second call does nothing."""
+        self._closing.close()
+
+    def _check_room(self, row: int, position: int) -> None:
+        if position >= self.max_seq or not 0 <= row < self.max_batch:
+            raise BackendError(
+                f"position {position} of row {row} lies outside the KV cache "
+                f"({self.max_batch} rows of {self.max_seq} positions); open the engine with more"
+            )
+
+    def _feed(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
+        """Have the next step read these tokens at these positions, in place of its own choice."""
+        rows = len(tokens)
+        self._fed[0, :rows], self._fed[1, :rows] = tokens, positions
+        self._lengths[:rows] = [position + 1 for position in positions]
+        for name, host in ((INPUT_IDS, self._fed[0]), (PAST_LENGTHS, self._fed[1])):
+            self._memory.copy(self._batch.addresses[name], address_of(host), rows * TOKEN_BYTES)
+
+    def _decode_step(self, rows: int) -> DecodeStep:
+        step = self._steps.get(rows)
+        if step is None:
+            context = self._plan.context("decode", fixed_shape=True)
+            step = self._steps[rows] = DecodeStep(context, self._memory, self._cache, self._batch, rows)
+        return step

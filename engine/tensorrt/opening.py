@@ -1,0 +1,31 @@
+"""From a bundle to a TensorRT backend: library, GPU, engine."""
+
+from __future__ import annotations
+
+from starling.engine.bundle import Bundle
+from starling.engine.tensorrt.backend import TensorRTBackend
+from starling.engine.tensorrt.device import CudaDevice
+from starling.engine.tensorrt.library import load_library
+from starling.engine.tensorrt.selection import Wanted, select_engine
+
+
+def open_tensorrt(
+    bundle: Bundle,
+    runtime: str | None,
+    *,
+    engine: str | None = None,
+    max_seq: int,
+    max_batch: int,
+    prefill_chunk: int | None = None,
+) -> TensorRTBackend:
+    """Open `bundle` with `runtime`, "tensorrt-rtx" or "tensorrt"; None takes the one that is installed.
+
+    `engine` names one of the bundle's engines. Raises BackendError without the library or a GPU, PlanError without a
+    fitting engine.
+    """
+    library = load_library(runtime)
+    device = CudaDevice()
+    record = select_engine(bundle, Wanted(library, device.target, max_seq, max_batch), engine)
+    return TensorRTBackend(
+        bundle, record, library, device, max_seq=max_seq, max_batch=max_batch, prefill_chunk=prefill_chunk
+    )

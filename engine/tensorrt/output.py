@@ -1,0 +1,51 @@
+"""What a step leaves for the host: the chosen tokens, and the logits where somebody asks for them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from starling.engine.logits import HOST_TYPES, Logits, logits_reader
+from starling.engine.sampling import check_finite
+from starling.engine.tensorrt.device import address_of
+from starling.engine.tensorrt.memory import DeviceMemory
+from starling.engine.tensorrt.tensors import LOGITS, StepTensors
+
+
+class HostLogits:
+    """Page-locked memory for logits [rows, vocab], read as float32."""
+
+    def __init__(self, memory: DeviceMemory, kind: str, rows: int, vocab_size: int) -> None:
+        self._memory, self._kind = memory, kind
+        self._raw = memory.host((rows, vocab_size), HOST_TYPES[kind])
+        self._float32 = self._raw if kind == "float32" else np.zeros(self._raw.shape, np.float32)
+
+    def fetch(self, step: StepTensors, rows: int) -> Logits:
+        """What the newest run of `step` left for its first `rows` rows; valid until the next call."""
+        raw = self._raw[:rows]
+        self._memory.copy(address_of(raw), step.addresses[LOGITS], raw.nbytes)
+        self._memory.synchronize()
+        return logits_reader(raw, self._float32[:rows], self._kind)()
+
+
+class DeviceOutput:
+    """A step's output, valid until the backend's next call."""
+
+    def __init__(self, tokens: list[int], logits: HostLogits, step: StepTensors) -> None:
+        self._tokens, self._logits, self._step = tokens, logits, step
+
+    def next_tokens(self) -> list[int]:
+        """The token chosen on the device, one for each row. Raises BackendError for logits that are no numbers."""
+        return checked_tokens(self._tokens)
+
+    def logits(self) -> Logits:
+        """Float32 [rows, vocab], copied from the device by this call."""
+        return self._logits.fetch(self._step, len(self._tokens))
+
+
+def checked_tokens(tokens: list[int]) -> list[int]:
+    """The tokens. Raises BackendError where one is what the graph chooses when the greatest logit is no number."""
+    if min(tokens) < 0:
+        check_finite(math.nan)
+    return tokens
