@@ -100,9 +100,9 @@ class TensorRTBackend:
         """One token for each of the first k rows: `tokens`[i] is written at `positions`[i] of row i."""
         rows = len(tokens)
         self._check_room(rows - 1, max(positions))
-        step = self._decode_step(rows)
         begin = perf_counter()
         self._feed(tokens, positions)
+        step = self._decode_step(rows)  # a new one runs at once, so on this step's own tokens and positions
         self._launched.launch(step.launch, rows, self._batch.addresses[NEXT_TOKENS])
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin

@@ -1,0 +1,160 @@
+"""TensorRT's runtime for plans, stood in for by ONNX Runtime's CPU provider and the bundle's own reference graph.
+
+The classes have the methods of tensorrt_rtx that the backend calls, with its manners: False for what is refused, None
+where a plan does not load.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime  # type: ignore[import-untyped]
+import pytest
+from host_device import HostDevice
+
+from starling.engine.tensorrt.device import ALIGNMENT, host_view
+from starling.engine.tensorrt.library import Library
+from starling.engine.tensorrt.plan import EngineRecord
+
+tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
+NUMPY_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+SCRATCH_BYTES = 4096
+
+
+def cpu_library(engine: CpuEngine | None, version: str) -> Library:
+    """A library whose runtime loads `engine` in place of any plan; None: it refuses every plan."""
+    messages: deque[str] = deque()
+
+    def runtime(logger: Any) -> CpuRuntime:
+        return CpuRuntime(engine, messages)
+
+    module = SimpleNamespace(
+        Runtime=runtime,
+        ExecutionContextAllocationStrategy=tensorrt_rtx.ExecutionContextAllocationStrategy,
+        DynamicShapesKernelSpecializationStrategy=tensorrt_rtx.DynamicShapesKernelSpecializationStrategy,
+        CudaGraphStrategy=tensorrt_rtx.CudaGraphStrategy,
+    )
+    return Library("tensorrt-rtx", version, module, None, messages)
+
+
+@dataclass
+class CpuRuntime:
+    engine: CpuEngine | None
+    messages: deque[str]
+
+    def deserialize_cuda_engine(self, serialized_engine: Any) -> CpuEngine | None:
+        if self.engine is None:
+            self.messages.append("Error Code 1: Serialization")
+        return self.engine
+
+
+class CpuRuntimeCache:
+    def __init__(self) -> None:
+        self.kernels = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.kernels = blob
+        return blob.startswith(b"kernels")
+
+    def serialize(self) -> bytes:
+        return b"kernels of this machine"
+
+
+@dataclass
+class CpuRuntimeConfig:
+    dynamic_shapes_kernel_specialization_strategy: Any = None
+    cuda_graph_strategy: Any = None
+    strategy: Any = None
+    cache: CpuRuntimeCache | None = None
+
+    def create_runtime_cache(self) -> CpuRuntimeCache:
+        return CpuRuntimeCache()
+
+    def set_runtime_cache(self, cache: CpuRuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+
+class CpuEngine:
+    """Runs `graph` in the way that the engine of `record` would."""
+
+    def __init__(self, device: HostDevice, record: EngineRecord, graph: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        self.session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self.device, self.record, self.capturable = device, record, True
+        self.num_optimization_profiles = len(record.profiles)
+        self.contexts: list[CpuContext] = []
+
+    def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
+        return SCRATCH_BYTES
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return dict((present, past) for past, present in self.record.aliases).get(name)
+
+    def create_runtime_config(self) -> CpuRuntimeConfig:
+        return CpuRuntimeConfig()
+
+    def create_execution_context(self, runtime_config: CpuRuntimeConfig) -> CpuContext:
+        self.contexts.append(CpuContext(self, runtime_config))
+        return self.contexts[-1]
+
+
+@dataclass
+class CpuContext:
+    engine: CpuEngine
+    config: CpuRuntimeConfig
+    profile: int = -1
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    addresses: dict[str, int] = field(default_factory=dict)
+    memory: tuple[int, int] = (0, 0)
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self.profile = profile_index
+        return 0 <= profile_index < self.engine.num_optimization_profiles
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self.memory = (memory, size)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        allowed = self.engine.record.profiles[self.profile].shapes[name]
+        self.shapes[name] = shape
+        return len(shape) == len(allowed.min) and all(
+            least <= size <= most for least, size, most in zip(allowed.min, shape, allowed.max, strict=True)
+        )
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self.addresses[name] = memory
+        return memory % ALIGNMENT == 0
+
+    def infer_shapes(self) -> list[str]:
+        return [tensor.name for tensor in self.engine.session.get_inputs() if tensor.name not in self.shapes]
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.capturable
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        shapes, addresses = dict(self.shapes), dict(self.addresses)  # a run uses what was set when it was enqueued
+        for past, present in self.engine.record.aliases:
+            assert addresses[past] == addresses[present], f"{present} must lie where {past} does"
+        assert self.memory[1] >= SCRATCH_BYTES
+        self.engine.device.put(stream_handle, lambda: self._run(shapes, addresses))
+        return True
+
+    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        session = self.engine.session
+        feeds = {
+            tensor.name: host_view(addresses[tensor.name], shapes[tensor.name], NUMPY_TYPES[tensor.type])
+            for tensor in session.get_inputs()
+        }
+        names = [tensor.name for tensor in session.get_outputs()]
+        for name, value in zip(names, session.run(names, feeds), strict=True):
+            host_view(addresses[name], value.shape, value.dtype)[...] = value

@@ -1,0 +1,397 @@
+"""The TensorRT backend's logic on the CPU: memory, profiles, graphs, choices; hardware and plan are stood in for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from cpu_plan import (
+    CpuContext,
+    CpuEngine,
+    CpuRuntime,
+    CpuRuntimeCache,
+    CpuRuntimeConfig,
+    cpu_library,
+    tensorrt_rtx,
+)
+from host_device import HostDevice
+
+from starling.engine.backend import Backend, open_backend
+from starling.engine.bundle import Bundle, FileRecord
+from starling.engine.device_choice import GREEDY, DeviceChoice, device_choice
+from starling.engine.errors import BackendError
+from starling.engine.sampling import SamplingParams, make_sampler
+from starling.engine.tensorrt.backend import TensorRTBackend
+from starling.engine.tensorrt.device import host_view
+from starling.engine.tensorrt.plan import BundleDigests, EngineRecord, Profile, ShapeRange
+from starling.export.checkpoint import Checkpoint
+from starling.export.exporter import ExportOptions, export_bundle
+
+VERSION = "1.7.1.116"
+POSITIONS, ROWS, CHUNK = 64, 4, 8
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """starling-tiny for TensorRT, fp32, with a record of an engine."""
+    folder = tmp_path_factory.mktemp("tensorrt") / "tiny"
+    export_bundle(tiny_checkpoint, folder, ExportOptions(dialect="tensorrt", check=False))
+    return Bundle.open(folder)
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache directory, for one test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def profile(bundle: Bundle, name: str, most_tokens: int) -> Profile:
+    def shape(spec: tuple[int | str, ...], batch: int, sequence: int) -> tuple[int, ...]:
+        sizes = {"batch": batch, "sequence": sequence, "cache": POSITIONS}
+        return tuple(sizes[size] if isinstance(size, str) else size for size in spec)
+
+    ranges = {
+        tensor.name: ShapeRange(
+            shape(tensor.shape, 1, 1), shape(tensor.shape, 1, most_tokens), shape(tensor.shape, ROWS, most_tokens)
+        )
+        for tensor in bundle.graph.inputs
+    }
+    return Profile(name, ranges)
+
+
+def record_of(bundle: Bundle) -> EngineRecord:
+    """An engine of ROWS rows and POSITIONS positions, prefill in chunks of CHUNK; its plan is 64 bytes of nothing."""
+    folder = bundle.folder / "engines"
+    folder.mkdir(exist_ok=True)
+    (folder / "small.plan").write_bytes(bytes(64))
+    names = [tensor.name for tensor in bundle.graph.inputs if tensor.name.startswith("past_key_values.")]
+    return EngineRecord(
+        folder=folder,
+        name="small",
+        runtime="tensorrt-rtx",
+        runtime_version=VERSION,
+        targets=("sm89",),
+        dtype="fp32",
+        quantization=None,
+        max_batch=ROWS,
+        max_prefill=CHUNK,
+        max_seq=POSITIONS,
+        profiles=(profile(bundle, "prefill", CHUNK), profile(bundle, "decode", 1)),
+        inputs=bundle.graph.inputs,
+        outputs=bundle.graph.outputs,
+        aliases=tuple((name, name.replace("past_key_values.", "present.")) for name in names),
+        layers={},
+        build_seconds=0.0,
+        built_from=BundleDigests.of(bundle),
+        plan=FileRecord(64, "0" * 64),
+        created="",
+    )
+
+
+class Opened(NamedTuple):
+    """A backend on stand-ins for the GPU and the plan."""
+
+    backend: TensorRTBackend
+    device: HostDevice
+    engine: CpuEngine
+
+
+def cpu_engine(bundle: Bundle, device: HostDevice) -> CpuEngine:
+    return CpuEngine(device, record_of(bundle), bundle.folder / "model_reference.onnx")
+
+
+def opened(bundle: Bundle, *, max_batch: int = ROWS, capturable: bool = True) -> Opened:
+    device = HostDevice()
+    engine = cpu_engine(bundle, device)
+    engine.capturable = capturable
+    library = cpu_library(engine, VERSION)
+    backend = TensorRTBackend(bundle, engine.record, library, device, max_seq=POSITIONS, max_batch=max_batch)
+    return Opened(backend, device, engine)
+
+
+@pytest.fixture
+def gpu(bundle: Bundle) -> Iterator[Opened]:
+    gpu = opened(bundle)
+    yield gpu
+    gpu.backend.close()
+
+
+@pytest.fixture(scope="module")
+def oracle(bundle: Bundle) -> Iterator[Backend]:
+    """The reference graph on ONNX Runtime, driven by its own backend."""
+    backend = open_backend(bundle, name="onnxruntime-cpu", max_seq=POSITIONS, max_batch=ROWS, threads=1)
+    yield backend
+    backend.close()
+
+
+def tokens(count: int, *, seed: int = 0) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(3, 30_000, count)
+
+
+def assert_close(got: npt.ArrayLike, wanted: npt.ArrayLike) -> None:
+    """Equal but for the rounding of float32 sums that were taken in another order."""
+    np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=1e-4, atol=1e-4)
+
+
+def cache(gpu: Opened) -> dict[str, npt.NDArray[np.float32]]:
+    """The cache in the device's memory, [rows, kv_heads, positions, head_dim] per layer and side."""
+    gpu.backend.drop()
+    shape = (ROWS, *gpu.backend._cache.row_shape)
+    return {past: host_view(address, shape, "float32") for past, _, address in gpu.backend._cache.rows_from(0)}
+
+
+def decoded(backend: TensorRTBackend, first: list[int], positions: list[int], count: int) -> list[list[int]]:
+    """The tokens of `count` plain steps, each fed by the host with the tokens of the step before."""
+    steps = [first]
+    for step in range(count):
+        steps.append(backend.decode(steps[-1], [position + step for position in positions]).next_tokens())
+    return steps[1:]
+
+
+def test_prefill_in_chunks_and_decode_agree_with_onnxruntime(gpu: Opened, oracle: Backend) -> None:
+    prompts = [tokens(count, seed=count) for count in (5, CHUNK, 21, 2)]
+    last, positions = [], []
+    for row, prompt in enumerate(prompts):
+        output, wanted = gpu.backend.prefill(row, prompt, 0), oracle.prefill(row, prompt, 0)
+        assert_close(output.logits(), wanted.logits())
+        assert output.next_tokens() == wanted.next_tokens()
+        last += output.next_tokens()
+        positions.append(len(prompt))
+    for rows in (4, 2, 3):
+        output, wanted = (backend.decode(last[:rows], positions[:rows]) for backend in (gpu.backend, oracle))
+        assert_close(output.logits(), wanted.logits())
+        assert output.next_tokens() == wanted.next_tokens()
+
+
+def test_prefill_behind_a_cache_equals_whole_prefill(gpu: Opened) -> None:
+    ids = tokens(30)
+    whole = gpu.backend.prefill(0, ids, 0).logits().copy()
+    gpu.backend.prefill(3, ids[:13], 0)
+    assert_close(gpu.backend.prefill(3, ids[13:], 13).logits(), whole)
+
+
+def test_a_step_writes_its_rows_and_positions_alone(gpu: Opened) -> None:
+    for buffer in cache(gpu).values():
+        buffer[:] = 0  # the step that was run to capture it wrote position 0 of every row
+    gpu.backend.prefill(2, tokens(9), 0)
+    gpu.backend.decode([7, 8], [4, 10])
+    for name, buffer in cache(gpu).items():
+        written = np.abs(buffer).sum(axis=(1, 3)) > 0
+        expected = {(2, position) for position in range(9)} | {(0, 4), (1, 10)}
+        assert set(zip(*(indices.tolist() for indices in np.nonzero(written)), strict=True)) == expected, name
+
+
+def test_steps_launched_ahead_choose_what_steps_fed_by_the_host_choose(gpu: Opened) -> None:
+    prompts = [tokens(count, seed=count) for count in (5, 12, 3)]
+    first = [gpu.backend.prefill(row, prompt, 0).next_tokens()[0] for row, prompt in enumerate(prompts)]
+    plain = decoded(gpu.backend, first, [5, 12, 3], 6)
+    for row, prompt in enumerate(prompts):
+        gpu.backend.prefill(row, prompt, 0)
+    gpu.backend.launch(3)
+    ahead = []
+    for _ in range(6):
+        gpu.backend.launch(3)
+        ahead.append(gpu.backend.tokens())
+    assert ahead == plain
+    assert len({token for step in plain for token in step}) > 6, "a model that repeats itself would prove nothing"
+
+
+def test_fewer_rows_go_on_with_what_more_rows_left(gpu: Opened) -> None:
+    first = [gpu.backend.prefill(row, tokens(4, seed=row), 0).next_tokens()[0] for row in range(3)]
+    plain = decoded(gpu.backend, first, [4, 4, 4], 3)
+    for row in range(3):
+        gpu.backend.prefill(row, tokens(4, seed=row), 0)
+    gpu.backend.launch(3)
+    gpu.backend.launch(1)
+    assert gpu.backend.tokens() == plain[0]
+    assert gpu.backend.tokens() == plain[1][:1]
+
+
+def test_no_step_is_launched_behind_the_end_of_the_cache(gpu: Opened) -> None:
+    gpu.backend.prefill(0, tokens(POSITIONS - 1), 0)
+    gpu.backend.prefill(1, tokens(3), 0)
+    assert gpu.backend.can_launch(2)
+    gpu.backend.launch(2)
+    gpu.backend.tokens()
+    assert not gpu.backend.can_launch(2)
+    with pytest.raises(BackendError, match="position 64 of row 1 lies outside the KV cache"):
+        gpu.backend.launch(2)
+    with pytest.raises(BackendError, match="position 64 of row 0 lies outside"):
+        gpu.backend.decode([5], [POSITIONS])
+    with pytest.raises(BackendError, match="of row 4 lies outside"):
+        gpu.backend.prefill(ROWS, tokens(3), 0)
+
+
+def test_two_steps_at_most_are_on_their_way(gpu: Opened) -> None:
+    gpu.backend.prefill(0, tokens(3), 0)
+    gpu.backend.launch(1)
+    assert gpu.backend.can_launch(1)
+    gpu.backend.launch(1)
+    assert not gpu.backend.can_launch(1)
+    gpu.backend.tokens()
+    assert gpu.backend.can_launch(1)
+
+
+def test_work_left_behind_disturbs_nothing(gpu: Opened) -> None:
+    ids = tokens(11)
+    wanted = gpu.backend.prefill(0, ids, 0).next_tokens()
+    gpu.backend.launch(1)
+    gpu.backend.launch(1)
+    assert gpu.backend.prefill(0, ids, 0).next_tokens() == wanted
+
+
+def test_one_graph_is_captured_for_each_number_of_rows(gpu: Opened) -> None:
+    assert gpu.device.captures == 1, "the step of all rows is ready when the backend is"
+    for rows in (1, 2, 1, 4, 2):
+        gpu.backend.decode([5] * rows, [3] * rows)
+    assert (gpu.device.captures, gpu.device.launches) == (3, 5)
+    live = gpu.device.live
+    for position in range(20):
+        gpu.backend.decode([5, 6], [position, position])
+    assert gpu.device.live == live, "a step allocates nothing"
+
+
+def test_a_plan_that_cannot_be_captured_runs_without_a_graph(bundle: Bundle) -> None:
+    gpu, captured = opened(bundle, capturable=False), opened(bundle)
+    for backend in (gpu.backend, captured.backend):
+        backend.prefill(0, tokens(5), 0)
+    assert decoded(gpu.backend, [9], [5], 4) == decoded(captured.backend, [9], [5], 4)
+    assert gpu.device.captures == 0
+
+
+def test_logits_come_to_the_host_when_asked_for(gpu: Opened) -> None:
+    before = gpu.device.bytes_to_host
+    output = gpu.backend.decode([5, 6], [0, 0])
+    assert output.next_tokens() == output.next_tokens()
+    assert gpu.device.bytes_to_host - before == 2 * 8
+    assert output.logits().shape == (2, gpu.backend.vocab_size)
+    assert gpu.device.bytes_to_host - before == 2 * 8 + 2 * 4 * gpu.backend.vocab_size
+
+
+SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=11)
+
+
+def test_drawn_on_the_device_is_what_the_host_draws(gpu: Opened) -> None:
+    ids, draws = tokens(10), device_choice(SAMPLED)
+    assert draws is not None
+    gpu.backend.choose(1, draws, len(ids) - 1)
+    host = make_sampler(SAMPLED)
+    output = gpu.backend.prefill(1, ids, 0)
+    chosen, wanted = [output.next_tokens()[0]], [host(output.logits()[0])]
+    for step in range(12):
+        output = gpu.backend.decode([5, chosen[-1]], [0, len(ids) + step])
+        chosen.append(output.next_tokens()[1])
+        wanted.append(host(output.logits()[1]))
+    assert chosen == wanted
+    assert chosen[0] != int(output.logits()[1].argmax())
+
+
+def test_a_row_chooses_by_its_own_settings(gpu: Opened) -> None:
+    draws = device_choice(SAMPLED)
+    assert draws is not None
+    greedy = [gpu.backend.prefill(row, tokens(6), 0).next_tokens() for row in range(2)]
+    gpu.backend.choose(1, draws, 5)
+    drawn = gpu.backend.prefill(1, tokens(6), 0).next_tokens()
+    assert greedy[0] == greedy[1] == gpu.backend.prefill(0, tokens(6), 0).next_tokens()
+    gpu.backend.choose(1, GREEDY, 0)
+    assert gpu.backend.prefill(1, tokens(6), 0).next_tokens() == greedy[1] != drawn
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.8),
+        SamplingParams(temperature=0.8, top_k=257),
+        SamplingParams(temperature=0.8, top_k=40, min_p=0.1),
+        SamplingParams(temperature=0.8, top_k=40, repetition_penalty=1.1),
+        SamplingParams(repetition_penalty=1.1),
+    ],
+)
+def test_what_a_graph_cannot_choose_is_left_to_the_host(params: SamplingParams) -> None:
+    assert device_choice(params) is None
+
+
+def test_greedy_and_top_k_within_the_limit_are_chosen_on_the_device() -> None:
+    assert device_choice(SamplingParams(seed=3)) == GREEDY
+    assert device_choice(SamplingParams(temperature=0.5, top_k=256, top_p=0.9, seed=3)) == DeviceChoice(
+        0.5, 256, 0.9, 3
+    )
+
+
+def test_logits_that_are_no_numbers_are_an_error(gpu: Opened) -> None:
+    gpu.backend.prefill(0, tokens(4), 0)
+    for buffer in cache(gpu).values():
+        buffer[0, :, :4] = np.nan
+    gpu.backend.launch(1)
+    with pytest.raises(BackendError, match="greatest logit is nan"):
+        gpu.backend.tokens()
+
+
+def test_close_frees_everything(bundle: Bundle) -> None:
+    gpu = opened(bundle)
+    gpu.backend.decode([5], [0])
+    gpu.backend.launch(1)
+    assert gpu.device.live > 20
+    gpu.backend.close()
+    gpu.backend.close()
+    assert gpu.device.live == 0
+
+
+def test_what_was_allocated_is_freed_where_there_is_no_room(bundle: Bundle) -> None:
+    device = HostDevice(room=2**21)
+    engine = cpu_engine(bundle, device)
+    with pytest.raises(BackendError, match="no room"):
+        TensorRTBackend(bundle, engine.record, cpu_library(engine, VERSION), device, max_seq=POSITIONS, max_batch=ROWS)
+    assert device.live == 0
+
+
+def test_memory_of_the_cache_is_that_of_the_rows_asked_for(bundle: Bundle) -> None:
+    for rows in (1, 3):
+        gpu = opened(bundle, max_batch=rows)
+        assert gpu.backend.kv_cache_bytes == bundle.kv_cache.bytes_per_token * POSITIONS * rows
+        gpu.backend.close()
+
+
+def test_contexts_share_memory_and_compile_for_what_they_are_for(gpu: Opened) -> None:
+    gpu.backend.decode([5], [0])
+    prefill, *decodes = gpu.engine.contexts
+    kernels, graphs = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy, tensorrt_rtx.CudaGraphStrategy
+    assert [context.profile for context in gpu.engine.contexts] == [0, 1, 1]
+    assert len({context.memory for context in gpu.engine.contexts}) == 1
+    assert prefill.config.dynamic_shapes_kernel_specialization_strategy == kernels.LAZY
+    assert all(step.config.dynamic_shapes_kernel_specialization_strategy == kernels.EAGER for step in decodes)
+    for context in gpu.engine.contexts:
+        assert context.config.cuda_graph_strategy == graphs.DISABLED
+        assert context.config.strategy == tensorrt_rtx.ExecutionContextAllocationStrategy.USER_MANAGED
+
+
+def test_compiled_kernels_are_kept_in_the_users_cache(bundle: Bundle, cache_home: Path) -> None:
+    first = opened(bundle)
+    [file] = cache_home.rglob("*.cache")
+    assert file.read_bytes() == b"kernels of this machine"
+    first.backend.close()
+    again = opened(bundle)
+    assert again.engine.contexts[0].config.cache is not None
+    assert again.engine.contexts[0].config.cache.kernels == b"kernels of this machine"
+    again.backend.close()
+    assert list(cache_home.rglob("*")).count(file) == 1
+
+
+def test_a_cache_that_cannot_be_kept_is_no_error(bundle: Bundle, cache_home: Path) -> None:
+    cache_home.write_text("a file where the folder should be")
+    opened(bundle).backend.close()
+
+
+def test_the_stand_ins_have_the_methods_of_tensorrt_alone() -> None:
+    for ours, theirs in (
+        (CpuContext, tensorrt_rtx.IExecutionContext),
+        (CpuEngine, tensorrt_rtx.ICudaEngine),
+        (CpuRuntime, tensorrt_rtx.Runtime),
+        (CpuRuntimeCache, tensorrt_rtx.IRuntimeCache),
+        (CpuRuntimeConfig, tensorrt_rtx.IRuntimeConfig),
+    ):
+        methods = {name for name, value in vars(ours).items() if callable(value) and not name.startswith("_")}
+        assert methods <= set(dir(theirs)), ours
