@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,9 +11,9 @@ import numpy.typing as npt
 
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError, UserError
+from starling.engine.logits import Logits
 
 Tokens = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
 
 BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda")
 #: Tokens that one call of the graph prefills at most. Attention's scratch memory is chunk x length x heads; SmolLM2
@@ -20,11 +21,25 @@ BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda")
 PREFILL_CHUNK = 256
 
 
+class StepOutput(Protocol):
+    """What one step of k rows left behind, valid until the backend's next call."""
+
+    def next_tokens(self) -> list[int]:
+        """The token chosen for each row where the logits are: the likeliest one, the lowest id of equals.
+
+        Raises BackendError where the greatest logit of a row is not finite.
+        """
+        ...
+
+    def logits(self) -> Logits:
+        """float32 [k, vocab] behind the last token of each row, a view of the backend's memory."""
+        ...
+
+
 class Backend(Protocol):
     """A loaded model with a KV cache of `max_batch` rows (slots) of `max_seq` positions, allocated once.
 
-    Arrays that are returned are views of the backend's own memory, valid until its next call. Not thread-safe: one
-    thread at a time may call a backend.
+    Not thread-safe: one thread at a time may call a backend.
     """
 
     name: str
@@ -38,22 +53,15 @@ class Backend(Protocol):
     #: Seconds spent inside the model's run since the backend was opened; the rest of a step is host time.
     model_seconds: float
 
-    def prefill(self, slot: int, tokens: Tokens, start: int) -> Logits:
-        """Write `tokens` [n] at positions start..start+n of row `slot`; logits [vocab] of the last one.
+    def prefill(self, slot: int, tokens: Tokens, start: int) -> StepOutput:
+        """Write `tokens` int64 [n] at positions start..start+n of row `slot`; the output is of that one row.
 
         `start` may lie behind a non-empty cache: positions before it are attended to, those after it are overwritten.
         """
         ...
 
-    def decode(self, tokens: Tokens, positions: Tokens) -> Logits:
-        """One step of the first k rows: token i of `tokens` [k] is written at `positions`[i]; logits [k, vocab]."""
-        ...
-
-    def likeliest(self, logits: Logits) -> list[int]:
-        """The token with the greatest logit in each row of `logits` [k, vocab].
-
-        `logits` must be what the last call returned: the choice may have been made on the device already.
-        """
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
+        """One step of the first k rows: token i of `tokens` [k] is written at `positions`[i] of row i."""
         ...
 
     def close(self) -> None:

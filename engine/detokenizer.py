@@ -48,7 +48,8 @@ class DetokenizerFactory:
         self._byte_level = config.get("type") == "ByteLevel"
         self._sentencepiece = steps[:3] == SENTENCEPIECE and steps[3:] in ([], [STRIP_FIRST_SPACE])
         self._strips = bool(steps[3:])
-        self._texts = self._texts_by_id() if self._byte_level or self._sentencepiece else []
+        self._texts: list[str | None] = self._texts_by_id() if self._byte_level or self._sentencepiece else []
+        self._pieces = [None if text is None else _characters(text) for text in self._texts] if self._byte_level else []
 
     def make(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """A fresh detokenizer.
@@ -57,7 +58,7 @@ class DetokenizerFactory:
         """
         tail = [token_id for token_id in prompt_ids[-PROMPT_TAIL:] if token_id not in self._special_ids]
         if self._byte_level:
-            return _ByteLevel(self._texts, tail)
+            return _ByteLevel(self._pieces, tail)
         if self._sentencepiece:
             started = bool(tail) or any(token_id not in self._special_ids for token_id in prompt_ids)
             return _SentencePiece(self._texts, tail, strip=self._strips and not started)
@@ -79,18 +80,30 @@ class DetokenizerFactory:
 
 
 class _ByteLevel:
-    """GPT-2's vocabulary, whose tokens are bytes: UTF-8 decoded incrementally."""
+    """GPT-2's vocabulary, whose tokens are bytes: UTF-8 decoded incrementally.
 
-    def __init__(self, texts: Sequence[str | None], tail: Sequence[int]) -> None:
-        self._texts = texts
+    `pieces` has whole characters as str, other bytes as bytes, None for special ids and gaps.
+    """
+
+    def __init__(self, pieces: Sequence[str | bytes | None], tail: Sequence[int]) -> None:
+        self._pieces = pieces
         # Python and the library alike put one U+FFFD for each maximal part of a character (Unicode, section 3.9).
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._incomplete = False
         for token_id in tail:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        text = self._texts[token_id] if token_id < len(self._texts) else None
-        return "" if text is None else self._utf8.decode(text.encode("latin-1"))
+        piece = self._pieces[token_id] if token_id < len(self._pieces) else None
+        if piece is None:
+            return ""
+        if isinstance(piece, str):
+            if not self._incomplete:
+                return piece
+            piece = piece.encode()
+        text = self._utf8.decode(piece)
+        self._incomplete = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -172,6 +185,17 @@ def _as_bytes(texts: list[str | None], written: dict[str, str]) -> list[str | No
     """Tokens of GPT-2's alphabet with each byte as the character of that number; those in `written` as given there."""
     alphabet = str.maketrans(_char_of_byte())
     return [None if text is None else written.get(text) or text.translate(alphabet) for text in texts]
+
+
+def _characters(text: str) -> str | bytes:
+    """The bytes that the characters of `text` stand for: as text where they are whole characters, else as they are."""
+    if text.isascii():
+        return text
+    encoded = text.encode("latin-1")
+    try:
+        return encoded.decode()
+    except UnicodeDecodeError:
+        return encoded
 
 
 def _char_of_byte() -> dict[str, str]:

@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
 
-from starling.engine.backend import Backend, Tokens
+from starling.engine.backend import Backend
 from starling.engine.errors import UserError
 from starling.engine.results import GenerationChunk, GenerationResult
 from starling.engine.sequence import GenerationSequence, accept, interrupt, interrupted_chunk, next_chunk
 
 RowChunks = Generator[tuple[int, GenerationChunk], None, None]
+
+
+@dataclass(slots=True)
+class DecodeBatch:
+    """Rows 0, 1, … of the cache up to the last unfinished one, and what the next step of each is given.
+
+    `tokens` and `positions` have an entry per row: its newest token, and where that is written.
+    """
+
+    sequences: list[GenerationSequence]
+    max_seq: int
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    #: Rows that are not finished.
+    live: list[int] = field(default_factory=list)
+    needs_logits: bool = False
+
+    def add(self, sequence: GenerationSequence) -> None:
+        """Take the next row, prefilled and with its first token chosen."""
+        self.tokens.append(sequence.prompt[-1])
+        self.positions.append(len(sequence.prompt) - 1)
+        self.advance(len(self.tokens) - 1, sequence.steps[-1].token)
+
+    def advance(self, row: int, token: int) -> None:
+        """`token` is the row's newest. Where the cache has no room for it, what stands at the end is written again."""
+        if self.positions[row] + 1 < self.max_seq:
+            self.tokens[row] = token
+            self.positions[row] += 1
+
+    def drop_finished(self) -> None:
+        """Find out which rows are left; a finished one between others writes its newest token again and again."""
+        self.live = [row for row, sequence in enumerate(self.sequences) if sequence.finish_reason is None]
+        self.needs_logits = any(self.sequences[row].needs_logits for row in self.live)
+        rows = self.live[-1] + 1 if self.live else 0
+        del self.tokens[rows:], self.positions[rows:]
 
 
 def generate(backend: Backend, sequences: list[GenerationSequence]) -> RowChunks:
@@ -21,14 +57,17 @@ def generate(backend: Backend, sequences: list[GenerationSequence]) -> RowChunks
     Ctrl-C ends every row with a last chunk ("interrupted") in place of the exception.
     """
     try:
+        batch = DecodeBatch(sequences, backend.max_seq)
         elapsed = 0.0
         for row, sequence in enumerate(sequences):
             elapsed = prefill(backend, row, sequence, elapsed)
+            batch.add(sequence)
             yield row, next_chunk(sequence)
-        tokens, positions = np.zeros((2, len(sequences)), dtype=np.int64)
-        while live := [row for row, sequence in enumerate(sequences) if sequence.finish_reason is None]:
-            decode(backend, sequences, live, tokens, positions)
-            for row in live:
+        batch.drop_finished()
+        while batch.live:
+            rows = batch.live
+            decode(backend, batch)
+            for row in rows:
                 yield row, next_chunk(sequences[row])
     except KeyboardInterrupt:
         for row, sequence in enumerate(sequences):
@@ -40,31 +79,28 @@ def prefill(backend: Backend, row: int, sequence: GenerationSequence, elapsed: f
     """Write the prompt's new tokens into the row and choose the first token; `elapsed` seconds went by before."""
     begin, model_begin = perf_counter(), backend.model_seconds
     tokens = np.array(sequence.prompt[sequence.reused :], dtype=np.int64)
-    logits = backend.prefill(row, tokens, sequence.reused)
+    output = backend.prefill(row, tokens, sequence.reused)
     sequence.prefilled = True
-    accept(sequence, logits, backend.likeliest(logits[None])[0])
+    accept(sequence, output.next_tokens()[0], output.logits()[0] if sequence.needs_logits else None)
     elapsed += sequence.encode_s + perf_counter() - begin
     sequence.ttft_s = elapsed
     sequence.prefill_model_s = backend.model_seconds - model_begin
     return elapsed
 
 
-def decode(
-    backend: Backend, sequences: list[GenerationSequence], live: list[int], tokens: Tokens, positions: Tokens
-) -> None:
-    """One step of every row up to the last of the unfinished ones, `live`.
-
-    `tokens` and `positions` are int64 [rows] to fill: the newest token of each row, and where it is written.
-    """
+def decode(backend: Backend, batch: DecodeBatch) -> None:
+    """One step of every row of the batch."""
     begin, model_begin = perf_counter(), backend.model_seconds
-    rows = live[-1] + 1
-    for row in range(rows):
-        # A finished row between unfinished ones writes what stands there once more: that changes nothing.
-        tokens[row], positions[row] = sequences[row].newest(backend.max_seq)
-    logits = backend.decode(tokens[:rows], positions[:rows])
-    likeliest = backend.likeliest(logits)
+    output = backend.decode(batch.tokens, batch.positions)
+    chosen = output.next_tokens()
+    logits = output.logits() if batch.needs_logits else None
+    sequences, live, finished = batch.sequences, batch.live, False
     for row in live:
-        accept(sequences[row], logits[row], likeliest[row])
+        sequence = sequences[row]
+        batch.advance(row, accept(sequence, chosen[row], None if logits is None else logits[row]))
+        finished = finished or sequence.finish_reason is not None
+    if finished:
+        batch.drop_finished()
     model_s, seconds = backend.model_seconds - model_begin, perf_counter() - begin
     for row in live:
         sequences[row].itl_s.append(seconds)

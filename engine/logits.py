@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -13,6 +14,12 @@ LogitsReader: TypeAlias = Callable[[], Logits]
 
 # NumPy has no bfloat16, so 16-bit floats travel as uint16.
 HOST_TYPES = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.uint16}
+# By the bits where those are what the host holds: a float16 or bfloat16 is finite unless its exponent is all ones.
+FINITE_TESTS: dict[str, Callable[[Any], bool]] = {
+    "float32": math.isfinite,
+    "float16": lambda bits: bits & 0x7C00 != 0x7C00,
+    "bfloat16": lambda bits: bits & 0x7F80 != 0x7F80,
+}
 # NumPy converts float16 one value at a time: 115 µs for 49,152 logits, against 50 µs for looking up their bits.
 FLOAT16_VALUES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 

@@ -5,25 +5,23 @@ The CUDA path has not been run on a GPU yet; the CPU path is tested.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from starling.engine.backend import Logits, Tokens
+from starling.engine.backend import StepOutput, Tokens
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.huge_pages import huge_pages
-from starling.engine.logits import LogitsReader
 from starling.engine.ort_buffers import (
-    ChoiceBuffer,
-    ChoiceReader,
-    LogitsBuffer,
-    StepInputs,
-    StepWriter,
+    OrtOutput,
+    StepOutputs,
     allocate_cache,
     first_line,
 )
+from starling.engine.ort_inputs import INPUTS, StepWriter
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # What ONNX Runtime 1.32 has kernels for: MatMul on the CPU lacks bf16, GroupQueryAttention on CUDA lacks fp32.
@@ -58,8 +56,8 @@ def choose_provider(bundle: Bundle, backend: str) -> str:
 
 
 def _why_not(bundle: Bundle, provider: str) -> str | None:
-    if provider == CUDA and bundle.dialect == "canonical":
-        return "the canonical dialect is the CPU's reference: export with --dialect ort"
+    if provider == CUDA and bundle.dialect != "ort":
+        return f"ONNX Runtime runs the {bundle.dialect} dialect as the CPU's reference only: export with --dialect ort"
     if bundle.dtype in RUNNABLE[provider]:
         return None
     if provider == CUDA:
@@ -78,8 +76,7 @@ class _Step(NamedTuple):
 
     binding: Any
     write: StepWriter
-    read: LogitsReader
-    choose: ChoiceReader
+    output: OrtOutput
 
 
 class OrtBackend:
@@ -100,16 +97,14 @@ class OrtBackend:
         self.model_seconds = 0.0
         self._chunk = min(prefill_chunk, max_seq)
         self._cache = allocate_cache(self._ort, bundle, self._device, max_batch, max_seq)
-        self._inputs = StepInputs(self._ort, bundle.dialect, self._device, max_batch, self._chunk)
-        self._logits = LogitsBuffer(bundle, max_batch)
-        self._choice = ChoiceBuffer(bundle, max_batch)
+        self._inputs = INPUTS[bundle.dialect](self._ort, self._device, max_batch, self._chunk, max_seq)
+        self._outputs = StepOutputs(bundle, max_batch)
         self._row_bindings: dict[int, Any] = {}
         self._steps: dict[int, _Step] = {}
-        self._read_row = self._logits.reader(1)
-        self._choose = self._choose_row = self._choice.reader(1)
+        self._row_output = self._outputs.output(1)
 
-    def prefill(self, slot: int, tokens: Tokens, start: int) -> Logits:
-        """Write `tokens` int64 [n] at start..start+n of row `slot`; float32 logits [vocab] of the last one.
+    def prefill(self, slot: int, tokens: Tokens, start: int) -> StepOutput:
+        """Write `tokens` int64 [n] at start..start+n of row `slot`.
 
         GroupQueryAttention takes a chunk behind a non-empty cache only with batch 1, hence the view of one row.
         """
@@ -118,23 +113,16 @@ class OrtBackend:
             self._check_room(slot, start + first + len(chunk) - 1)
             self._inputs.write_chunk(chunk, start + first)
             self._run(self._row_binding(slot, len(chunk)))
-        self._choose = self._choose_row
-        logits: Logits = self._read_row()[0]
-        return logits
+        return self._row_output
 
-    def decode(self, tokens: Tokens, positions: Tokens) -> Logits:
-        """One token for each of the first k rows, `tokens` and `positions` int64 [k]; float32 logits [k, vocab]."""
-        rows, longest = len(tokens), max(positions.tolist())
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
+        """One token for each of the first k rows."""
+        rows, longest = len(tokens), max(positions)
         self._check_room(rows - 1, longest)
         step = self._steps.get(rows) or self._new_step(rows)
         step.write(tokens, positions, longest)
         self._run(step.binding)
-        self._choose = step.choose
-        return step.read()
-
-    def likeliest(self, logits: Logits) -> list[int]:
-        """The likeliest token of each row of `logits` [k, vocab], which the last `decode` or `prefill` returned."""
-        return self._choose(logits)
+        return step.output
 
     def close(self) -> None:
         """Free the session, the cache and every binding."""
@@ -164,9 +152,7 @@ class OrtBackend:
     def _new_step(self, rows: int) -> _Step:
         binding = self._bind(0, rows)
         self._inputs.bind(binding, rows, 1)
-        step = self._steps[rows] = _Step(
-            binding, self._inputs.step_writer(rows), self._logits.reader(rows), self._choice.reader(rows)
-        )
+        step = self._steps[rows] = _Step(binding, self._inputs.step_writer(rows), self._outputs.output(rows))
         return step
 
     def _row_binding(self, slot: int, length: int) -> Any:
@@ -185,8 +171,7 @@ class OrtBackend:
             pointer = buffer.data_ptr() + buffer.tensor_size_in_bytes() // self.max_batch * first
             binding.bind_input(f"past_key_values.{name}", self._device, 0, kind, shape, pointer)
             binding.bind_output(f"present.{name}", self._device, 0, kind, shape, pointer)
-        self._logits.bind(binding, rows)
-        self._choice.bind(binding, rows)
+        self._outputs.bind(binding, rows)
         return binding
 
 
@@ -201,9 +186,9 @@ def _open_session(ort: Any, bundle: Bundle, provider: str, threads: int) -> Any:
         ort.preload_dlls()
     try:
         with huge_pages() if provider == CPU else nullcontext():
-            session = ort.InferenceSession(str(bundle.graph_path), options, providers=[provider])
+            session = ort.InferenceSession(str(bundle.reference_path), options, providers=[provider])
     except Exception as error:
-        raise BackendError(f"ONNX Runtime cannot load {bundle.graph_path}: {first_line(error)}") from error
+        raise BackendError(f"ONNX Runtime cannot load {bundle.reference_path}: {first_line(error)}") from error
     if session.get_providers()[0] != provider:
         raise BackendError(
             f"{provider} did not start on this machine; see `starling doctor`, or use --backend onnxruntime-cpu"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from starling.engine.backend import Logits
 from starling.engine.detokenizer import Detokenizer
+from starling.engine.logits import Logits
 from starling.engine.results import FinishReason, GenerationChunk, GenerationResult, Timings
-from starling.engine.sampling import Sampler, SamplingParams, TokenLogprob, check_finite, logprobs, make_sampler
+from starling.engine.sampling import Sampler, SamplingParams, TokenLogprob, logprobs, make_sampler
 from starling.engine.stops import StopMatcher
 from starling.engine.tokenizer import Tokenizer
 
@@ -38,7 +38,8 @@ class GenerationSequence:
     #: None: the likeliest token is taken (greedy).
     sample: Sampler | None
     detokenizer: Detokenizer
-    stops: StopMatcher
+    #: None where there is no stop string.
+    stops: StopMatcher | None
     #: Seconds that encoding the prompt took; part of the time to first token.
     encode_s: float = 0.0
     steps: list[Step] = field(default_factory=list)
@@ -52,12 +53,10 @@ class GenerationSequence:
     itl_s: list[float] = field(default_factory=list)
     host_s: list[float] = field(default_factory=list)
 
-    def newest(self, max_seq: int) -> tuple[int, int]:
-        """The last token of prompt and answer that a cache of `max_seq` positions has room for, and its position."""
-        length = len(self.prompt) + len(self.steps)
-        if length <= max_seq:
-            return self.steps[-1].token, length - 1
-        return (self.steps[-2].token if len(self.steps) > 1 else self.prompt[-1]), max_seq - 1
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the host must see the logits: to draw a token, or to report log-probabilities."""
+        return self.sample is not None or self.top_logprobs is not None
 
     def cached_ids(self) -> tuple[int, ...]:
         """Ids that the row's cache surely holds. The newest token is not among them: decoding it writes it."""
@@ -109,25 +108,29 @@ def make_sequence(
         stop_ids=frozenset(params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos)),
         sample=None if params.is_greedy else make_sampler(params, prompt),
         detokenizer=tokenizer.detokenizer(prompt),
-        stops=StopMatcher(params.stop),
+        stops=StopMatcher(params.stop) if params.stop else None,
         encode_s=encode_s,
     )
 
 
-def accept(sequence: GenerationSequence, logits: Logits, likeliest: int) -> None:
-    """Choose the next token from logits [vocab], whose greatest is at `likeliest`; see whether it ends the sequence."""
-    if sequence.sample is None:
-        token = likeliest
-        check_finite(logits.item(token))
-    else:
-        token = sequence.sample(logits)
-    top = sequence.top_logprobs
-    logprob = None if top is None else logprobs(logits, token, top)
+def accept(sequence: GenerationSequence, token: int, logits: Logits | None) -> int:
+    """Take the backend's choice `token`, or choose one from logits [vocab]; see whether it ends the sequence.
+
+    Returns the token taken. `logits` may be None where the sequence needs none.
+    """
+    logprob = None
+    if logits is not None and sequence.needs_logits:
+        if sequence.sample is not None:
+            token = sequence.sample(logits)
+        if sequence.top_logprobs is not None:
+            logprob = logprobs(logits, token, sequence.top_logprobs)
     text, reason = "", None
     if token in sequence.stop_ids:
         reason = _STOP
     else:
-        text, stopped = sequence.stops.push(sequence.detokenizer.push(token))
+        text, stopped = sequence.detokenizer.push(token), False
+        if sequence.stops is not None:
+            text, stopped = sequence.stops.push(text)
         if stopped:
             reason = _STOP
         elif len(sequence.steps) + 1 >= sequence.limit:
@@ -137,11 +140,15 @@ def accept(sequence: GenerationSequence, logits: Logits, likeliest: int) -> None
     # One append commits the token, so that Ctrl-C finds either all of it or nothing.
     sequence.steps.append(Step(token, text, logprob))
     sequence.finish_reason = reason
+    return token
 
 
 def _with_held_back(sequence: GenerationSequence, text: str, reason: FinishReason) -> tuple[str, FinishReason]:
     """The text with what detokenizer and stop matcher still held; it may itself complete a stop string."""
-    tail, stopped = sequence.stops.push(sequence.detokenizer.flush())
+    tail = sequence.detokenizer.flush()
+    if sequence.stops is None:
+        return text + tail, reason
+    tail, stopped = sequence.stops.push(tail)
     return text + tail + sequence.stops.flush(), _STOP if stopped else reason
 
 

@@ -44,10 +44,10 @@ def bundle_logits(folder: Path, ids: list[int]) -> NDArray[np.float32]:
     backend = open_backend(bundle, name="onnxruntime-cpu", max_seq=len(ids), max_batch=1)
     tokens = np.asarray(ids, dtype=np.int64)
     try:
-        rows = [backend.prefill(0, tokens[:_FIRST], 0).copy()]
-        rows.append(backend.prefill(0, tokens[_FIRST : _FIRST + _CHUNK], _FIRST).copy())
+        rows = [backend.prefill(0, tokens[:_FIRST], 0).logits()[0].copy()]
+        rows.append(backend.prefill(0, tokens[_FIRST : _FIRST + _CHUNK], _FIRST).logits()[0].copy())
         for at in range(_FIRST + _CHUNK, len(ids)):
-            rows.append(backend.decode(tokens[at : at + 1], np.array([at]))[0].copy())
+            rows.append(backend.decode([ids[at]], [at]).logits()[0].copy())
     finally:
         backend.close()
     return np.stack(rows)

@@ -65,11 +65,11 @@ def test_logits_are_pytorchs(family: Family, dialect: str, tiny_checkpoint: Chec
 
     backend = open_backend(Bundle.open(tmp_path / "bundle"), name="onnxruntime-cpu", max_seq=64, max_batch=1)
     tokens = ids[0].numpy()
-    whole = backend.prefill(0, tokens, 0).copy()
-    steps = {TOKENS - 1: whole, 11: backend.prefill(0, tokens[:12], 0).copy()}
-    steps[19] = backend.prefill(0, tokens[12:20], 12).copy()
+    whole = backend.prefill(0, tokens, 0).logits()[0].copy()
+    steps = {TOKENS - 1: whole, 11: backend.prefill(0, tokens[:12], 0).logits()[0].copy()}
+    steps[19] = backend.prefill(0, tokens[12:20], 12).logits()[0].copy()
     for at in range(20, TOKENS):
-        steps[at] = backend.decode(tokens[at : at + 1], np.array([at]))[0].copy()
+        steps[at] = backend.decode([int(tokens[at])], [at]).logits()[0].copy()
     backend.close()
 
     assert np.abs(whole - expected[-1]).max() < 1e-3

@@ -3,7 +3,7 @@
 import os
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +17,7 @@ from starling.engine.backend import default_threads, open_backend
 from starling.engine.bundle import Bundle, TensorSpec
 from starling.engine.errors import BackendError, UserError
 from starling.engine.ort_backend import OrtBackend
-from starling.engine.ort_buffers import LogitsBuffer
+from starling.engine.ort_buffers import StepOutputs
 from starling.export.checkpoint import Checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 
@@ -48,6 +48,16 @@ def tokens(count: int, *, seed: int = 0) -> npt.NDArray[np.int64]:
     return np.random.default_rng(seed).integers(3, 30_000, count)
 
 
+def prefill(backend: OrtBackend, row: int, ids: npt.NDArray[np.int64], start: int = 0) -> npt.NDArray[np.float32]:
+    """Logits [vocab] behind the last token."""
+    return backend.prefill(row, ids, start).logits()[0].copy()
+
+
+def decode(backend: OrtBackend, ids: Iterable[int], positions: Iterable[int]) -> npt.NDArray[np.float32]:
+    """Logits [rows, vocab]."""
+    return backend.decode(list(ids), list(positions)).logits().copy()
+
+
 def assert_close(got: npt.ArrayLike, wanted: npt.ArrayLike, *, tolerance: float = 1e-4) -> None:
     """Equal but for the rounding of float32 sums that were taken in another order."""
     np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=tolerance, atol=tolerance)
@@ -60,41 +70,39 @@ def cache(backend: OrtBackend) -> dict[str, npt.NDArray[np.float32]]:
 
 def test_chunked_prefill_equals_whole_prefill(tiny_bundle: Path) -> None:
     ids = tokens(23)
-    whole = opened(tiny_bundle).prefill(0, ids, 0)
-    assert_close(opened(tiny_bundle, prefill_chunk=5).prefill(0, ids, 0), whole)
+    whole = prefill(opened(tiny_bundle), 0, ids)
+    assert_close(prefill(opened(tiny_bundle, prefill_chunk=5), 0, ids), whole)
 
 
 def test_prefill_behind_a_cache_equals_whole_prefill(backend: OrtBackend) -> None:
     ids = tokens(20)
-    whole = backend.prefill(0, ids, 0).copy()
+    whole = prefill(backend, 0, ids)
     backend.prefill(1, ids[:13], 0)
-    assert_close(backend.prefill(1, ids[13:], 13), whole)
+    assert_close(prefill(backend, 1, ids[13:], 13), whole)
 
 
 def test_prefill_overwrites_what_lies_behind_its_start(backend: OrtBackend) -> None:
     ids = tokens(20)
-    fresh = backend.prefill(0, ids, 0).copy()
+    fresh = prefill(backend, 0, ids)
     backend.prefill(1, np.concatenate([ids[:8], tokens(30, seed=1)]), 0)
-    assert_close(backend.prefill(1, ids[8:], 8), fresh)
+    assert_close(prefill(backend, 1, ids[8:], 8), fresh)
 
 
 def test_decode_equals_prefill_of_one_token_more(backend: OrtBackend) -> None:
     ids = tokens(12)
-    whole = backend.prefill(0, ids, 0).copy()
+    whole = prefill(backend, 0, ids)
     backend.prefill(1, ids[:11], 0)
     backend.prefill(0, ids[:11], 0)
-    decoded = backend.decode(ids[[11, 11]], np.array([11, 11]))
+    decoded = decode(backend, ids[[11, 11]], [11, 11])
     assert_close(decoded, [whole, whole])
 
 
 def test_rows_of_different_lengths_decode_as_alone(backend: OrtBackend) -> None:
     prompts = [tokens(7, seed=1), tokens(19, seed=2), tokens(3, seed=3)]
-    alone = [backend.prefill(0, prompt, 0).copy() for prompt in prompts]
+    alone = [prefill(backend, 0, prompt) for prompt in prompts]
     for row, prompt in enumerate(prompts):
         backend.prefill(row, prompt[:-1], 0)
-    together = backend.decode(
-        np.array([prompt[-1] for prompt in prompts]), np.array([len(prompt) - 1 for prompt in prompts])
-    )
+    together = decode(backend, [prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts])
     assert_close(together, alone)
 
 
@@ -107,7 +115,7 @@ def test_past_and_present_are_the_same_memory(backend: OrtBackend) -> None:
 
 
 def test_decode_writes_only_its_rows_and_positions(backend: OrtBackend) -> None:
-    backend.decode(tokens(2), np.array([4, 10]))
+    backend.decode([5, 6], [4, 10])
     for name, buffer in cache(backend).items():
         written = np.abs(buffer).sum(axis=(1, 3)) > 0
         assert sorted(zip(*np.nonzero(written), strict=True)) == [(0, 4), (1, 10)], name
@@ -118,14 +126,16 @@ def test_kv_cache_bytes_are_those_of_the_buffers(backend: OrtBackend) -> None:
 
 
 def test_nothing_is_allocated_or_bound_per_decoded_token(backend: OrtBackend) -> None:
-    token, position = tokens(1), np.array([0])
+    token, position = [7], [0]
     for _ in range(10):
-        first = backend.decode(token, position)
+        first = backend.decode(token, position).logits()
     step = backend._steps[1]
     tracemalloc.start()
     for count in range(100):
         position[0] = count % MAX_SEQ
-        logits = backend.decode(token, position)
+        output = backend.decode(token, position)
+        output.next_tokens()
+        logits = output.logits()
     grown, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert np.shares_memory(first, logits)
@@ -137,14 +147,14 @@ def test_nothing_is_allocated_or_bound_per_decoded_token(backend: OrtBackend) ->
 
 def test_model_seconds_are_part_of_the_wall_time(backend: OrtBackend) -> None:
     begin, before = perf_counter(), backend.model_seconds
-    backend.decode(tokens(1), np.array([0]))
+    backend.decode([7], [0])
     assert 0 < backend.model_seconds - before < perf_counter() - begin
 
 
 @pytest.mark.parametrize("position", [MAX_SEQ, 10**6])
 def test_decode_outside_the_cache_is_refused(backend: OrtBackend, position: int) -> None:
     with pytest.raises(BackendError, match=rf"position {position} of row 0 lies outside the KV cache"):
-        backend.decode(tokens(1), np.array([position]))
+        backend.decode([7], [position])
 
 
 def test_prefill_outside_the_cache_is_refused(backend: OrtBackend) -> None:
@@ -170,21 +180,42 @@ def test_canonical_dialect_agrees_with_ort(tiny_bundle: Path, tiny_canonical_bun
         for row, prompt in enumerate(prompts):
             backend.prefill(row, prompt[:-1], 0)
         last = [prompt[-1] for prompt in prompts]
-        logits.append(backend.decode(np.array(last), np.array([16, 5])))
+        logits.append(decode(backend, last, [16, 5]))
     assert_close(logits[0], logits[1], tolerance=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "shift"), [("float16", 0), ("bfloat16", 16)])
-def test_16_bit_logits_are_read_as_float32(tiny_bundle: Path, kind: str, shift: int) -> None:
-    bundle = Bundle.open(tiny_bundle)
-    graph = replace(bundle.graph, outputs=(TensorSpec("logits", kind, ("batch", 1, 5)),))
-    small = replace(bundle, graph=graph, architecture=replace(bundle.architecture, vocab_size=5))
-    wanted = np.array([[0.0, -1.5, 3.25, np.inf, -np.inf]], np.float32)
-    buffer = LogitsBuffer(small, 2)
-    buffer._raw[:1] = wanted.view(np.uint32) >> 16 if shift else wanted.astype(np.float16).view(np.uint16)
-    read = buffer.reader(1)()
+def step_outputs(folder: Path, kind: str, logits: list[list[float]]) -> StepOutputs:
+    """Output buffers of that type as a step of the graph would leave them."""
+    bundle = Bundle.open(folder)
+    graph = replace(bundle.graph, outputs=(TensorSpec("logits", kind, ("batch", 1, len(logits[0]))),))
+    architecture = replace(bundle.architecture, vocab_size=len(logits[0]))
+    buffers, values = (
+        StepOutputs(replace(bundle, graph=graph, architecture=architecture), len(logits)),
+        np.array(logits, np.float32),
+    )
+    bits = {"float16": values.astype(np.float16).view(np.uint16), "bfloat16": values.view(np.uint32) >> 16}
+    buffers._raw[:] = bits.get(kind, values)
+    return buffers
+
+
+KINDS = ("float32", "float16", "bfloat16")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_every_type_are_read_as_float32(tiny_bundle: Path, kind: str) -> None:
+    wanted = [[0.0, -1.5, 3.25, np.inf, -np.inf]]
+    read = step_outputs(tiny_bundle, kind, wanted).output(1).logits()
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("peak", [np.nan, np.inf])
+def test_a_greatest_logit_that_is_no_number_is_an_error(tiny_bundle: Path, kind: str, peak: float) -> None:
+    buffers = step_outputs(tiny_bundle, kind, [[0.0, 3.25, 1.0], [0.0, 1.0, peak]])
+    assert buffers.output(1).next_tokens() == [1]
+    with pytest.raises(BackendError, match=f"greatest logit is {peak}"):
+        buffers.output(2).next_tokens()
 
 
 def test_bf16_bundle_on_the_cpu_names_the_way_out(tiny_bundle: Path) -> None:

@@ -1,0 +1,181 @@
+"""The small inputs of a step for ONNX Runtime, in buffers that are allocated once: one class per dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+
+from starling.engine.backend import Tokens
+from starling.engine.graph_names import NOISE, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
+from starling.engine.ort_buffers import ONNX_TYPES
+
+#: Writes one decode step: tokens [rows], positions [rows], and their greatest.
+StepWriter: TypeAlias = Callable[[Sequence[int], Sequence[int], int], None]
+
+
+class _Input:
+    """A small input of the graph: `host` is written at every step, and the graph reads `value` on its device."""
+
+    def __init__(self, ort: Any, kind: str, shape: int | tuple[int, int], device: str) -> None:
+        self.kind, self.device = ONNX_TYPES[kind], device
+        self.host = np.zeros(shape, kind)
+        # On the CPU the OrtValue is the NumPy array's own memory, so writing `host` is all there is to do.
+        self.value = ort.OrtValue.ortvalue_from_numpy(self.host, device, 0)
+
+    def push(self) -> None:
+        """Copy `host` to the device."""
+        self.value.update_inplace(self.host)
+
+
+class StepInputs:
+    """What every dialect takes: the token ids [rows, length]; and what the dialects have in common.
+
+    `rows` is the most rows of a step, `chunk` the most tokens of a row, `positions` the KV cache's.
+    """
+
+    per_token: ClassVar[tuple[str, ...]] = ()
+    per_row: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, ort: Any, device: str, rows: int, chunk: int, positions: int) -> None:
+        self._on_device = device != "cpu"
+        tokens = max(rows, chunk)
+        self._per_token = {name: _Input(ort, "int64", tokens, device) for name in ("input_ids", *self.per_token)}
+        self._per_row = {name: _Input(ort, kind, rows, device) for name, kind in self.per_row.items()}
+        self._ids = self._per_token["input_ids"].host
+
+    def bind(self, binding: Any, rows: int, length: int) -> None:
+        """Bind the buffers' beginnings as inputs for `rows` rows of `length` tokens."""
+        for name, buffer in self._per_token.items():
+            _bind(binding, name, buffer, [rows, length])
+        for name, buffer in self._per_row.items():
+            _bind(binding, name, buffer, [rows])
+
+    def write_chunk(self, tokens: Tokens, start: int) -> None:
+        """One row: `tokens` [n] go to positions start..start+n."""
+        self._ids[: len(tokens)] = tokens
+        self._place_chunk(start, start + len(tokens))
+        if self._on_device:
+            self._push()
+
+    def step_writer(self, rows: int) -> StepWriter:
+        """The function that writes one decode step of `rows` rows.
+
+        It writes through memoryviews that it keeps: behind a run of the model the caches are cold, and NumPy's paths
+        are long.
+        """
+        ids, place, on_device = self._ids.data, self._placer(rows), self._on_device
+
+        def write(tokens: Sequence[int], positions: Sequence[int], longest: int) -> None:
+            for row in range(rows):
+                ids[row] = tokens[row]
+            place(positions, longest)
+            if on_device:
+                self._push()
+
+        return write
+
+    def _place_chunk(self, start: int, end: int) -> None:
+        """Say that one row's new tokens go to positions start..end."""
+        raise NotImplementedError
+
+    def _placer(self, rows: int) -> Callable[[Sequence[int], int], None]:
+        """A function (positions [rows], their greatest) that says where one new token of each row goes."""
+        raise NotImplementedError
+
+    def _push(self) -> None:
+        for buffer in (*self._per_token.values(), *self._per_row.values()):
+            buffer.push()
+
+
+class OrtInputs(StepInputs):
+    """GroupQueryAttention's lengths: by the operator's definition those of the rows after the step, minus 1."""
+
+    per_row: ClassVar = {"seqlens_k": "int32"}
+
+    def __init__(self, ort: Any, device: str, rows: int, chunk: int, positions: int) -> None:
+        super().__init__(ort, device, rows, chunk, positions)
+        self._lengths = self._per_row["seqlens_k"].host
+        # GroupQueryAttention reads this one on the host, whatever the device.
+        self._total = _Input(ort, "int32", 1, "cpu")
+
+    def bind(self, binding: Any, rows: int, length: int) -> None:
+        super().bind(binding, rows, length)
+        _bind(binding, "total_sequence_length", self._total, [])
+
+    def _place_chunk(self, start: int, end: int) -> None:
+        self._lengths[0] = end - 1
+        self._total.host[0] = end
+
+    def _placer(self, rows: int) -> Callable[[Sequence[int], int], None]:
+        lengths, total = self._lengths.data, self._total.host.data
+
+        def place(positions: Sequence[int], longest: int) -> None:
+            for row in range(rows):
+                lengths[row] = positions[row]
+            total[0] = longest + 1
+
+        return place
+
+
+class CanonicalInputs(StepInputs):
+    """Positions of the new tokens, where they are written, and how many are valid then."""
+
+    per_token: ClassVar = ("position_ids",)
+    per_row: ClassVar = {"write_indices": "int64", "nonpad_kv_seqlen": "int64"}
+
+    def __init__(self, ort: Any, device: str, rows: int, chunk: int, positions: int) -> None:
+        super().__init__(ort, device, rows, chunk, positions)
+        self._positions = self._per_token["position_ids"].host
+        self._starts, self._lengths = (self._per_row[name].host for name in self.per_row)
+
+    def _place_chunk(self, start: int, end: int) -> None:
+        self._positions[: end - start] = np.arange(start, end)
+        self._starts[0] = start
+        self._lengths[0] = end
+
+    def _placer(self, rows: int) -> Callable[[Sequence[int], int], None]:
+        ids, starts, lengths = self._positions[:rows], self._starts[:rows], self._lengths[:rows]
+
+        def place(positions: Sequence[int], longest: int) -> None:
+            ids[:] = positions
+            starts[:] = positions
+            np.add(starts, 1, out=lengths)
+
+        return place
+
+
+class TensorrtInputs(StepInputs):
+    """How many positions are valid before the step; the choice in the graph is set to greedy, once."""
+
+    per_row: ClassVar = {PAST_LENGTHS: "int64", TEMPERATURE: "float32", TOP_K: "int64", TOP_P: "float32"}
+
+    def __init__(self, ort: Any, device: str, rows: int, chunk: int, positions: int) -> None:
+        super().__init__(ort, device, rows, chunk, positions)
+        self._lengths = self._per_row[PAST_LENGTHS].host
+        for name in (TEMPERATURE, TOP_K, TOP_P):
+            self._per_row[name].host.fill(1)
+        self._noise = _Input(ort, "float32", (rows, positions), device)
+
+    def bind(self, binding: Any, rows: int, length: int) -> None:
+        super().bind(binding, rows, length)
+        _bind(binding, NOISE, self._noise, [rows, self._noise.host.shape[1]])
+
+    def _place_chunk(self, start: int, end: int) -> None:
+        self._lengths[0] = start
+
+    def _placer(self, rows: int) -> Callable[[Sequence[int], int], None]:
+        lengths = self._lengths[:rows]
+
+        def place(positions: Sequence[int], longest: int) -> None:
+            lengths[:] = positions
+
+        return place
+
+
+INPUTS: dict[str, type[StepInputs]] = {"ort": OrtInputs, "canonical": CanonicalInputs, "tensorrt": TensorrtInputs}
+
+
+def _bind(binding: Any, name: str, buffer: _Input, shape: list[int]) -> None:
+    binding.bind_input(name, buffer.device, 0, buffer.kind, shape, buffer.value.data_ptr())
