@@ -11,7 +11,7 @@ import click
 from starling.cli.options import bundle_argument, engine_options, engine_settings, sampling_options
 from starling.cli.options import sampling_params as params_of
 from starling.cli.output import decode_utf8, note
-from starling.cli.results import cache_figure, figures
+from starling.cli.results import cache_figure, figures, note_backend
 from starling.cli.streaming import print_stream
 from starling.engine.errors import PromptError
 
@@ -46,6 +46,7 @@ def command(bundle: Path, system: str | None, template: str | None, verbose: boo
     from starling.engine.engine import Engine
 
     with Engine(bundle, **engine_settings(options)) as engine:
+        note_backend(engine)
         interactive = sys.stdin.isatty()
         if interactive:
             note(f"{cache_figure(engine)}; {HELP}")

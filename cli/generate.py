@@ -11,7 +11,7 @@ import click
 from starling.cli.options import bundle_argument, engine_options, engine_settings, json_option, sampling_options
 from starling.cli.options import sampling_params as params_of
 from starling.cli.output import note, print_json, read_text
-from starling.cli.results import batch_figures, figures, generation_json, logprob_lines
+from starling.cli.results import batch_figures, figures, generation_json, logprob_lines, note_backend
 from starling.cli.streaming import print_stream
 from starling.engine.errors import PromptError
 
@@ -58,6 +58,7 @@ def command(context: click.Context, /, bundle: Path, no_stream: bool, as_json: b
     from starling.engine.engine import Engine
 
     with Engine(bundle, max_batch=len(prompts), **engine_settings(options)) as engine:
+        note_backend(engine)
         chat = _wants_chat(engine, options)
         if len(prompts) == 1:
             stream = _start(engine, prompts[0], chat, options, params)

@@ -16,13 +16,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
 
 # Spelt out here, since importing starling.engine.backend would bring numpy into `--help`; a test compares the two.
-BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda")
+BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 _BACKEND = [
     click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs it."),
+    click.option("--engine", help="TensorRT engine of the bundle by name.  [default: the smallest that fits]"),
     click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the physical cores]"),
 ]
 _VERIFY = [click.option("--verify", is_flag=True, help="Check the weights' SHA-256 first (seconds per GB).")]
@@ -84,7 +85,7 @@ _SAMPLING_NAMES = (
     "stop",
     "ignore_eos",
 )
-_ENGINE_NAMES = ("max_seq", "backend", "threads", "verify")
+_ENGINE_NAMES = ("max_seq", "backend", "engine", "threads", "verify")
 
 
 def sampling_params(values: Mapping[str, Any], logprobs: int | None = None) -> SamplingParams:

@@ -13,6 +13,7 @@ import click
 
 from starling.cli.options import backend_options, bundle_argument, json_option
 from starling.cli.output import print_json
+from starling.cli.results import note_backend
 from starling.engine.errors import UserError
 
 
@@ -31,6 +32,7 @@ def command(
     bundle: Path,
     max_seq: int | None,
     backend: str,
+    engine: str | None,
     threads: int | None,
     output: Path | None,
     as_json: bool,
@@ -57,11 +59,10 @@ def command(
     settings = ProfileSettings(**counts)
     opened = Bundle.open(bundle)
     positions = settings.positions(opened, max_seq)
-    with (
-        _progress() as progress,
-        Engine(opened, backend=backend, max_seq=positions, max_batch=settings.batch, threads=threads) as engine,
-    ):
-        profile = measure(engine, settings, threads=threads, progress=progress)
+    sizes: dict[str, Any] = {"max_seq": positions, "max_batch": settings.batch, "threads": threads}
+    with _progress() as progress, Engine(opened, backend=backend, engine=engine, **sizes) as running:
+        note_backend(running)
+        profile = measure(running, settings, threads=threads, progress=progress)
     document = profile_json(profile, opened)
     if output is not None:
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from starling.cli.output import human_bytes
+from starling.cli.output import human_bytes, note
 
 if TYPE_CHECKING:
     from starling.engine.engine import Engine
     from starling.engine.results import GenerationResult, Timings
     from starling.engine.sampling import TokenLogprob
+
+
+def note_backend(engine: Engine) -> None:
+    """Say on stderr why another backend than the likely one was taken."""
+    if engine.backend.note is not None:
+        note(engine.backend.note)
 
 
 def figures(result: GenerationResult, engine: Engine) -> str:

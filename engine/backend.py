@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from starling.engine.bundle import Bundle
-from starling.engine.errors import BackendError, UserError
+from starling.engine.device_choice import DeviceChoice
+from starling.engine.errors import BackendError, PlanError, UserError
 from starling.engine.logits import Logits
 
 Tokens = npt.NDArray[np.int64]
 
-BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda")
+BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 #: Tokens that one call of the graph prefills at most. Attention's scratch memory is chunk x length x heads; SmolLM2
 #: prefills 1024 tokens within 3 % as fast in chunks of 256 as of 512 (the best), and Ctrl-C waits for one chunk.
 PREFILL_CHUNK = 256
+
+
+class Room(TypedDict):
+    """Sizes that a backend is opened with."""
+
+    max_seq: int
+    max_batch: int
+    prefill_chunk: int | None
 
 
 class StepOutput(Protocol):
@@ -36,6 +45,32 @@ class StepOutput(Protocol):
         ...
 
 
+class TokenPipeline(Protocol):
+    """Steps of the first rows that are launched before the host has seen the tokens of the step before."""
+
+    def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
+        """From now on choose the row's tokens by `choice`; its first draw is for the step that writes `first`.
+
+        Ends what was launched. `StepOutput.next_tokens` gives these choices as well.
+        """
+        ...
+
+    def can_launch(self, rows: int) -> bool:
+        """Whether a step of the first `rows` rows may be launched: few enough are under way, and it has room."""
+        ...
+
+    def launch(self, rows: int) -> None:
+        """Launch a step of the first `rows` rows behind all others; each writes the token that it chose last."""
+        ...
+
+    def tokens(self) -> list[int]:
+        """Wait for the oldest launched step whose tokens were not asked for; the token chosen in each of its rows.
+
+        Raises BackendError where the greatest logit of a row is not finite.
+        """
+        ...
+
+
 class Backend(Protocol):
     """A loaded model with a KV cache of `max_batch` rows (slots) of `max_seq` positions, allocated once.
 
@@ -50,8 +85,16 @@ class Backend(Protocol):
     vocab_size: int
     #: Memory of the whole KV cache, in bytes.
     kv_cache_bytes: int
-    #: Seconds spent inside the model's run since the backend was opened; the rest of a step is host time.
+    #: Seconds spent inside the model's run since the backend was opened; the rest of a step is host time. Of a step
+    #: that was launched ahead it is what `TokenPipeline.tokens` waited for.
     model_seconds: float
+    #: Why it was not another backend that "auto" took; None where there is nothing to say.
+    note: str | None
+
+    @property
+    def pipeline(self) -> TokenPipeline | None:
+        """Where tokens are chosen and fed on the device: how to run steps ahead of the host. None elsewhere."""
+        ...
 
     def prefill(self, slot: int, tokens: Tokens, start: int) -> StepOutput:
         """Write `tokens` int64 [n] at positions start..start+n of row `slot`; the output is of that one row.
@@ -89,32 +132,70 @@ def open_backend(
     bundle: Bundle,
     *,
     name: str = "auto",
+    engine: str | None = None,
     max_seq: int,
     max_batch: int = 1,
     threads: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
 ) -> Backend:
     """Load `bundle` on the backend called `name`, one of BACKENDS.
 
-    "auto" and "onnxruntime" take CUDA where it is installed and can run the bundle, else the CPU. `threads` is for the
-    CPU (default: physical cores of this process). Raises BackendError when the backend is unknown, not installed, or
-    cannot run the bundle on this machine, UserError for a size below 1.
+    "auto" takes TensorRT for a bundle of that dialect where there are a GPU and a fitting engine; else, as
+    "onnxruntime" does, CUDA where it is installed and can run the bundle, else the CPU. `engine` names the TensorRT
+    engine to take. `threads` is for the CPU (default: physical cores of this process); `prefill_chunk` is how many
+    tokens one run prefills at most (default: PREFILL_CHUNK on ONNX Runtime, what the engine allows on TensorRT).
+
+    Raises BackendError when the backend is unknown, not installed, or cannot run the bundle on this machine, PlanError
+    where no engine fits, UserError for a size below 1.
     """
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    if max_seq < 1 or max_batch < 1 or prefill_chunk < 1 or (threads is not None and threads < 1):
-        raise UserError(
-            f"max_seq={max_seq}, max_batch={max_batch}, threads={threads}, prefill_chunk={prefill_chunk}: "
-            "each must be at least 1"
-        )
-    # Imported here so that `import starling.engine` needs no onnxruntime.
+    sizes = {"max_seq": max_seq, "max_batch": max_batch, "threads": threads, "prefill_chunk": prefill_chunk}
+    if any(size is not None and size < 1 for size in sizes.values()):
+        raise UserError(f"{', '.join(f'{key}={size}' for key, size in sizes.items())}: each must be at least 1")
+    room = Room(max_seq=max_seq, max_batch=max_batch, prefill_chunk=prefill_chunk)
+    if name.startswith("tensorrt"):
+        return _open_tensorrt(bundle, name, engine, room)
+    note = None
+    if name == "auto" and bundle.dialect == "tensorrt":
+        try:
+            return _open_tensorrt(bundle, None, engine, room)
+        except (BackendError, PlanError) as error:
+            if engine is not None:
+                raise
+            note = f"ONNX Runtime runs the bundle's reference graph, since TensorRT cannot run here: {error}"
+    elif engine is not None:
+        raise UserError(f"engine {engine!r} is named, which {name} does not run here: use --backend tensorrt-rtx")
+    return _open_onnxruntime(bundle, name, threads or default_threads(), note, room)
+
+
+def _open_tensorrt(bundle: Bundle, runtime: str | None, engine: str | None, room: Room) -> Backend:
+    from starling.engine.tensorrt.opening import open_tensorrt  # as below: only who uses it needs it installed
+
+    return open_tensorrt(bundle, runtime, engine=engine, **room)
+
+
+def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None, room: Room) -> Backend:
     from starling.engine.ort_backend import OrtBackend, choose_provider
 
-    return OrtBackend(
+    chunk = room["prefill_chunk"] or PREFILL_CHUNK
+    provider = choose_provider(bundle, name)
+    backend = OrtBackend(
         bundle,
-        provider=choose_provider(bundle, name),
-        max_seq=max_seq,
-        max_batch=max_batch,
-        threads=threads or default_threads(),
-        prefill_chunk=prefill_chunk,
+        provider=provider,
+        threads=threads,
+        max_seq=room["max_seq"],
+        max_batch=room["max_batch"],
+        prefill_chunk=chunk,
     )
+    backend.note = note
+    return backend
+
+
+def check_room(backend: Backend, row: int, position: int) -> None:
+    """Raise BackendError where the backend's cache has no such position of such a row."""
+    if position >= backend.max_seq or not 0 <= row < backend.max_batch:
+        raise BackendError(
+            f"position {position} of row {row} lies outside the KV cache "
+            f"({backend.max_batch} rows of {backend.max_seq} positions); open the engine with more"
+        )

@@ -45,6 +45,7 @@ class Engine:
         bundle: str | Path | Bundle,
         *,
         backend: str = "auto",
+        engine: str | None = None,
         max_seq: int | None = None,
         max_batch: int = 1,
         threads: int | None = None,
@@ -52,8 +53,9 @@ class Engine:
     ) -> None:
         """Load a bundle. The KV cache gets `max_batch` rows of `max_seq` positions (default: 2048 or the model's).
 
-        `backend` is one of `starling.engine.backend.BACKENDS`; `verify` hashes the weights too. Raises BundleError,
-        BackendError, or PromptError where `max_seq` is beyond the model's positions.
+        `backend` is one of `starling.engine.backend.BACKENDS`, `engine` names one of the bundle's TensorRT engines;
+        `verify` hashes the weights too. Raises BundleError, BackendError, PlanError where no TensorRT engine fits, or
+        PromptError where `max_seq` is beyond the model's positions.
         """
         begin = perf_counter()
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
@@ -63,7 +65,7 @@ class Engine:
         # ONNX Runtime loads without holding Python's lock: the tokenizer's 0.1 s cost nothing beside it.
         tokenizer = in_background(lambda: Tokenizer.load(self.bundle.folder, vocab_size))
         self.backend: Backend = open_backend(
-            self.bundle, name=backend, max_seq=self.max_seq, max_batch=max_batch, threads=threads
+            self.bundle, name=backend, engine=engine, max_seq=self.max_seq, max_batch=max_batch, threads=threads
         )
         self.tokenizer = tokenizer()
         self._newest: GenerationStream | None = None
@@ -202,6 +204,7 @@ class Engine:
             max_seq=self.max_seq,
             reused=reused,
             encode_s=encode_s,
+            on_device=self.backend.pipeline is not None,
         )
 
     def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:

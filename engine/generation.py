@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
 
 from starling.engine.backend import Backend
+from starling.engine.batch import DecodeBatch
+from starling.engine.decode_ahead import decode_ahead
 from starling.engine.errors import UserError
 from starling.engine.results import GenerationChunk, GenerationResult
 from starling.engine.sequence import GenerationSequence, accept, interrupt, interrupted_chunk, next_chunk
 
 RowChunks = Generator[tuple[int, GenerationChunk], None, None]
-
-
-@dataclass(slots=True)
-class DecodeBatch:
-    """Rows 0, 1, … of the cache up to the last unfinished one, and what the next step of each is given.
-
-    `tokens` and `positions` have an entry per row: its newest token, and where that is written.
-    """
-
-    sequences: list[GenerationSequence]
-    max_seq: int
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    #: Rows that are not finished.
-    live: list[int] = field(default_factory=list)
-    needs_logits: bool = False
-
-    def add(self, sequence: GenerationSequence) -> None:
-        """Take the next row, prefilled and with its first token chosen."""
-        self.tokens.append(sequence.prompt[-1])
-        self.positions.append(len(sequence.prompt) - 1)
-        self.advance(len(self.tokens) - 1, sequence.steps[-1].token)
-
-    def advance(self, row: int, token: int) -> None:
-        """`token` is the row's newest. Where the cache has no room for it, what stands at the end is written again."""
-        if self.positions[row] + 1 < self.max_seq:
-            self.tokens[row] = token
-            self.positions[row] += 1
-
-    def drop_finished(self) -> None:
-        """Find out which rows are left; a finished one between others writes its newest token again and again."""
-        self.live = [row for row, sequence in enumerate(self.sequences) if sequence.finish_reason is None]
-        self.needs_logits = any(self.sequences[row].needs_logits for row in self.live)
-        rows = self.live[-1] + 1 if self.live else 0
-        del self.tokens[rows:], self.positions[rows:]
 
 
 def generate(backend: Backend, sequences: list[GenerationSequence]) -> RowChunks:
@@ -64,6 +30,10 @@ def generate(backend: Backend, sequences: list[GenerationSequence]) -> RowChunks
             batch.add(sequence)
             yield row, next_chunk(sequence)
         batch.drop_finished()
+        if backend.pipeline is not None and not any(sequence.needs_logits for sequence in sequences):
+            for rows in decode_ahead(backend, backend.pipeline, batch):
+                for row in rows:
+                    yield row, next_chunk(sequences[row])
         while batch.live:
             rows = batch.live
             decode(backend, batch)
@@ -79,6 +49,8 @@ def prefill(backend: Backend, row: int, sequence: GenerationSequence, elapsed: f
     """Write the prompt's new tokens into the row and choose the first token; `elapsed` seconds went by before."""
     begin, model_begin = perf_counter(), backend.model_seconds
     tokens = np.array(sequence.prompt[sequence.reused :], dtype=np.int64)
+    if backend.pipeline is not None:
+        backend.pipeline.choose(row, sequence.choice, len(sequence.prompt) - 1)
     output = backend.prefill(row, tokens, sequence.reused)
     sequence.prefilled = True
     accept(sequence, output.next_tokens()[0], output.logits()[0] if sequence.needs_logits else None)
@@ -91,20 +63,11 @@ def prefill(backend: Backend, row: int, sequence: GenerationSequence, elapsed: f
 def decode(backend: Backend, batch: DecodeBatch) -> None:
     """One step of every row of the batch."""
     begin, model_begin = perf_counter(), backend.model_seconds
+    live = batch.live
     output = backend.decode(batch.tokens, batch.positions)
     chosen = output.next_tokens()
-    logits = output.logits() if batch.needs_logits else None
-    sequences, live, finished = batch.sequences, batch.live, False
-    for row in live:
-        sequence = sequences[row]
-        batch.advance(row, accept(sequence, chosen[row], None if logits is None else logits[row]))
-        finished = finished or sequence.finish_reason is not None
-    if finished:
-        batch.drop_finished()
-    model_s, seconds = backend.model_seconds - model_begin, perf_counter() - begin
-    for row in live:
-        sequences[row].itl_s.append(seconds)
-        sequences[row].host_s.append(seconds - model_s)
+    batch.accept(chosen, output.logits() if batch.needs_logits else None)
+    batch.record(live, perf_counter() - begin, backend.model_seconds - model_begin)
 
 
 class GenerationStream(Iterator[GenerationChunk]):

@@ -11,7 +11,7 @@ from importlib import import_module
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from starling.engine.backend import StepOutput, Tokens
+from starling.engine.backend import StepOutput, Tokens, check_room
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.huge_pages import huge_pages
@@ -83,6 +83,8 @@ class OrtBackend:
     """Implements `starling.engine.backend.Backend` with ONNX Runtime on one device. Not thread-safe."""
 
     name = "onnxruntime"
+    pipeline = None
+    note: str | None = None
 
     def __init__(
         self, bundle: Bundle, *, provider: str, max_seq: int, max_batch: int, threads: int, prefill_chunk: int
@@ -110,7 +112,7 @@ class OrtBackend:
         """
         for first in range(0, len(tokens), self._chunk):
             chunk = tokens[first : first + self._chunk]
-            self._check_room(slot, start + first + len(chunk) - 1)
+            check_room(self, slot, start + first + len(chunk) - 1)
             self._inputs.write_chunk(chunk, start + first)
             self._run(self._row_binding(slot, len(chunk)))
         return self._row_output
@@ -118,7 +120,7 @@ class OrtBackend:
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
         """One token for each of the first k rows."""
         rows, longest = len(tokens), max(positions)
-        self._check_room(rows - 1, longest)
+        check_room(self, rows - 1, longest)
         step = self._steps.get(rows) or self._new_step(rows)
         step.write(tokens, positions, longest)
         self._run(step.binding)
@@ -130,13 +132,6 @@ class OrtBackend:
         self._steps.clear()
         self._cache.clear()
         self._session = None
-
-    def _check_room(self, row: int, position: int) -> None:
-        if position >= self.max_seq or not 0 <= row < self.max_batch:
-            raise BackendError(
-                f"position {position} of row {row} lies outside the KV cache "
-                f"({self.max_batch} rows of {self.max_seq} positions); open the engine with more"
-            )
 
     def _run(self, binding: Any) -> None:
         if self._device == "cuda":

@@ -18,6 +18,10 @@ class Timings:
 
     `itl_s` has one entry per decoded token (all but the first). In a batch a step's time counts for every row in it,
     and `ttft_s` includes the prefill of the rows before.
+
+    Where steps are launched ahead (TensorRT), a step begins with launching the next one and ends with its own token
+    taken; `host_s` is then all but the wait for the device, which works on meanwhile: it adds nothing to the latency
+    as long as it is shorter than a step of the device.
     """
 
     prompt_tokens: int

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from starling.engine.detokenizer import Detokenizer
+from starling.engine.device_choice import GREEDY, DeviceChoice, device_choice
 from starling.engine.logits import Logits
 from starling.engine.results import FinishReason, GenerationChunk, GenerationResult, Timings
 from starling.engine.sampling import Sampler, SamplingParams, TokenLogprob, logprobs, make_sampler
@@ -35,13 +36,15 @@ class GenerationSequence:
     limit: int
     top_logprobs: int | None
     stop_ids: frozenset[int]
-    #: None: the likeliest token is taken (greedy).
+    #: None: the backend's choice is taken.
     sample: Sampler | None
     detokenizer: Detokenizer
     #: None where there is no stop string.
     stops: StopMatcher | None
     #: Seconds that encoding the prompt took; part of the time to first token.
     encode_s: float = 0.0
+    #: What a backend that chooses tokens itself is told; where `sample` is set its choice is not taken.
+    choice: DeviceChoice = GREEDY
     steps: list[Step] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     #: True once the last chunk was handed out.
@@ -98,18 +101,24 @@ def make_sequence(
     max_seq: int,
     reused: int = 0,
     encode_s: float = 0.0,
+    on_device: bool = False,
 ) -> GenerationSequence:
-    """A sequence ready to run. Its last token needs no cache position: prompt and answer may be one token longer."""
+    """A sequence ready to run. Its last token needs no cache position: prompt and answer may be one token longer.
+
+    `on_device`: the backend draws tokens itself where it can, the same ones as the host.
+    """
+    drawn = device_choice(params) if on_device else None
     return GenerationSequence(
         prompt=prompt,
         reused=reused,
         limit=min(params.max_tokens, max_seq + 1 - len(prompt)),
         top_logprobs=params.logprobs,
         stop_ids=frozenset(params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos)),
-        sample=None if params.is_greedy else make_sampler(params, prompt),
+        sample=None if params.is_greedy or drawn is not None else make_sampler(params, prompt),
         detokenizer=tokenizer.detokenizer(prompt),
         stops=StopMatcher(params.stop) if params.stop else None,
         encode_s=encode_s,
+        choice=drawn or GREEDY,
     )
 
 

@@ -34,6 +34,12 @@ def tiny_bundle(bundles: Path, tiny_checkpoint: Checkpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_tensorrt_bundle(bundles: Path, tiny_checkpoint: Checkpoint) -> Path:
+    """starling-tiny, fp32, tensorrt dialect."""
+    return _export(tiny_checkpoint, bundles / "tiny-tensorrt", ExportOptions(dialect="tensorrt", check=False))
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(bundles: Path, demo_checkpoint: Checkpoint) -> Path:
     """SmolLM2, fp32, ort dialect, compared with PyTorch."""
     return _export(demo_checkpoint, bundles / "demo", ExportOptions())

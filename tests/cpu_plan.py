@@ -6,24 +6,31 @@ where a plan does not load.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pytest
 from host_device import HostDevice
 
+from starling.engine.bundle import Bundle, FileRecord
+from starling.engine.tensorrt.backend import TensorRTBackend
 from starling.engine.tensorrt.device import ALIGNMENT, host_view
 from starling.engine.tensorrt.library import Library
-from starling.engine.tensorrt.plan import EngineRecord
+from starling.engine.tensorrt.plan import BundleDigests, EngineRecord, Profile, ShapeRange
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 NUMPY_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 SCRATCH_BYTES = 4096
+PLAN = bytes(64)
+VERSION = "1.7.1.116"
+#: The engine that the stand-in is: its cache, and its longest prefill.
+POSITIONS, ROWS, CHUNK = 64, 4, 8
 
 
 def cpu_library(engine: CpuEngine | None, version: str) -> Library:
@@ -158,3 +165,67 @@ class CpuContext:
         names = [tensor.name for tensor in session.get_outputs()]
         for name, value in zip(names, session.run(names, feeds), strict=True):
             host_view(addresses[name], value.shape, value.dtype)[...] = value
+
+
+def _profile(bundle: Bundle, name: str, most_tokens: int) -> Profile:
+    def shape(spec: tuple[int | str, ...], batch: int, sequence: int) -> tuple[int, ...]:
+        sizes = {"batch": batch, "sequence": sequence, "cache": POSITIONS}
+        return tuple(sizes[size] if isinstance(size, str) else size for size in spec)
+
+    ranges = {
+        tensor.name: ShapeRange(
+            shape(tensor.shape, 1, 1), shape(tensor.shape, 1, most_tokens), shape(tensor.shape, ROWS, most_tokens)
+        )
+        for tensor in bundle.graph.inputs
+    }
+    return Profile(name, ranges)
+
+
+def record_of(bundle: Bundle) -> EngineRecord:
+    """An engine of ROWS rows and POSITIONS positions, prefill in chunks of CHUNK; its plan is 64 bytes of nothing."""
+    folder = bundle.folder / "engines"
+    folder.mkdir(exist_ok=True)
+    (folder / "small.plan").write_bytes(PLAN)
+    names = [tensor.name for tensor in bundle.graph.inputs if tensor.name.startswith("past_key_values.")]
+    return EngineRecord(
+        folder=folder,
+        name="small",
+        runtime="tensorrt-rtx",
+        runtime_version=VERSION,
+        targets=("sm89",),
+        dtype="fp32",
+        quantization=None,
+        max_batch=ROWS,
+        max_prefill=CHUNK,
+        max_seq=POSITIONS,
+        profiles=(_profile(bundle, "prefill", CHUNK), _profile(bundle, "decode", 1)),
+        inputs=bundle.graph.inputs,
+        outputs=bundle.graph.outputs,
+        aliases=tuple((name, name.replace("past_key_values.", "present.")) for name in names),
+        layers={},
+        build_seconds=0.0,
+        built_from=BundleDigests.of(bundle),
+        plan=FileRecord(len(PLAN), hashlib.sha256(PLAN).hexdigest()),
+        created="",
+    )
+
+
+class Opened(NamedTuple):
+    """A backend on stand-ins for the GPU and the plan."""
+
+    backend: TensorRTBackend
+    device: HostDevice
+    engine: CpuEngine
+
+
+def cpu_engine(bundle: Bundle, device: HostDevice) -> CpuEngine:
+    return CpuEngine(device, record_of(bundle), bundle.folder / "model_reference.onnx")
+
+
+def opened(bundle: Bundle, *, max_batch: int = ROWS, capturable: bool = True) -> Opened:
+    device = HostDevice()
+    engine = cpu_engine(bundle, device)
+    engine.capturable = capturable
+    library = cpu_library(engine, VERSION)
+    backend = TensorRTBackend(bundle, engine.record, library, device, max_seq=POSITIONS, max_batch=max_batch)
+    return Opened(backend, device, engine)

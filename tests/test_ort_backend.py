@@ -225,8 +225,8 @@ def test_bf16_bundle_on_the_cpu_names_the_way_out(tiny_bundle: Path) -> None:
 
 
 def test_unknown_backend_lists_the_known_ones(tiny_bundle: Path) -> None:
-    with pytest.raises(BackendError, match="unknown backend 'tensorrt'; choose one of auto, onnxruntime, "):
-        open_backend(Bundle.open(tiny_bundle), name="tensorrt", max_seq=8)
+    with pytest.raises(BackendError, match="unknown backend 'cuda'; choose one of auto, onnxruntime, "):
+        open_backend(Bundle.open(tiny_bundle), name="cuda", max_seq=8)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="CUDA is installed")

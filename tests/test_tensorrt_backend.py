@@ -2,43 +2,40 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from cpu_plan import (
+    CHUNK,
+    POSITIONS,
+    ROWS,
+    VERSION,
     CpuContext,
     CpuEngine,
     CpuRuntime,
     CpuRuntimeCache,
     CpuRuntimeConfig,
+    Opened,
+    cpu_engine,
     cpu_library,
+    opened,
     tensorrt_rtx,
 )
 from host_device import HostDevice
 
 from starling.engine.backend import Backend, open_backend
-from starling.engine.bundle import Bundle, FileRecord
+from starling.engine.bundle import Bundle
 from starling.engine.device_choice import GREEDY, DeviceChoice, device_choice
 from starling.engine.errors import BackendError
 from starling.engine.sampling import SamplingParams, make_sampler
 from starling.engine.tensorrt.backend import TensorRTBackend
 from starling.engine.tensorrt.device import host_view
-from starling.engine.tensorrt.plan import BundleDigests, EngineRecord, Profile, ShapeRange
-from starling.export.checkpoint import Checkpoint
-from starling.export.exporter import ExportOptions, export_bundle
-
-VERSION = "1.7.1.116"
-POSITIONS, ROWS, CHUNK = 64, 4, 8
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """starling-tiny for TensorRT, fp32, with a record of an engine."""
-    folder = tmp_path_factory.mktemp("tensorrt") / "tiny"
-    export_bundle(tiny_checkpoint, folder, ExportOptions(dialect="tensorrt", check=False))
-    return Bundle.open(folder)
+def bundle(tiny_tensorrt_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_tensorrt_bundle)
 
 
 @pytest.fixture(autouse=True)
@@ -46,70 +43,6 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache directory, for one test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def profile(bundle: Bundle, name: str, most_tokens: int) -> Profile:
-    def shape(spec: tuple[int | str, ...], batch: int, sequence: int) -> tuple[int, ...]:
-        sizes = {"batch": batch, "sequence": sequence, "cache": POSITIONS}
-        return tuple(sizes[size] if isinstance(size, str) else size for size in spec)
-
-    ranges = {
-        tensor.name: ShapeRange(
-            shape(tensor.shape, 1, 1), shape(tensor.shape, 1, most_tokens), shape(tensor.shape, ROWS, most_tokens)
-        )
-        for tensor in bundle.graph.inputs
-    }
-    return Profile(name, ranges)
-
-
-def record_of(bundle: Bundle) -> EngineRecord:
-    """An engine of ROWS rows and POSITIONS positions, prefill in chunks of CHUNK; its plan is 64 bytes of nothing."""
-    folder = bundle.folder / "engines"
-    folder.mkdir(exist_ok=True)
-    (folder / "small.plan").write_bytes(bytes(64))
-    names = [tensor.name for tensor in bundle.graph.inputs if tensor.name.startswith("past_key_values.")]
-    return EngineRecord(
-        folder=folder,
-        name="small",
-        runtime="tensorrt-rtx",
-        runtime_version=VERSION,
-        targets=("sm89",),
-        dtype="fp32",
-        quantization=None,
-        max_batch=ROWS,
-        max_prefill=CHUNK,
-        max_seq=POSITIONS,
-        profiles=(profile(bundle, "prefill", CHUNK), profile(bundle, "decode", 1)),
-        inputs=bundle.graph.inputs,
-        outputs=bundle.graph.outputs,
-        aliases=tuple((name, name.replace("past_key_values.", "present.")) for name in names),
-        layers={},
-        build_seconds=0.0,
-        built_from=BundleDigests.of(bundle),
-        plan=FileRecord(64, "0" * 64),
-        created="",
-    )
-
-
-class Opened(NamedTuple):
-    """A backend on stand-ins for the GPU and the plan."""
-
-    backend: TensorRTBackend
-    device: HostDevice
-    engine: CpuEngine
-
-
-def cpu_engine(bundle: Bundle, device: HostDevice) -> CpuEngine:
-    return CpuEngine(device, record_of(bundle), bundle.folder / "model_reference.onnx")
-
-
-def opened(bundle: Bundle, *, max_batch: int = ROWS, capturable: bool = True) -> Opened:
-    device = HostDevice()
-    engine = cpu_engine(bundle, device)
-    engine.capturable = capturable
-    library = cpu_library(engine, VERSION)
-    backend = TensorRTBackend(bundle, engine.record, library, device, max_seq=POSITIONS, max_batch=max_batch)
-    return Opened(backend, device, engine)
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from time import perf_counter
 
-from starling.engine.backend import Tokens
+from starling.engine.backend import Tokens, check_room
 from starling.engine.bundle import Bundle
 from starling.engine.device_choice import DeviceChoice
-from starling.engine.errors import BackendError
 from starling.engine.graph_names import NEXT_TOKENS, PAST_LENGTHS
 from starling.engine.tensorrt.choices import RowChoices
 from starling.engine.tensorrt.device import Device, address_of
@@ -49,6 +48,7 @@ class TensorRTBackend:
         self.max_seq, self.max_batch = max_seq, max_batch
         self.vocab_size = bundle.architecture.vocab_size
         self.model_seconds = 0.0
+        self.note: str | None = None
         with ExitStack() as closing:
             self._memory = memory = DeviceMemory(device)
             closing.callback(memory.close)
@@ -87,7 +87,7 @@ class TensorRTBackend:
 
     def prefill(self, slot: int, tokens: Tokens, start: int) -> DeviceOutput:
         """Write `tokens` int64 [n] at start..start+n of row `slot`; the output is that of the last one."""
-        self._check_room(slot, start + len(tokens) - 1)
+        check_room(self, slot, start + len(tokens) - 1)
         begin = perf_counter()
         self.drop()  # Ctrl-C may have left work behind that still reads the buffers
         self._launched.launch(lambda: self._prefill.enqueue(slot, tokens, start), 1, self._chunk.addresses[NEXT_TOKENS])
@@ -99,7 +99,7 @@ class TensorRTBackend:
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> DeviceOutput:
         """One token for each of the first k rows: `tokens`[i] is written at `positions`[i] of row i."""
         rows = len(tokens)
-        self._check_room(rows - 1, max(positions))
+        check_room(self, rows - 1, max(positions))
         begin = perf_counter()
         self._feed(tokens, positions)
         step = self._decode_step(rows)  # a new one runs at once, so on this step's own tokens and positions
@@ -119,7 +119,7 @@ class TensorRTBackend:
 
     def launch(self, rows: int) -> None:
         """Launch a step of the first `rows` rows, each fed with the token chosen last, behind what was launched."""
-        self._check_room(rows - 1, max(self._lengths[:rows]))
+        check_room(self, rows - 1, max(self._lengths[:rows]))
         step = self._decode_step(rows)
         for row in range(rows):
             self._lengths[row] += 1
@@ -139,13 +139,6 @@ class TensorRTBackend:
     def close(self) -> None:
         """Free the plan, the cache and every buffer; a second call does nothing."""
         self._closing.close()
-
-    def _check_room(self, row: int, position: int) -> None:
-        if position >= self.max_seq or not 0 <= row < self.max_batch:
-            raise BackendError(
-                f"position {position} of row {row} lies outside the KV cache "
-                f"({self.max_batch} rows of {self.max_seq} positions); open the engine with more"
-            )
 
     def _feed(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Have the next step read these tokens at these positions, in place of its own choice."""

@@ -6,7 +6,7 @@ from starling.engine.bundle import Bundle
 from starling.engine.tensorrt.backend import TensorRTBackend
 from starling.engine.tensorrt.device import CudaDevice
 from starling.engine.tensorrt.library import load_library
-from starling.engine.tensorrt.selection import Wanted, select_engine
+from starling.engine.tensorrt.selection import Wanted, check_dialect, runtime_of, select_engine
 
 
 def open_tensorrt(
@@ -18,12 +18,13 @@ def open_tensorrt(
     max_batch: int,
     prefill_chunk: int | None = None,
 ) -> TensorRTBackend:
-    """Open `bundle` with `runtime`, "tensorrt-rtx" or "tensorrt"; None takes the one that is installed.
+    """Open `bundle` with `runtime`, "tensorrt-rtx" or "tensorrt"; None: what built its engines, or is installed.
 
     `engine` names one of the bundle's engines. Raises BackendError without the library or a GPU, PlanError without a
     fitting engine.
     """
-    library = load_library(runtime)
+    check_dialect(bundle)
+    library = load_library(runtime or runtime_of(bundle, engine))
     device = CudaDevice()
     record = select_engine(bundle, Wanted(library, device.target, max_seq, max_batch), engine)
     return TensorRTBackend(

@@ -25,17 +25,32 @@ def select_engine(bundle: Bundle, wanted: Wanted, name: str | None = None) -> En
 
     Raises PlanError where none fits, naming both sides, or where its files are not what its record says.
     """
-    _check_dialect(bundle)
     names = engine_names(bundle.folder) if name is None else (name,)
     if not names:
         raise PlanError(f"{bundle.folder} has no engines; make one with: starling build {bundle.folder}")
     records = [read_record(bundle.folder, each) for each in names]
-    refusals = {record.name: _refusal(record, wanted, bundle) for record in records}
+    refusals = {record.name: _refusal(record, wanted) for record in records}
     fitting = [record for record in records if refusals[record.name] is None]
     if not fitting:
         raise _nearest([refusal for refusal in refusals.values() if refusal is not None])
     smallest = min(fitting, key=lambda record: (record.max_seq * record.max_batch, record.name))
     return open_engine(bundle, smallest.name)
+
+
+def check_dialect(bundle: Bundle) -> None:
+    """Raise PlanError for a bundle whose graph TensorRT would not run as it is meant."""
+    if bundle.dialect != "tensorrt":
+        raise PlanError(
+            f"{bundle.folder} is a bundle of dialect {bundle.dialect}, which TensorRT does not run right: "
+            "export the model with --dialect tensorrt"
+        )
+
+
+def runtime_of(bundle: Bundle, name: str | None) -> str | None:
+    """The runtime that built the engine called `name`, or all engines; None where they are of several, or none is."""
+    names = engine_names(bundle.folder) if name is None else (name,)
+    runtimes = {read_record(bundle.folder, each).runtime for each in names}
+    return runtimes.pop() if len(runtimes) == 1 else None
 
 
 class _Refusal(NamedTuple):
@@ -45,7 +60,7 @@ class _Refusal(NamedTuple):
     error: PlanError
 
 
-def _refusal(record: EngineRecord, wanted: Wanted, bundle: Bundle) -> _Refusal | None:
+def _refusal(record: EngineRecord, wanted: Wanted) -> _Refusal | None:
     try:
         record.require(wanted.library.name, wanted.library.version, wanted.target)
     except PlanError as error:
@@ -58,7 +73,7 @@ def _refusal(record: EngineRecord, wanted: Wanted, bundle: Bundle) -> _Refusal |
         start=2,
     ):
         if needs > has:
-            remedy = f"ask for at most {has}, or: starling build {bundle.folder} {option} {needs}"
+            remedy = f"ask for at most {has}, or: starling build … {option} {needs}"
             line = f"engine {record.name} holds {has} {what} of KV cache, {needs} are wanted: {remedy}"
             return _Refusal(passed, PlanError(line))
     return None
@@ -68,11 +83,3 @@ def _nearest(refusals: list[_Refusal]) -> PlanError:
     nearest = max(refusals, key=lambda refusal: refusal.passed).error
     others = len(refusals) - 1
     return nearest if not others else PlanError(f"{nearest} ({others} other engine(s) fit less)")
-
-
-def _check_dialect(bundle: Bundle) -> None:
-    if bundle.dialect != "tensorrt":
-        raise PlanError(
-            f"{bundle.folder} is a bundle of dialect {bundle.dialect}, which TensorRT does not run right: "
-            "export the model with --dialect tensorrt"
-        )
