@@ -32,6 +32,10 @@ GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
 CHECKED_TOKENS = 96
 _CUT_LAYERS = 2
 _SPARE_BYTES = 64 * 2**20  # graphs, tokenizer, JSON
+_ORACLE_NOTE = (
+    "compared by the reference graph on ONNX Runtime's CPU, which multiplies matrices in float32; "
+    "TensorRT itself was not run"
+)
 _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -90,6 +94,8 @@ def export_bundle(
             parity, note = _check(checkpoint, work, manifest, options, progress)
             manifest["parity"] = None if parity is None else parity.to_json()
             manifest["notes"] += [note] if note else []
+            if parity is not None and options.dialect == "tensorrt":
+                manifest["notes"].append(_ORACLE_NOTE)
             if parity is not None and options.dtype == "fp32" and options.quantization is None:
                 require_fp32(parity)
             write_json(work / "bundle.json", manifest)

@@ -53,7 +53,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("dialect", ["ort", "canonical"])
+@pytest.mark.parametrize("dialect", ["ort", "canonical", "tensorrt"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_logits_are_pytorchs(family: Family, dialect: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
