@@ -1,95 +1,168 @@
-"""`starling profile`: measure a bundle on this machine."""
+"""`starling profile`: measure a bundle on this machine, and compare two measurements."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import backend_options, bundle_argument, json_option
-from starling.cli.output import print_json
-from starling.cli.results import note_backend
+from starling.cli.options import backend_options, json_option
+from starling.cli.output import note, print_json
 from starling.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from starling.profiling.profile import Progress
+
+Document = dict[str, Any]
+
+
+class Counts(click.ParamType[tuple[int, ...]]):
+    """Whole numbers with commas between them: 128,1024."""
+
+    name = "N[,N…]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The numbers; a usage error for anything else."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers like 128,1024", param, ctx)
 
 
 @click.command()
-@bundle_argument
-@click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Length of each prompt.")
-@click.option("--new-tokens", type=int, default=128, show_default=True, help="Tokens that each row generates.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Rows that decode together.")
-@click.option("--repeats", type=int, default=5, show_default=True, help="Measured runs.")
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--prompt-tokens", type=Counts(), default="128", show_default=True, help="Length of each prompt.")
+@click.option("--new-tokens", type=Counts(), default="64", show_default=True, help="Tokens that each row generates.")
+@click.option("--batch", type=Counts(), default="1", show_default=True, help="Rows that decode together.")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Measured runs of each combination.")
 @click.option("--warmup", type=int, default=1, show_default=True, help="Runs before them that do not count.")
-@click.option("--max-seq", type=int, help="Positions of the KV cache.  [default: as many as the run needs]")
+@click.option("--max-seq", type=int, help="Positions of the KV cache.  [default: as many as the longest run needs]")
 @backend_options
+@click.option("--operators", is_flag=True, help="Time every operator too, grouped by the part of the layer.")
+@click.option("--cold-start/--no-cold-start", default=True, show_default=True, help="Time a fresh process too.")
+@click.option("--nvtx", is_flag=True, help="Mark prefill and decode with NVTX ranges (package nvtx).")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON document here too.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a report with charts here.")
+@click.option(
+    "--compare",
+    nargs=2,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="A.json B.json",
+    help="Measure nothing; say how B differs from A, and which differences are larger than their noise.",
+)
 @json_option
 def command(
-    bundle: Path,
-    max_seq: int | None,
-    backend: str,
-    engine: str | None,
-    threads: int | None,
+    bundle: Path | None,
     output: Path | None,
+    html: Path | None,
+    compare: tuple[Path, Path] | None,
     as_json: bool,
-    **counts: int,
+    **settings: Any,
 ) -> None:
-    """Measure load time, TTFT, ITL, decode speed, host time, memory, and the memory bandwidth reached.
+    """Measure TTFT, ITL, TPOT, request latency, host time, cold start, memory, and the share of the machine's limits.
 
-    Decoding is greedy and goes on behind end tokens, so every run has the same length. The machine's own read bandwidth
-    is measured in the same run.
+    Decoding is greedy and goes on behind end tokens, so every run has the same length. Lists make a sweep over all
+    their combinations. The machine's own read bandwidth and arithmetic peak are measured in the same run.
 
     \b
     Examples:
       starling profile smollm2
-      starling profile smollm2 --prompt-tokens 1024 --new-tokens 256 --repeats 3
-      starling profile smollm2 --batch 4 --threads 2
-      starling profile smollm2 --json > figures.json
+      starling profile smollm2 --prompt-tokens 128,1024 --batch 1,4 --output a.json --html a.html
+      starling profile smollm2 --operators --threads 2
+      starling profile --compare a.json b.json
     """
-    if output is not None and not output.absolute().parent.is_dir():  # found out now rather than after minutes
-        raise UserError(f"{output.parent} is no folder: choose another --output")
-    from starling.engine.bundle import Bundle
-    from starling.engine.engine import Engine
-    from starling.profiling.profile import ProfileSettings, measure, profile_json
-
-    settings = ProfileSettings(**counts)
-    opened = Bundle.open(bundle)
-    positions = settings.positions(opened, max_seq)
-    sizes: dict[str, Any] = {"max_seq": positions, "max_batch": settings.batch, "threads": threads}
-    with _progress() as progress, Engine(opened, backend=backend, engine=engine, **sizes) as running:
-        note_backend(running)
-        profile = measure(running, settings, threads=threads, progress=progress)
-    document = profile_json(profile, opened)
+    if compare:
+        _compare(*compare, bundle=bundle, as_json=as_json)
+        return
+    if bundle is None:
+        raise UserError("no BUNDLE is given: starling profile BUNDLE, or --compare A.json B.json")
+    for file in (output, html):
+        if file is not None and not file.absolute().parent.is_dir():  # found out now rather than after minutes
+            raise UserError(f"{file.parent} is no folder: choose another --{'output' if file is output else 'html'}")
+    document = _measure(bundle, settings)
     if output is not None:
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if html is not None:
+        from starling.profiling.html_report import html_report
+
+        html.write_text(html_report(document), encoding="utf-8")
     if as_json:
         print_json(document)
         return
-    _render(profile, opened)
+    from starling.profiling.report import render
+
+    _print(render(document))
+    for file in (output, html):
+        if file is not None:
+            note(f"written: {file}")
+
+
+def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
+    from starling.engine.bundle import Bundle
+    from starling.profiling.document import profile_document
+    from starling.profiling.profile import Options, measure
+    from starling.profiling.settings import Sweep
+
+    counts = ("prompt_tokens", "new_tokens", "batch", "repeats", "warmup")
+    sweep = Sweep(**{name: settings[name] for name in counts})
+    options = Options(**{name: value for name, value in settings.items() if name not in counts})
+    with _progress() as progress:
+        profile = measure(Bundle.open(folder), sweep, options, progress)
+    if profile.note is not None:
+        note(profile.note)
+    if options.operators and profile.operators is None:
+        note(f"operators are timed with ONNX Runtime only, not with {profile.backend}")
+    return profile_document(profile)
+
+
+def _compare(before: Path, after: Path, *, bundle: Path | None, as_json: bool) -> None:
+    if bundle is not None:
+        raise UserError(f"--compare measures nothing: leave {bundle} out")
+    from starling.profiling.compare import compare, comparison_document
+    from starling.profiling.compare_report import render_comparison
+    from starling.profiling.document import read_profile
+
+    comparison = compare(read_profile(before), read_profile(after))
+    if as_json:
+        print_json(comparison_document(comparison))
+        return
+    _print(render_comparison(comparison, str(before), str(after)))
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Shows what is being run, on a terminal's last line."""
+def _progress() -> Iterator[Progress]:
+    """A bar on a terminal's last line, nothing elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda text: None
+        yield lambda text, done, total: None
         return
-    # Drawn only when the phase changes: a spinner's thread would take time from what is measured.
-    try:
-        yield lambda text: click.secho(f"\r\033[K{text} …", err=True, nl=False, dim=True)
-    finally:
-        click.echo("\r\033[K", err=True, nl=False)
-
-
-def _render(profile: Any, bundle: Any) -> None:
     from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
 
-    from starling.profiling.report import render
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description} …"))
+    # Drawn only between runs: a thread that redraws it would take time from what is measured.
+    with Bar(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+            bar.refresh()
+
+        yield show
+
+
+def _print(content: RenderableType) -> None:
+    from rich.console import Console
 
     console = Console()
     # Off a terminal rich assumes 80 columns and would fold the table.
-    Console(width=None if console.is_terminal else 120).print(render(profile, bundle))
+    Console(width=None if console.is_terminal else 120).print(content)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -87,10 +88,19 @@ class OrtBackend:
     note: str | None = None
 
     def __init__(
-        self, bundle: Bundle, *, provider: str, max_seq: int, max_batch: int, threads: int, prefill_chunk: int
+        self,
+        bundle: Bundle,
+        *,
+        provider: str,
+        max_seq: int,
+        max_batch: int,
+        threads: int,
+        prefill_chunk: int,
+        profile_prefix: Path | None = None,
     ) -> None:
+        """With `profile_prefix` ONNX Runtime times every operator; `end_profiling` then gives the file."""
         self._ort = import_onnxruntime()
-        self._session: Any = _open_session(self._ort, bundle, provider, threads)
+        self._session: Any = _open_session(self._ort, bundle, provider, threads, profile_prefix)
         self.provider: str = self._session.get_providers()[0]
         self._device = "cuda" if self.provider == CUDA else "cpu"
         self.threads, self.max_seq, self.max_batch = threads, max_seq, max_batch
@@ -125,6 +135,10 @@ class OrtBackend:
         step.write(tokens, positions, longest)
         self._run(step.binding)
         return step.output
+
+    def end_profiling(self) -> Path:
+        """The file in which ONNX Runtime has timed every operator, complete from now on."""
+        return Path(self._session.end_profiling())
 
     def close(self) -> None:
         """Free the session, the cache and every binding."""
@@ -170,13 +184,17 @@ class OrtBackend:
         return binding
 
 
-def _open_session(ort: Any, bundle: Bundle, provider: str, threads: int) -> Any:
+def _open_session(ort: Any, bundle: Bundle, provider: str, threads: int, profile_prefix: Path | None) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    if bundle.dialect == "tensorrt":  # else it multiplies quantized weights with activations that it rounds as it likes
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if provider == CUDA:
         ort.preload_dlls()
     try:

@@ -1,188 +1,169 @@
-"""Measure a bundle: load time, latencies, decode speed, host time, memory, and the bandwidth reached."""
+"""Measure a bundle on this machine: every point of a sweep, and what is measured once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from statistics import median
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
-from starling.engine.backend import default_threads
+from starling.engine.backend import PREFILL_CHUNK, default_threads
 from starling.engine.bundle import Bundle
 from starling.engine.engine import Engine
-from starling.engine.errors import UserError
-from starling.engine.results import GenerationResult, Timings
-from starling.profiling.bandwidth import Bandwidth, decode_bandwidth
-from starling.profiling.machine import Machine, describe_machine, peak_rss_bytes
-from starling.profiling.prompts import prompt_tokens
-from starling.profiling.statistics import Distribution, distribution
+from starling.profiling.cold_start import ColdStart, measure_cold_start
+from starling.profiling.environment import Environment, describe_environment
+from starling.profiling.latency import Latencies, measure_latencies
+from starling.profiling.machine import peak_rss_bytes
+from starling.profiling.operators import OperatorProfile, profile_operators
+from starling.profiling.peaks import CPU_PROVIDER, MachinePeaks, measure_peaks
+from starling.profiling.ranges import RangedBackend
+from starling.profiling.roofline import Roof, decode_work, prefill_work, under_roof
+from starling.profiling.settings import Point, Sweep
 
-CPU_PROVIDER = "CPUExecutionProvider"
-NOT_MEASURED = "not measured on this provider"
+#: Told what is being done, and how many of how many steps are behind it.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileSettings:
-    """What to run: `repeats` measured generations behind `warmup` unmeasured ones, each of `batch` rows.
+class Options:
+    """How the bundle is opened, and what is measured beside the latencies."""
 
-    Raises UserError for a count below 1, or fewer than two new tokens (decoding begins with the second).
-    """
+    backend: str = "auto"
+    engine: str | None = None
+    threads: int | None = None
+    max_seq: int | None = None
+    cold_start: bool = True
+    operators: bool = False
+    nvtx: bool = False
 
-    prompt_tokens: int = 128
-    new_tokens: int = 128
-    batch: int = 1
-    repeats: int = 5
-    warmup: int = 1
 
-    def __post_init__(self) -> None:
-        least = {"prompt_tokens": 1, "new_tokens": 2, "batch": 1, "repeats": 1, "warmup": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value < bound:
-                raise UserError(f"--{name.replace('_', '-')} is {value}: give {bound} or more")
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One point: its latencies, and how near prefill and decode came to the machine's roof (None: it has no figure)."""
 
-    def positions(self, bundle: Bundle, max_seq: int | None = None) -> int:
-        """Positions for the KV cache: `max_seq`, else as many as the run needs. Raises UserError for too few."""
-        needed, most = self.prompt_tokens + self.new_tokens, bundle.architecture.max_positions
-        room, what = (most, "this model has") if max_seq is None else (max_seq, "--max-seq is")
-        if needed > room:
-            raise UserError(
-                f"{self.prompt_tokens} prompt tokens and {self.new_tokens} new ones need {needed} positions, but "
-                f"{what} {room}: lower --prompt-tokens or --new-tokens"
-            )
-        return max_seq or needed
+    latencies: Latencies
+    prefill: Roof | None
+    decode: Roof | None
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The measurement. Latencies in ms; `timings` has every measured run's rows, as the engine saw them.
+    """Everything that was measured. In bytes; `peak_rss_bytes` is the process's, before the peaks' own arrays."""
 
-    `decode_tokens_per_second` is of one row, the median over the repeats; all rows together are `batch` times that.
-    """
-
-    settings: ProfileSettings
-    machine: Machine
+    environment: Environment
+    bundle: Bundle
+    sweep: Sweep
+    backend: str
     provider: str
+    note: str | None
     threads: int
     max_seq: int
     load_s: float
-    ttft_ms: Distribution
-    itl_ms: Distribution
-    tpot_ms: Distribution
-    request_latency_ms: Distribution
-    decode_tokens_per_second: float
-    slowest_tokens_per_second: float
-    fastest_tokens_per_second: float
-    #: Host time of a decode step outside the model's run (choosing, detokenizing, stop checks), in µs.
-    host_us_per_step: float
-    peak_rss_bytes: int
+    cold_start: ColdStart | None
     kv_cache_bytes: int
-    #: None on a provider whose memory is not measured yet.
-    bandwidth: Bandwidth | None
-    timings: tuple[tuple[Timings, ...], ...]
-
-    @property
-    def total_tokens_per_second(self) -> float:
-        """Decode tokens of all rows per second."""
-        return self.decode_tokens_per_second * self.settings.batch
+    peak_rss_bytes: int
+    peaks: MachinePeaks | None
+    measurements: tuple[Measurement, ...]
+    operators: OperatorProfile | None
 
 
 def measure(
-    engine: Engine,
-    settings: ProfileSettings,
-    *,
-    threads: int | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    bundle: Bundle, sweep: Sweep, options: Options, progress: Progress = lambda text, done, total: None
 ) -> Profile:
-    """Run the engine, which must be fresh and have `batch` rows, and measure it; `threads` as it was opened with.
+    """Measure `bundle`, one point after the other on one engine.
 
-    Greedy decoding that goes on behind end tokens, from prompts of real sentences, different ones in every row and run.
+    Raises UserError for settings that the model has no room for, BackendError where it cannot be run.
     """
-    runs: list[tuple[Timings, ...]] = []
-    for number in range(-settings.warmup, settings.repeats):
-        progress("warming up" if number < 0 else f"repeat {number + 1} of {settings.repeats}")
-        results = _run(engine, settings, first=(settings.warmup + number) * settings.batch)
-        if number >= 0:
-            runs.append(tuple(result.timings for result in results))
-    peak = peak_rss_bytes()  # before the bandwidth is measured, which takes memory of its own
-    speeds = [run[0].tokens_per_second for run in runs]
-    threads = threads or default_threads()
-    progress("measuring the machine's memory bandwidth")
+    positions = sweep.positions(bundle, options.max_seq)
+    environment, steps = describe_environment(), _Steps(sweep, options, progress)
+    cold = _cold_start(bundle, sweep, options, positions, steps) if options.cold_start else None
+    steps.next("loading")
+    with Engine(
+        bundle,
+        backend=options.backend,
+        engine=options.engine,
+        max_seq=positions,
+        max_batch=sweep.max_batch,
+        threads=options.threads,
+    ) as engine:
+        if options.nvtx:
+            engine.backend = RangedBackend(engine.backend)
+        latencies = [measure_latencies(engine, point, sweep, steps.of(point)) for point in sweep.points]
+        backend, load_s, cache = engine.backend, engine.load_seconds, engine.kv_cache_bytes
+    peak, threads = peak_rss_bytes(), options.threads or default_threads()
+    steps.next("measuring the machine's bandwidth and arithmetic")
+    peaks = measure_peaks(bundle, backend.provider, threads)
     return Profile(
-        settings=settings,
-        machine=describe_machine(),
-        provider=engine.backend.provider,
+        environment=environment,
+        bundle=bundle,
+        sweep=sweep,
+        backend=backend.name,
+        provider=backend.provider,
+        note=backend.note,
         threads=threads,
-        max_seq=engine.max_seq,
-        load_s=engine.load_seconds,
-        ttft_ms=distribution(row.ttft_ms for run in runs for row in run),
-        # A step's time is the same for every row: counting each row's would only repeat it.
-        itl_ms=distribution(seconds * 1e3 for run in runs for seconds in run[0].itl_s),
-        tpot_ms=distribution(run[0].tpot_ms for run in runs),
-        request_latency_ms=distribution(_request_ms(row) for run in runs for row in run),
-        decode_tokens_per_second=median(speeds),
-        slowest_tokens_per_second=min(speeds),
-        fastest_tokens_per_second=max(speeds),
-        host_us_per_step=median(run[0].host_s_per_token for run in runs) * 1e6,
+        max_seq=positions,
+        load_s=load_s,
+        cold_start=cold,
+        kv_cache_bytes=cache,
         peak_rss_bytes=peak,
-        kv_cache_bytes=engine.kv_cache_bytes,
-        bandwidth=_bandwidth(engine, settings, median(speeds), threads),
-        timings=tuple(runs),
+        peaks=peaks,
+        measurements=tuple(_measurement(bundle, measured, peaks) for measured in latencies),
+        operators=_operators(bundle, sweep, backend.name, backend.provider, threads, steps)
+        if options.operators
+        else None,
     )
 
 
-def _request_ms(row: Timings) -> float:
-    return row.total_s * 1e3
+class _Steps:
+    """Counts the steps of a profile for its progress."""
+
+    def __init__(self, sweep: Sweep, options: Options, progress: Progress) -> None:
+        runs = len(sweep.points) * (sweep.warmup + sweep.repeats)
+        self._total = options.cold_start + 1 + runs + 1 + options.operators
+        self._progress, self._done = progress, 0
+
+    def next(self, text: str) -> None:
+        self._progress(text, self._done, self._total)
+        self._done += 1
+
+    def of(self, point: Point) -> Callable[[str], None]:
+        where = f"{point.prompt_tokens} prompt + {point.new_tokens} new tokens, batch {point.batch}"
+        return lambda text: self.next(f"{where}: {text}")
 
 
-def _run(engine: Engine, settings: ProfileSettings, *, first: int) -> list[GenerationResult]:
-    prompts = [prompt_tokens(engine.tokenizer, settings.prompt_tokens, first + row) for row in range(settings.batch)]
-    return engine.generate(prompts, max_tokens=settings.new_tokens, ignore_eos=True)
-
-
-def _bandwidth(engine: Engine, settings: ProfileSettings, steps_per_second: float, threads: int) -> Bandwidth | None:
-    if engine.backend.provider != CPU_PROVIDER:
-        return None
-    return decode_bandwidth(
-        engine.bundle,
-        prompt_tokens=settings.prompt_tokens,
-        new_tokens=settings.new_tokens,
-        batch=settings.batch,
-        steps_per_second=steps_per_second,
-        threads=threads,
+def _cold_start(bundle: Bundle, sweep: Sweep, options: Options, positions: int, steps: _Steps) -> ColdStart:
+    steps.next("starting a fresh process")
+    return measure_cold_start(
+        Path(bundle.folder),
+        prompt_tokens=sweep.prompt_tokens[0],
+        max_seq=positions,
+        backend=options.backend,
+        engine=options.engine,
+        threads=options.threads,
     )
 
 
-def profile_json(profile: Profile, bundle: Bundle) -> dict[str, Any]:
-    """The document of `profile --json`: AIPerf's metric names with their units; bytes, and bytes per second."""
-    return {
-        "format": "starling-profile",
-        "format_version": 1,
-        "bundle": {name: bundle.raw[name] for name in ("source", "dialect", "dtype", "quantization")},
-        "machine": asdict(profile.machine),
-        "settings": asdict(profile.settings),
-        "provider": profile.provider,
-        "threads": profile.threads,
-        "load_s": profile.load_s,
-        "time_to_first_token_ms": asdict(profile.ttft_ms),
-        "inter_token_latency_ms": asdict(profile.itl_ms),
-        "time_per_output_token_ms": asdict(profile.tpot_ms),
-        "request_latency_ms": asdict(profile.request_latency_ms),
-        "decode_tokens_per_second": {
-            "per_row": profile.decode_tokens_per_second,
-            "total": profile.total_tokens_per_second,
-            "slowest_repeat": profile.slowest_tokens_per_second,
-            "fastest_repeat": profile.fastest_tokens_per_second,
-        },
-        "host_us_per_step": profile.host_us_per_step,
-        "peak_rss_bytes": profile.peak_rss_bytes,
-        "kv_cache": {"bytes": profile.kv_cache_bytes, "rows": profile.settings.batch, "max_seq": profile.max_seq},
-        "bandwidth": _bandwidth_json(profile.bandwidth),
-        "runs": [[asdict(row) for row in run] for run in profile.timings],
+def _measurement(bundle: Bundle, latencies: Latencies, peaks: MachinePeaks | None) -> Measurement:
+    if peaks is None:
+        return Measurement(latencies, None, None)
+    point = latencies.point
+    limits = {
+        "operations_per_second": peaks.arithmetic.operations_per_second,
+        "bytes_per_second": peaks.read_bytes_per_second,
     }
+    prefill = prefill_work(bundle, point.prompt_tokens, PREFILL_CHUNK)
+    decode = decode_work(bundle, point.prompt_tokens, point.new_tokens, point.batch)
+    return Measurement(
+        latencies,
+        under_roof(prefill, latencies.prefill_model_s, **limits),
+        under_roof(decode, latencies.decode_model_s, **limits),
+    )
 
 
-def _bandwidth_json(bandwidth: Bandwidth | None) -> dict[str, Any]:
-    if bandwidth is None:
-        return {"measured": False, "reason": NOT_MEASURED}
-    return {"measured": True, **asdict(bandwidth), "share": bandwidth.share}
+def _operators(
+    bundle: Bundle, sweep: Sweep, backend: str, provider: str, threads: int, steps: _Steps
+) -> OperatorProfile | None:
+    if backend != "onnxruntime":  # TensorRT's IProfiler is not offered by its backend yet
+        return None
+    steps.next("timing every operator")
+    name = "onnxruntime-cpu" if provider == CPU_PROVIDER else "onnxruntime-cuda"
+    return profile_operators(bundle, prompt=sweep.prompt_tokens[0], batch=sweep.batch[0], threads=threads, backend=name)

@@ -10,11 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Minimum, average, percentiles and maximum of `count` values, in their unit."""
+    """Minimum, mean, percentiles and maximum of `count` values, in their unit."""
 
     count: int
     min: float
-    avg: float
+    mean: float
     p50: float
     p90: float
     p95: float
