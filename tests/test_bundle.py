@@ -137,6 +137,7 @@ def test_large_files_are_hashed_only_on_demand(copied: Path) -> None:
         (lambda raw: raw["architecture"].update(kv_heads=-1), "architecture.kv_heads is '-1', not a number >= 0"),
         (lambda raw: raw["architecture"].update(tied_embeddings=1), "architecture.tied_embeddings is '1', not true or"),
         (lambda raw: raw.update(dialect="tensorflow"), "dialect is 'tensorflow', not one of ort, canonical, tensorrt"),
+        (lambda raw: raw.update(reference_graph="lost.onnx"), "reference_graph is 'lost.onnx', not one of the files"),
         (lambda raw: raw.update(dtype="fp8"), "dtype is 'fp8', not one of fp32, fp16, bf16"),
         (lambda raw: raw.update(quantization=[]), "quantization is '[]', not an object"),
         (lambda raw: raw["graph"].update(inputs={}), "graph.inputs is '{}', not a list"),
