@@ -63,12 +63,12 @@ def refusal(
     return errors[0].removeprefix("error: ")
 
 
-# What `starling export` says of its progress before it fails.
+# What `starling export` and `starling build` say of their progress before they fail.
 PHASES = ("loading PyTorch", "writing weights", "comparing with PyTorch")
 
 
 def _is_phase(line: str) -> bool:
-    return line.startswith(("opening ", "tracing "))
+    return line.startswith(("opening ", "tracing ", "parsing "))
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Bundles that many tests share, exported once a session through the same code as the command line."""
 
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,22 @@ def demo_bundle(bundles: Path, demo_checkpoint: Checkpoint) -> Path:
 def demo_int8_bundle(bundles: Path, demo_checkpoint: Checkpoint) -> Path:
     """SmolLM2, weight-only INT8, compared with PyTorch."""
     return _export(demo_checkpoint, bundles / "demo-int8", ExportOptions(quantization=Quantization("int8")))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts an empty memory file system of the given limits."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(limits: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", limits, "tmpfs", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("mounting a small file system takes root")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
 
 
 def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Path:

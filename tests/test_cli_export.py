@@ -1,10 +1,8 @@
 """`starling export` leaves a whole bundle or nothing, and says in one line why there is none."""
 
 import json
-import os
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,22 +10,6 @@ from command_line import document, end, read_until, refusal, running, starling, 
 
 TINY = "random:starling-tiny"
 HUB_OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts an empty memory file system of the given limits."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(limits: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", limits, "tmpfs", str(folder)]
-        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-            pytest.skip("mounting a small file system takes root")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
 
 
 def test_an_export_shows_its_phases_and_what_to_do_next(tmp_path: Path) -> None:

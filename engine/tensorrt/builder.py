@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import perf_counter
-from typing import Any
 
 from starling.engine.bundle import Bundle
 from starling.engine.engine import DEFAULT_MAX_SEQ
@@ -15,6 +14,7 @@ from starling.engine.tensorrt.monitor import BuildProgress, Silent, monitored
 from starling.engine.tensorrt.network import ParsedNetwork, allow_unfused_attention, parse_graph
 from starling.engine.tensorrt.network_checks import NetworkFacts, check_network
 from starling.engine.tensorrt.plan import BundleDigests, EngineRecord, Profile
+from starling.engine.tensorrt.plan_stream import plan_stream
 from starling.engine.tensorrt.plan_writer import PlanWriter, check_engine_name, new_engine
 from starling.engine.tensorrt.profiles import add_profiles, make_profiles
 from starling.engine.tensorrt.targets import check_precision, resolve_targets
@@ -84,9 +84,8 @@ def build_engine(bundle: Bundle, options: BuildOptions, progress: BuildProgress 
             max_prefill=settings.max_prefill,
             max_seq=settings.max_seq,
         )
-        plan = _build(library, parsed, profiles, settings.targets, progress)
-        progress.phase(f"writing {settings.name}.plan")
-        record = _record(bundle, library, settings, parsed, facts, profiles, writer, plan, begin)
+        _build(library, parsed, profiles, settings.targets, writer, progress)
+        record = _record(bundle, library, settings, parsed, facts, profiles, writer, begin)
         writer.publish(record)
     return record
 
@@ -137,22 +136,29 @@ def _build(
     parsed: ParsedNetwork,
     profiles: tuple[Profile, ...],
     targets: tuple[str, ...],
+    writer: PlanWriter,
     progress: BuildProgress,
-) -> memoryview:
-    """The serialized plan."""
+) -> None:
     config = parsed.builder.create_builder_config()
     library.set_targets(config, targets)
     add_profiles(parsed.builder, config, profiles)
     timings = cache_file(library, targets) if library.has_timing_cache else None
     notes = [load_timing_cache(config, timings)] if timings else []
-    plan = monitored(library, config, progress, lambda: parsed.builder.build_serialized_network(parsed.network, config))
-    if plan is None:
+    stream, errors = plan_stream(library.module, writer.append)
+    built = monitored(
+        library,
+        config,
+        progress,
+        lambda: parsed.builder.build_serialized_network_to_stream(parsed.network, config, stream),
+    )
+    for error in errors:
+        raise error
+    if not built:
         raise BuildError(f"{library.title} cannot build the plan: {library.last_message()}")
     if timings:
         notes.append(save_timing_cache(config, timings))
     for note in filter(None, notes):
         progress.note(note)
-    return memoryview(plan)
 
 
 def _record(
@@ -163,10 +169,8 @@ def _record(
     facts: NetworkFacts,
     profiles: tuple[Profile, ...],
     writer: PlanWriter,
-    plan: Any,
     begin: float,
 ) -> EngineRecord:
-    written = writer.write(plan)
     return EngineRecord(
         folder=writer.folder,
         name=settings.name,
@@ -185,6 +189,6 @@ def _record(
         layers=facts.layers,
         build_seconds=perf_counter() - begin,
         built_from=BundleDigests.of(bundle),
-        plan=written,
+        plan=writer.written(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

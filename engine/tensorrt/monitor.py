@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any, Protocol, TypeVar
 
-from starling.engine.engine import in_background
 from starling.engine.tensorrt.library import Library
 
 T = TypeVar("T")
+_SHOWN_DEPTH = 2
 
 
 class BuildProgress(Protocol):
@@ -47,27 +47,27 @@ def monitored(library: Library, config: Any, progress: BuildProgress, build: Cal
     """
     cancelled = Event()
     config.progress_monitor = _monitor(library.module, progress, cancelled)
-    wait = in_background(build)
-    try:
-        return wait()
-    except BaseException:
-        cancelled.set()
-        with suppress(Exception):
-            wait()
-        raise
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        building = thread.submit(build)
+        try:
+            return building.result()
+        except BaseException:
+            cancelled.set()
+            raise  # behind the end of the block, which waits for the thread
 
 
 def _monitor(module: Any, progress: BuildProgress, cancelled: Event) -> Any:
-    """An IProgressMonitor. Only the phases right below the whole build are shown; those below them are too short."""
+    """An IProgressMonitor. The two levels of phases below the whole build are shown; further ones are short."""
 
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
-            self.parents: dict[str, str | None] = {}
+            self.depths: dict[str, int] = {}
             self.totals: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.parents[phase_name], self.totals[phase_name] = parent_phase, num_steps
+            self.depths[phase_name] = 0 if parent_phase is None else self.depths.get(parent_phase, 0) + 1
+            self.totals[phase_name] = num_steps
             if self.is_shown(phase_name):
                 progress.phase(phase_name)
 
@@ -80,7 +80,6 @@ def _monitor(module: Any, progress: BuildProgress, cancelled: Event) -> Any:
             self.totals.pop(phase_name, None)
 
         def is_shown(self, phase_name: str) -> bool:
-            parent = self.parents.get(phase_name)
-            return parent is not None and self.parents.get(parent) is None
+            return 1 <= self.depths.get(phase_name, 0) <= _SHOWN_DEPTH and phase_name in self.totals
 
     return Monitor()

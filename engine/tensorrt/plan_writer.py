@@ -19,7 +19,6 @@ from starling.engine.tensorrt.engine_folder import FOLDER
 from starling.engine.tensorrt.plan import EngineRecord
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
-_CHUNK_BYTES = 64 * 2**20
 
 
 def check_engine_name(bundle_folder: Path, name: str, *, force: bool) -> None:
@@ -38,6 +37,7 @@ class PlanWriter:
     def __init__(self, partial: Path, descriptor: int, name: str) -> None:
         self.folder = partial.parent
         self._partial, self._descriptor, self._name = partial, descriptor, name
+        self._digest, self._bytes = hashlib.sha256(), 0
 
     def require_space(self, needed: int) -> None:
         """Raise BuildError where the disk has less than `needed` bytes free."""
@@ -48,17 +48,17 @@ class PlanWriter:
                 f"{free / 1e9:.2f} GB are free"
             )
 
-    def write(self, content: memoryview) -> FileRecord:
-        """Write the plan; its size and digest."""
-        digest = hashlib.sha256()
-        with os.fdopen(os.dup(self._descriptor), "wb") as file:
-            for start in range(0, len(content), _CHUNK_BYTES):
-                chunk = content[start : start + _CHUNK_BYTES]
-                digest.update(chunk)
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        return FileRecord(len(content), digest.hexdigest())
+    def append(self, piece: memoryview) -> None:
+        """Write the next piece of the plan."""
+        self._digest.update(piece)
+        self._bytes += piece.nbytes
+        while piece:
+            piece = piece[os.write(self._descriptor, piece) :]
+
+    def written(self) -> FileRecord:
+        """Size and digest of the whole plan, which is on the disk then."""
+        os.fsync(self._descriptor)
+        return FileRecord(self._bytes, self._digest.hexdigest())
 
     def publish(self, record: EngineRecord) -> None:
         """Put the plan in its place, then its record: without a record beside it a plan is no engine."""
