@@ -108,7 +108,7 @@ def test_prefill_behind_a_cache_equals_whole_prefill(gpu: Opened) -> None:
 
 def test_a_step_writes_its_rows_and_positions_alone(gpu: Opened) -> None:
     for buffer in cache(gpu).values():
-        buffer[:] = 0  # the step that was run to capture it wrote position 0 of every row
+        buffer[:] = 0  # what was run when the backend opened wrote the first positions
     gpu.backend.prefill(2, tokens(9), 0)
     gpu.backend.decode([7, 8], [4, 10])
     for name, buffer in cache(gpu).items():
@@ -176,14 +176,12 @@ def test_work_left_behind_disturbs_nothing(gpu: Opened) -> None:
     assert gpu.backend.prefill(0, ids, 0).next_tokens() == wanted
 
 
-def test_one_graph_is_captured_for_each_number_of_rows(gpu: Opened) -> None:
-    assert gpu.device.captures == 1, "the step of all rows is ready when the backend is"
+def test_a_graph_for_each_number_of_rows_is_captured_when_the_backend_opens(gpu: Opened) -> None:
+    assert (gpu.device.captures, gpu.device.launches) == (ROWS, 0)
+    live = gpu.device.live
     for rows in (1, 2, 1, 4, 2):
         gpu.backend.decode([5] * rows, [3] * rows)
-    assert (gpu.device.captures, gpu.device.launches) == (3, 5)
-    live = gpu.device.live
-    for position in range(20):
-        gpu.backend.decode([5, 6], [position, position])
+    assert (gpu.device.captures, gpu.device.launches) == (ROWS, 5)
     assert gpu.device.live == live, "a step allocates nothing"
 
 
@@ -289,10 +287,9 @@ def test_memory_of_the_cache_is_that_of_the_rows_asked_for(bundle: Bundle) -> No
 
 
 def test_contexts_share_memory_and_compile_for_what_they_are_for(gpu: Opened) -> None:
-    gpu.backend.decode([5], [0])
     prefill, *decodes = gpu.engine.contexts
     kernels, graphs = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy, tensorrt_rtx.CudaGraphStrategy
-    assert [context.profile for context in gpu.engine.contexts] == [0, 1, 1]
+    assert [context.profile for context in gpu.engine.contexts] == [0] + [1] * ROWS
     assert len({context.memory for context in gpu.engine.contexts}) == 1
     assert prefill.config.dynamic_shapes_kernel_specialization_strategy == kernels.LAZY
     assert all(step.config.dynamic_shapes_kernel_specialization_strategy == kernels.EAGER for step in decodes)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from time import perf_counter
 
+import numpy as np
+
 from starling.engine.backend import Tokens, check_room
 from starling.engine.bundle import Bundle
 from starling.engine.device_choice import DeviceChoice
@@ -54,11 +56,14 @@ class TensorRTBackend:
             closing.callback(memory.close)
             self._plan = PlanExecution(library, record, memory)
             closing.callback(self._plan.close)
-            self._allocate(bundle, record, min(prefill_chunk or record.max_prefill, record.max_prefill, max_seq))
+            chunk = min(prefill_chunk or record.max_prefill, record.max_prefill, max_seq)
+            self._allocate(bundle, record, chunk)
             closing.callback(self.drop)
-            # The first step is ready before the first prompt comes: its kernels are compiled, its graph is captured.
-            self._decode_step(max_batch)
+            # All is compiled and captured before the first prompt comes, whatever number of rows is left later on.
+            self._steps = {rows: self._new_step(rows) for rows in range(1, max_batch + 1)}
+            self.prefill(0, np.zeros(chunk, np.int64), 0)
             self._plan.keep_compiled()
+            self.model_seconds = 0.0
             self._closing = closing.pop_all()
 
     def _allocate(self, bundle: Bundle, record: EngineRecord, chunk: int) -> None:
@@ -78,7 +83,6 @@ class TensorRTBackend:
         self._prefill = PrefillStep(
             context, memory, self._cache, self._chunk, self._batch, positions=positions, chunk_length=chunk
         )
-        self._steps: dict[int, DecodeStep] = {}
 
     @property
     def pipeline(self) -> TensorRTBackend:
@@ -102,8 +106,7 @@ class TensorRTBackend:
         check_room(self, rows - 1, max(positions))
         begin = perf_counter()
         self._feed(tokens, positions)
-        step = self._decode_step(rows)  # a new one runs at once, so on this step's own tokens and positions
-        self._launched.launch(step.launch, rows, self._batch.addresses[NEXT_TOKENS])
+        self._launched.launch(self._steps[rows].launch, rows, self._batch.addresses[NEXT_TOKENS])
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin
         return DeviceOutput(chosen, self._logits, self._batch)
@@ -120,10 +123,9 @@ class TensorRTBackend:
     def launch(self, rows: int) -> None:
         """Launch a step of the first `rows` rows, each fed with the token chosen last, behind what was launched."""
         check_room(self, rows - 1, max(self._lengths[:rows]))
-        step = self._decode_step(rows)
         for row in range(rows):
             self._lengths[row] += 1
-        self._launched.launch(step.launch, rows, self._batch.addresses[NEXT_TOKENS])
+        self._launched.launch(self._steps[rows].launch, rows, self._batch.addresses[NEXT_TOKENS])
 
     def tokens(self) -> list[int]:
         """Wait for the oldest launched step; the token chosen in each of its rows."""
@@ -148,9 +150,6 @@ class TensorRTBackend:
         for name, host in ((INPUT_IDS, self._fed[0]), (PAST_LENGTHS, self._fed[1])):
             self._memory.copy(self._batch.addresses[name], address_of(host), rows * TOKEN_BYTES)
 
-    def _decode_step(self, rows: int) -> DecodeStep:
-        step = self._steps.get(rows)
-        if step is None:
-            context = self._plan.context("decode", fixed_shape=True)
-            step = self._steps[rows] = DecodeStep(context, self._memory, self._cache, self._batch, rows)
-        return step
+    def _new_step(self, rows: int) -> DecodeStep:
+        context = self._plan.context("decode", fixed_shape=True)
+        return DecodeStep(context, self._memory, self._cache, self._batch, rows)

@@ -70,7 +70,7 @@ class DecodeStep:
     ) -> None:
         """`context` must be the step's own: TensorRT ties what a graph recorded to its context's shapes.
 
-        The step is run here once, on what the buffers hold: the launch that follows writes the same once more.
+        The step is run here once, on what the buffers hold, so that its kernels are compiled when it is captured.
         """
         self._memory, self._batch, self._bytes = memory, batch, rows * TOKEN_BYTES
         self._context = context
