@@ -25,7 +25,7 @@ lint: install
 # mypy knows packages by their folders; build/types shows it ours under the names that they install as.
 types: install
 	@mkdir -p build/types/starling
-	@for room in cli engine export profiling; do ln -sfn ../../../$$room build/types/starling/$$room; done
+	@for room in cli engine export profiling serving; do ln -sfn ../../../$$room build/types/starling/$$room; done
 	MYPYPATH=build/types $(BIN)/mypy -p starling
 
 install: $(VENV)/installed

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API over a ServingLoop, on starlette and uvicorn (extra `serve`)."""
