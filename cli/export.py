@@ -19,12 +19,19 @@ from starling.export.bundle_folder import check_target
 
 if TYPE_CHECKING:
     from starling.engine.bundle import Bundle
+    from starling.export.qdq import QdqQuantization
     from starling.export.quantization import Quantization
 
 # Spelt out here, since importing them from starling.export would bring torch into `--help`; a test compares them.
 DIALECTS = ("ort", "canonical", "tensorrt")
 DTYPES = ("fp32", "fp16", "bf16")
-SCHEMES = ("int8", "int4")
+SCHEMES = ("int8", "int4", "w8a8", "fp8")
+
+_ACTIVATION_SCHEMES = ("w8a8", "fp8")
+_TENSORRT = "tensorrt"
+_BLOCK_OPTIONS = ("symmetric", "accuracy_level")
+_QDQ_OPTIONS = ("quantize_head", "keep_precision")
+_ACTIVATION_OPTIONS = ("calibration", "calibration_tokens", "smoothing", "accept_quality")
 
 
 @click.command()
@@ -34,10 +41,24 @@ SCHEMES = ("int8", "int4")
     "--dialect", type=click.Choice(DIALECTS), default="ort", show_default=True, help="Operators of the graph."
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Type of what is computed.")
-@click.option("--quant", type=click.Choice(SCHEMES), help="Quantize the weights, block by block.")
-@click.option("--block-size", type=int, help="Weights that share a scale, with --quant.  [default: 32]")
-@click.option("--symmetric", is_flag=True, help="No zero points, with --quant: smaller, less accurate.")
-@click.option("--accuracy-level", type=int, help="MatMulNBits' own, with --quant: 4 multiplies in int8.  [default: 4]")
+@click.option("--quant", type=click.Choice(SCHEMES), help="Quantize weights; w8a8 and fp8 (tensorrt) activations too.")
+@click.option(
+    "--block-size", type=int, help="Weights that share a scale.  [default: 32; tensorrt: a channel, int4 128]"
+)
+@click.option("--symmetric", is_flag=True, help="No zero points, dialect ort: smaller, less accurate.")
+@click.option("--accuracy-level", type=int, help="MatMulNBits' own, dialect ort: 4 multiplies in int8.  [default: 4]")
+@click.option("--quantize-head", is_flag=True, help="Quantize lm_head too, dialect tensorrt.")
+@click.option(
+    "--keep-precision",
+    multiple=True,
+    metavar="PATTERN",
+    help="Do not quantize these projections, e.g. '*.down_proj.weight'; repeatable; 'none' keeps none.  "
+    "[default: w8a8 and fp8: those that cost most, as few as needed]",
+)
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text (or .jsonl of texts) for w8a8 and fp8.")
+@click.option("--calibration-tokens", type=click.IntRange(64), help="How much of it is used.  [default: 4096]")
+@click.option("--smoothing", type=float, help="SmoothQuant's alpha for w8a8 and fp8, 0 for none.  [default: 0.8]")
+@click.option("--accept-quality", is_flag=True, help="Write a w8a8 or fp8 bundle however far it is from PyTorch.")
 @click.option("--check/--no-check", default=None, help="Compare with PyTorch.  [default: unless weights are random]")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--force", is_flag=True, help="Replace the bundle in OUT.")
@@ -55,6 +76,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
       starling export demo smollm2-int8 --quant int8
       starling export berkeley-nest/Starling-LM-7B-alpha starling-7b --dtype fp16
       starling export ./my-finetune mine-int4 --quant int4 --block-size 64
+      starling export demo smollm2-w8a8 --dialect tensorrt --dtype fp16 --quant w8a8
       starling export random:starling-7b perf --dtype fp16
     """
     begin = perf_counter()
@@ -65,12 +87,15 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
         progress.phase("loading PyTorch")
         from starling.export.checkpoint import open_checkpoint
         from starling.export.exporter import ExportOptions, export_bundle
+        from starling.export.qdq_prepare import DEFAULT_TOKENS, Calibration
 
         how = ExportOptions(
             dialect=options["dialect"],
             dtype=options["dtype"],
             quantization=_quantization(options),
+            calibration=Calibration(options["calibration"], options["calibration_tokens"] or DEFAULT_TOKENS),
             check=options["check"],
+            accept_quality=options["accept_quality"],
             force=options["force"],
         )
         progress.phase(f"opening {model}")
@@ -86,18 +111,45 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
 
 def _check_settings(out: Path, options: dict[str, Any]) -> None:
     """What can be refused before PyTorch is loaded and a model fetched. Raises UserError."""
-    if options["quant"] is None:
-        for name in ("block_size", "symmetric", "accuracy_level"):
-            if options[name] not in (None, False):
-                raise UserError(f"--{name.replace('_', '-')} is about quantized weights: add --quant int8 or int4")
+    scheme, dialect = options["quant"], options["dialect"]
+    if scheme is None:
+        _refuse(options, ("block_size", *_BLOCK_OPTIONS), "is about quantized weights: add --quant int8 or int4")
+        _refuse(options, _QDQ_OPTIONS, "is about quantized weights: add --quant")
+    if scheme not in _ACTIVATION_SCHEMES:
+        _refuse(options, _ACTIVATION_OPTIONS, "is about quantized activations: add --quant w8a8 or fp8")
+    elif dialect != _TENSORRT:
+        raise UserError(f"--quant {scheme} is for --dialect tensorrt; dialect {dialect} quantizes weights only")
+    if dialect == _TENSORRT:
+        _refuse(options, _BLOCK_OPTIONS, "is for --dialect ort: TensorRT's quantization is symmetric")
+    else:
+        _refuse(options, _QDQ_OPTIONS, "is for --dialect tensorrt")
     check_target(out, force=options["force"])
 
 
-def _quantization(options: dict[str, Any]) -> Quantization | None:
+def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if options[name] not in (None, False, ()):
+            raise UserError(f"--{name.replace('_', '-')} {why}")
+
+
+def _quantization(options: dict[str, Any]) -> Quantization | QdqQuantization | None:
+    if options["quant"] is None:
+        return None
+    if options["dialect"] == _TENSORRT:
+        from starling.export.qdq import QdqQuantization
+
+        keep = options["keep_precision"]
+        return QdqQuantization(
+            options["quant"],
+            block_size=options["block_size"],
+            head=options["quantize_head"],
+            smoothing=options["smoothing"],
+            keep=None if not keep else tuple(pattern for pattern in keep if pattern != "none"),
+        )
     from starling.export.quantization import Quantization
 
     given = {name: options[name] for name in ("block_size", "accuracy_level") if options[name] is not None}
-    return options["quant"] and Quantization(options["quant"], symmetric=options["symmetric"], **given)
+    return Quantization(options["quant"], symmetric=options["symmetric"], **given)
 
 
 def _silence_libraries() -> None:

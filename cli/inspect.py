@@ -94,6 +94,7 @@ def _rows(bundle: Bundle, positions: int, verified: bool) -> list[tuple[str, str
         ),
         ("dialect", bundle.dialect),
         ("precision", precision(bundle)),
+        *(("kept", name) for name in (bundle.quantization.kept if bundle.quantization else ())),
         ("weights", f"{human_bytes(weights.bytes)}, {human_bytes(weights.bytes_per_token)} read per token"),
         (
             "KV cache",
@@ -114,8 +115,15 @@ def precision(bundle: Bundle) -> str:
     how = bundle.quantization
     if how is None:
         return bundle.dtype
-    kind = "symmetric" if how.symmetric else "asymmetric"
-    return f"{how.scheme} weights (block {how.block_size}, {kind}, accuracy level {how.accuracy_level}), {bundle.dtype}"
+    if how.accuracy_level is not None:
+        kind = "symmetric" if how.symmetric else "asymmetric"
+        details = f"block {how.block_size}, {kind}, accuracy level {how.accuracy_level}"
+        return f"{how.scheme} weights ({details}), {bundle.dtype}"
+    grain = "per output channel" if how.block_size is None else f"block {how.block_size}"
+    what = "weights" if how.smoothing is None else "weights and activations"
+    smoothing = f", smoothing {how.smoothing:g}" if how.smoothing else ""
+    kept = f", {len(how.kept)} projections kept in {bundle.dtype}" if how.kept else ""
+    return f"{how.scheme} {what} (weights {grain}{smoothing}{kept}), {bundle.dtype}"
 
 
 def parity_line(parity: Any) -> str:

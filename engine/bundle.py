@@ -45,12 +45,18 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Weight-only quantization in blocks of `block_size` weights along the input axis."""
+    """How weights, and in some schemes activations, are quantized.
+
+    `block_size` weights along the input axis share a scale (None: all of an output channel); `accuracy_level` is
+    MatMulNBits' own. `smoothing` is SmoothQuant's alpha; `kept` names projections that stay in the bundle's dtype.
+    """
 
     scheme: str
-    block_size: int
+    block_size: int | None
     symmetric: bool
-    accuracy_level: int
+    accuracy_level: int | None
+    smoothing: float | None = None
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +246,11 @@ def _architecture(fields: JsonFields) -> Architecture:
 def _quantization(fields: JsonFields) -> Quantization:
     return Quantization(
         fields.get("scheme", str),
-        fields.get("block_size", int),
+        fields.optional("block_size", int),
         fields.get("symmetric", bool),
-        fields.get("accuracy_level", int),
+        fields.optional("accuracy_level", int),
+        fields.optional("smoothing", float),
+        tuple(fields.optional("kept", list) or ()),
     )
 
 

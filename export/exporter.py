@@ -2,13 +2,12 @@
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import onnx_ir as ir
 
 from starling.engine.bundle import FORMAT, FORMAT_VERSION, Architecture
@@ -19,18 +18,19 @@ from starling.export.checkpoint import Checkpoint
 from starling.export.dialects import get_dialect
 from starling.export.genai import GRAPH_FILE as GENAI_GRAPH_FILE
 from starling.export.genai import genai_config, genai_graph
-from starling.export.parity import Parity, available_memory, bundle_logits, compare, compared_positions, require_fp32
+from starling.export.parity import Parity, require_fp32
 from starling.export.projections import write_projections
+from starling.export.qdq import QdqQuantization
+from starling.export.qdq_prepare import Calibration, prepare
+from starling.export.quality import CUT_LAYERS, fits, measure, require_quality
 from starling.export.quantization import Quantization
-from starling.export.reference import PASSAGE, cut, load_reference, reference_logits
+from starling.export.reference import cut
 from starling.export.tensorrt_reference import GRAPH_FILE as REFERENCE_FILE
 from starling.export.tensorrt_reference import reference_graph
 from starling.export.tracer import DTYPES, trace
 from starling.export.weight_file import WrittenFile, bytes_per_token, planned_bytes, write_weights
 
 GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
-CHECKED_TOKENS = 96
-_CUT_LAYERS = 2
 _SPARE_BYTES = 64 * 2**20  # graphs, tokenizer, JSON
 _ORACLE_NOTE = (
     "compared by the reference graph on ONNX Runtime's CPU, which multiplies matrices in float32; "
@@ -65,16 +65,29 @@ class ExportOptions:
 
     dialect: str = "ort"
     dtype: str = "fp32"
-    quantization: Quantization | None = None
+    quantization: Quantization | QdqQuantization | None = None
+    calibration: Calibration = field(default_factory=Calibration)
     check: bool | None = None
+    accept_quality: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError where the settings do not go together."""
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
-        if self.quantization is not None and not get_dialect(self.dialect).quantizable:
-            raise UserError(f"dialect {self.dialect} is full precision only; use --dialect ort with --quant")
+        if self.quantization is not None:
+            check_scheme(self.quantization, self.dialect)
+
+
+def check_scheme(how: Quantization | QdqQuantization, dialect: str) -> None:
+    """Raise UserError where the dialect has no operators for this quantization."""
+    known = get_dialect(dialect).schemes
+    if not known:
+        raise UserError(f"dialect {dialect} is full precision only; use --dialect ort or tensorrt with --quant")
+    if how.scheme not in known:
+        raise UserError(f"--quant {how.scheme} is for --dialect tensorrt; dialect {dialect} has {', '.join(known)}")
+    if isinstance(how, QdqQuantization) != (dialect == "tensorrt"):
+        raise UserError(f"dialect {dialect} does not take the settings of a {type(how).__name__}")
 
 
 def export_bundle(
@@ -88,32 +101,42 @@ def export_bundle(
     """
     progress = progress or Silent()
     with new_folder(out, force=options.force) as work:
-        manifest = _write_model(checkpoint, work, options, progress)
+        manifest, arch = _write_model(checkpoint, work, options, progress)
         wanted = options.check if options.check is not None else checkpoint.kind != "random"
         if wanted:
-            parity, note = _check(checkpoint, work, manifest, options, progress)
+            parity, note = _check(checkpoint, arch, work, options, progress)
             manifest["parity"] = None if parity is None else parity.to_json()
             manifest["notes"] += [note] if note else []
             if parity is not None and options.dialect == "tensorrt":
                 manifest["notes"].append(_ORACLE_NOTE)
             if parity is not None and options.dtype == "fp32" and options.quantization is None:
                 require_fp32(parity)
+            if parity is not None and note is None and not options.accept_quality:
+                require_quality(parity, options.quantization)
             write_json(work / "bundle.json", manifest)
     return manifest
 
 
-def _write_model(checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Progress) -> dict[str, Any]:
-    """Everything of a bundle but the check."""
+def _write_model(
+    checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Progress
+) -> tuple[dict[str, Any], Architecture]:
+    """Everything of a bundle but the check; its bundle.json and its architecture."""
     dialect = get_dialect(options.dialect)
     progress.phase(f"tracing {checkpoint.name}")
     traced = trace(checkpoint.config, dialect, options.dtype)
     graph, arch = traced.model, traced.architecture
     dialect.optimize(graph)
-    write_projections(graph, options.quantization)
+    write_tokenizer(folder, checkpoint.tokenizer, checkpoint.generation)
+    how, tensors, prepared = options.quantization, checkpoint.tensors, None
+    if isinstance(how, QdqQuantization):
+        prepared = prepare(graph, arch, checkpoint, folder, how, options.calibration, progress)
+        tensors = prepared.weights.tensors
+    blocks = how if isinstance(how, Quantization) else None
+    write_projections(graph, prepared.weights.plan if prepared else blocks)
     total = planned_bytes(graph)
     check_space(folder, total + _SPARE_BYTES)
     progress.phase("writing weights")
-    data = write_weights(graph, checkpoint.tensors, folder / WEIGHT_FILE, options.quantization, progress.bytes)
+    data = write_weights(graph, tensors, folder / WEIGHT_FILE, blocks, progress.bytes)
     _clean(graph)
     ir.save(graph, folder / GRAPH_FILE)
     if options.dialect == "ort":
@@ -121,11 +144,13 @@ def _write_model(checkpoint: Checkpoint, folder: Path, options: ExportOptions, p
         write_json(folder / "genai_config.json", genai_config(arch, checkpoint))
     elif options.dialect == "tensorrt":
         ir.save(reference_graph(graph), folder / REFERENCE_FILE)
-    write_tokenizer(folder, checkpoint.tokenizer, checkpoint.generation)
     manifest = _manifest(checkpoint, arch, options, graph, total)
+    if prepared is not None:
+        manifest["quantization"] = prepared.report
+        manifest["notes"] += prepared.notes
     manifest["files"] = _files(folder, {WEIGHT_FILE: data})
     write_json(folder / "bundle.json", manifest)
-    return manifest
+    return manifest, arch
 
 
 def _clean(graph: ir.Model) -> None:
@@ -200,46 +225,22 @@ def _files(folder: Path, known: dict[str, WrittenFile]) -> dict[str, Any]:
 
 
 def _check(
-    checkpoint: Checkpoint, folder: Path, manifest: dict[str, Any], options: ExportOptions, progress: Progress
+    checkpoint: Checkpoint, arch: Architecture, folder: Path, options: ExportOptions, progress: Progress
 ) -> tuple[Parity | None, str | None]:
     """Compare with PyTorch: the whole model where memory allows, else its first layers; the note says why not all."""
     if options.dtype == "bf16":
         return None, "not compared with PyTorch: ONNX Runtime's CPU provider does not run bfloat16"
-    layers = manifest["architecture"]["layers"]
-    if _memory_needed(manifest, layers) <= available_memory():
+    if fits(arch, arch.layers):
         progress.phase("comparing with PyTorch")
-        return _compare(checkpoint, folder, layers), None
-    if _memory_needed(manifest, _CUT_LAYERS) > available_memory():
+        return measure(checkpoint, folder, arch.layers), None
+    if not fits(arch, CUT_LAYERS):
         return None, "not compared with PyTorch: too little memory even for the first layers"
-    progress.phase(f"comparing the first {_CUT_LAYERS} layers with PyTorch")
-    shorter = replace(checkpoint, config=cut(checkpoint.config, _CUT_LAYERS))
+    progress.phase(f"comparing the first {CUT_LAYERS} layers with PyTorch")
+    shorter = replace(checkpoint, config=cut(checkpoint.config, CUT_LAYERS))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as temporary:
         _write_model(shorter, Path(temporary), options, Silent())
-        parity = _compare(shorter, Path(temporary), _CUT_LAYERS)
-    return parity, f"compared with PyTorch on the first {_CUT_LAYERS} of {layers} layers: the whole needs more memory"
-
-
-def _memory_needed(manifest: dict[str, Any], layers: int) -> int:
-    """A generous estimate in bytes: PyTorch's float32 weights, the runtime's copy of them, and slack."""
-    arch = manifest["architecture"]
-    ends = arch["vocab_size"] * arch["hidden_size"] * (1 if arch["tied_embeddings"] else 2)
-    per_layer = (arch["parameters"] - ends) // arch["layers"]
-    return int(4 * (ends + layers * per_layer) * 2.5)
-
-
-def _compare(checkpoint: Checkpoint, folder: Path, layers: int) -> Parity:
-    ids = _passage_ids(checkpoint)
-    positions = compared_positions(len(ids) - 1)
-    model = load_reference(checkpoint.config, checkpoint.tensors)
-    reference = reference_logits(model, ids[:-1])[positions].numpy()
-    del model  # the bundle is loaded next: the two need not fit at once
-    ours = bundle_logits(folder, ids[:-1])
-    return compare(np.asarray(reference), ours, [ids[p + 1] for p in positions], layers)
-
-
-def _passage_ids(checkpoint: Checkpoint) -> list[int]:
-    from tokenizers import Tokenizer
-
-    ids: list[int] = Tokenizer.from_str(checkpoint.tokenizer.tokenizer_json).encode(PASSAGE).ids
-    longest = min(CHECKED_TOKENS, checkpoint.config.max_position_embeddings) + 1
-    return ids[:longest]
+        parity = measure(shorter, Path(temporary), CUT_LAYERS)
+    return (
+        parity,
+        f"compared with PyTorch on the first {CUT_LAYERS} of {arch.layers} layers: the whole needs more memory",
+    )

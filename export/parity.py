@@ -1,4 +1,4 @@
-"""Compare a bundle with the PyTorch model on real text: prefill, a chunk behind it, then token by token."""
+"""Compare a bundle with the PyTorch model on held-out text: prefill, a chunk behind it, then token by token."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -38,23 +38,29 @@ class Parity:
         return asdict(self)
 
 
-def bundle_logits(folder: Path, ids: list[int]) -> NDArray[np.float32]:
-    """Logits [positions, vocab] of the bundle behind the tokens of `compared_positions`."""
-    bundle = Bundle.open(folder)
-    backend = open_backend(bundle, name="onnxruntime-cpu", max_seq=len(ids), max_batch=1)
-    tokens = np.asarray(ids, dtype=np.int64)
+def bundle_logits(folder: Path, rows: list[list[int]]) -> NDArray[np.float32]:
+    """Logits [rows * positions, vocab] of the bundle behind the tokens of `compared_positions` of each row.
+
+    `rows` are of one length. Each is prefilled on its own; then all are decoded together, token by token.
+    """
+    bundle, length = Bundle.open(folder), len(rows[0])
+    backend = open_backend(bundle, name="onnxruntime-cpu", max_seq=length, max_batch=len(rows))
+    tokens = np.asarray(rows, dtype=np.int64)
+    first, second = slice(0, _FIRST), slice(_FIRST, _FIRST + _CHUNK)
     try:
-        rows = [backend.prefill(0, tokens[:_FIRST], 0).logits()[0].copy()]
-        rows.append(backend.prefill(0, tokens[_FIRST : _FIRST + _CHUNK], _FIRST).logits()[0].copy())
-        for at in range(_FIRST + _CHUNK, len(ids)):
-            rows.append(backend.decode([ids[at]], [at]).logits()[0].copy())
+        found = [
+            np.stack([backend.prefill(i, row[part], part.start).logits()[0].copy() for i, row in enumerate(tokens)])
+            for part in (first, second)
+        ]
+        for at in range(_FIRST + _CHUNK, length):
+            found.append(backend.decode([int(t) for t in tokens[:, at]], [at] * len(rows)).logits().copy())
     finally:
         backend.close()
-    return np.stack(rows)
+    return np.stack(found, axis=1).reshape(-1, found[0].shape[-1])
 
 
 def compared_positions(count: int) -> list[int]:
-    """The tokens behind which a bundle gives logits: the ends of the two prefills, then every one."""
+    """The tokens of a row behind which a bundle gives logits: the ends of the two prefills, then every one."""
     return [_FIRST - 1, *range(_FIRST + _CHUNK - 1, count)]
 
 

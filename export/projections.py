@@ -2,43 +2,53 @@
 
 import onnx_ir as ir
 
-from starling.export.passes import MICROSOFT, STARLING, insert_constant, is_linear, take_over
+from starling.export.passes import MICROSOFT, STARLING, insert_constant, is_embedding, is_linear, take_over
+from starling.export.qdq_projections import QdqPlan, QdqWriter
 from starling.export.quantization import Quantization
 from starling.export.weights import Blocks, Rows, new_weight, rows_of
 
 
-def write_projections(model: ir.Model, quantization: Quantization | None) -> None:
+def write_projections(model: ir.Model, quantization: Quantization | QdqPlan | None) -> None:
     """Replace every `starling::Linear` and `starling::Embedding` of the graph in place.
 
     Full precision: MatMul with the weight stored [in, out]; a weight shared with the embedding stays [vocab, hidden]
-    for both. Quantized: MatMulNBits and GatherBlockQuantized over the same bytes where the two are tied.
+    for both. In blocks: MatMulNBits and GatherBlockQuantized over the same bytes where the two are tied. By a plan:
+    DequantizeLinear in front of the projections that it does not keep.
     """
-    graph = model.graph
-    embedded = {rows_of(n.inputs[1]) for n in graph if _is_embedding(n)}
+    if isinstance(quantization, Quantization):
+        _write_blocks(model.graph, quantization)
+        model.opset_imports.setdefault(MICROSOFT, 1)
+    else:
+        _write_products(model.graph, quantization)
+    model.opset_imports.pop(STARLING, None)
+    initializers = model.graph.initializers
+    for name in [name for name, value in initializers.items() if not value.uses()]:
+        initializers.pop(name)
+
+
+def _write_blocks(graph: ir.Graph, how: Quantization) -> None:
     for node in list(graph):
         if is_linear(node):
-            if quantization is not None:
-                output = _quantized_linear(graph, node, quantization)
-            elif rows_of(node.inputs[1]) in embedded:
-                output = _shared_linear(graph, node)
+            _replace(graph, node, _quantized_linear(graph, node, how))
+        elif is_embedding(node):
+            _replace(graph, node, _quantized_embedding(graph, node, how))
+
+
+def _write_products(graph: ir.Graph, plan: QdqPlan | None) -> None:
+    embedded = {rows_of(n.inputs[1]) for n in graph if is_embedding(n)}
+    writer = QdqWriter(graph, plan) if plan is not None else None
+    for node in list(graph):
+        if is_embedding(node):
+            _replace(graph, node, _embedding(graph, node))
+        elif is_linear(node):
+            if writer is not None and writer.is_quantized(node):
+                output = writer.linear(node)
             else:
-                output = _linear(graph, node)
-        elif _is_embedding(node):
-            output = (
-                _embedding(graph, node) if quantization is None else _quantized_embedding(graph, node, quantization)
-            )
-        else:
-            continue
-        _replace(graph, node, output)
-    if quantization is not None:
-        model.opset_imports.setdefault(MICROSOFT, 1)
-    model.opset_imports.pop(STARLING, None)
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        graph.initializers.pop(name)
-
-
-def _is_embedding(node: ir.Node) -> bool:
-    return node.domain == STARLING and node.op_type == "Embedding"
+                if writer is not None:
+                    node.replace_input_with(0, writer.input(node))
+                shared = rows_of(node.inputs[1]) in embedded
+                output = _shared_linear(graph, node) if shared else _linear(graph, node)
+            _replace(graph, node, output)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:

@@ -4,21 +4,9 @@ import copy
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from starling.export.checkpoint import TensorSource
-
-# Plain prose, numbers and code, so that the check sees more than one kind of token.
-PASSAGE = """\
-The lighthouse keeper wrote the date, 14 March 1907, at the top of the page and waited for the ink to dry. Outside, \
-the wind had turned to the north-west and the first gulls of the morning were quarrelling over something on the rocks. \
-He had counted 23 ships in February and only 9 so far this month; the harbour master would want to know why.
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-"Is it true," she asked, "that water boils at a lower temperature on a mountain?" It is: the pressure of the air falls \
-with height, and a liquid boils when the pressure of its vapour reaches that of the air above it."""
 
 
 def cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -30,14 +18,20 @@ def cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return shorter
 
 
-def load_reference(config: PreTrainedConfig, tensors: TensorSource) -> torch.nn.Module:
+def load_reference(config: PreTrainedConfig, tensors: TensorSource) -> PreTrainedModel:
     """The model of `config` in float32 with the checkpoint's weights; layers beyond the configuration are not read."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # type: ignore[no-untyped-call]
+    model = empty_model(config)
     have = set(tensors.names())
     weights = {n: _whole(tensors, n) for n, _ in model.named_parameters() if n in have}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
+    return model
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of `config` in float32 whose parameters take no memory (device "meta"); its rotary tables are real."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # type: ignore[no-untyped-call]
     for module in model.modules():  # tables that no checkpoint holds: made again, for real
         if type(module).__name__.endswith("RotaryEmbedding"):
             fresh = type(module)(config=config)

@@ -1,6 +1,7 @@
 """Stream the planned weights of a graph into one external data file, one tensor at a time."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from starling.engine.errors import UnsupportedModelError
 from starling.export.checkpoint import TensorSource
+from starling.export.qdq import FP8, INT4, INT8, Grid, pack_int4, quantize_weight, weight_scales
 from starling.export.quantization import Quantization, quantize_rows
-from starling.export.weights import Blocks, Rows, Table, Weight, weight_of
+from starling.export.weights import Blocks, QdqRows, Rows, Table, Weight, weight_of
 
 ALIGNMENT = 4096  # a tensor starts on a page, so that a reader can map it
 CHUNK_ELEMENTS = 8 * 1024 * 1024  # rows are read in pieces of this size: 32 MiB as float32
@@ -23,7 +25,10 @@ _TORCH = {
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.UINT8: torch.uint8,
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
 }
+_GRIDS = {grid.stored: grid for grid in (INT8, INT4, FP8)}
 Progress = Callable[[int, int], None]
 
 
@@ -72,7 +77,10 @@ def write_weights(
             dtype = _TORCH[_dtype(distinct[Blocks(rows, "scales")])]
             _write_blocks(writer, tensors, rows, how, dtype, places)
         for weight, value in distinct.items():
-            if isinstance(weight, Blocks):
+            if isinstance(weight, QdqRows) and weight.piece == "data":
+                scales = distinct[QdqRows(weight.rows, "scales", weight.block)]
+                _write_qdq(writer, tensors, weight, _GRIDS[_dtype(value)], _TORCH[_dtype(scales)], places)
+            if isinstance(weight, Blocks | QdqRows):
                 continue
             start = writer.begin()
             tensor = _assemble(weight, tensors, value)
@@ -194,6 +202,36 @@ def _write_blocks(
         places[Blocks(rows, piece_name)] = (start, writer.position - start)
 
 
+def _write_qdq(
+    writer: _Writer,
+    tensors: TensorSource,
+    weight: QdqRows,
+    grid: Grid,
+    dtype: torch.dtype,
+    places: dict[Weight, tuple[int, int]],
+) -> None:
+    """Quantize rows as they come and write them as columns, then their scales [blocks, rows] (or [rows])."""
+    names = weight.rows.names
+    columns = tensors.shape(names[0])[1]
+    stored = torch.empty(columns, sum(tensors.shape(name)[0] for name in names), dtype=grid.torch_dtype)
+    scales, first = [], 0
+    for name in names:
+        for _, piece in _chunks(tensors, name):
+            scale = weight_scales(piece, grid, weight.block, dtype)
+            stored[:, first : first + len(piece)] = quantize_weight(piece, scale, grid).T
+            scales.append(scale)
+            first += len(piece)
+    by_column = torch.cat(scales).T.contiguous()
+    pieces = {
+        "data": pack_int4(stored) if grid is INT4 else stored,
+        "scales": by_column if weight.block is not None else by_column[0],
+    }
+    for piece_name, tensor in pieces.items():
+        start = writer.begin()
+        writer.write(tensor)
+        places[QdqRows(weight.rows, piece_name, weight.block)] = (start, writer.position - start)
+
+
 def _dtype(value: ir.Value) -> ir.DataType:
     assert value.dtype is not None
     return value.dtype
@@ -205,4 +243,4 @@ def _shape(value: ir.Value) -> ir.Shape:
 
 
 def _size(value: ir.Value) -> int:
-    return int(torch.Size(_shape(value).numpy()).numel() * _dtype(value).itemsize)
+    return math.ceil(torch.Size(_shape(value).numpy()).numel() * _dtype(value).itemsize)

@@ -24,14 +24,26 @@ class Blocks:
     piece: str
 
 
+@dataclass(frozen=True, slots=True)
+class QdqRows:
+    """One piece (`data` or `scales`) of rows that are quantized for DequantizeLinear and stored [columns, rows].
+
+    `block` None: one scale per row, else one per so many columns of it.
+    """
+
+    rows: Rows
+    piece: str
+    block: int | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """Numbers that no checkpoint holds: a rotary table, float32."""
+    """Numbers that no checkpoint holds, float32: a rotary table, the factors of smoothed inputs."""
 
     values: Tensor
 
 
-Weight = Rows | Blocks | Table
+Weight = Rows | Blocks | QdqRows | Table
 
 
 def set_weight(value: ir.Value, weight: Weight) -> None:

@@ -50,7 +50,7 @@ def test_the_bare_command_shows_the_help_and_version_the_version() -> None:
 def test_choices_are_those_of_the_packages_behind_them() -> None:
     assert set(DIALECTS) == set(dialects.DIALECTS)
     assert set(DTYPES) == set(tracer.DTYPES)
-    assert set(SCHEMES) == set(quantization.BITS)
+    assert set(SCHEMES) == {scheme for dialect in dialects.DIALECTS.values() for scheme in dialect().schemes}
     assert backend.BACKENDS == BACKENDS
 
 

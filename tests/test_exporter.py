@@ -18,7 +18,6 @@ from starling.export.checkpoint import Checkpoint
 from starling.export.dialects import get_dialect
 from starling.export.exporter import ExportOptions, Silent, export_bundle
 from starling.export.parity import Parity, require_fp32
-from starling.export.reference import PASSAGE
 from starling.export.tracer import trace
 from starling.export.weights import weight_of
 
@@ -167,7 +166,7 @@ def test_a_graph_that_disagrees_is_refused() -> None:
             require_fp32(bad)
 
 
-def test_the_passage_is_long_enough_to_check(demo_checkpoint: Checkpoint) -> None:
-    from tokenizers import Tokenizer
-
-    assert len(Tokenizer.from_str(demo_checkpoint.tokenizer.tokenizer_json).encode(PASSAGE).ids) > 97
+def test_the_comparison_sees_hundreds_of_positions(demo_bundle: Path, tiny_bundle: Path) -> None:
+    """128 tokens of each of four texts, in both tokenizers."""
+    for bundle in (demo_bundle, tiny_bundle):
+        assert manifest_of(bundle)["parity"]["positions"] == 392

@@ -62,7 +62,8 @@ class Dialect(Protocol):
 
     name: str
     opset: int
-    quantizable: bool
+    #: Quantization schemes that the dialect has operators for.
+    schemes: tuple[str, ...]
     #: Names of `further_outputs`.
     outputs: tuple[str, ...]
 

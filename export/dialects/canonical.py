@@ -14,7 +14,7 @@ class CanonicalDialect:
 
     name = "canonical"
     opset = 24
-    quantizable = False
+    schemes: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
 
     def step_inputs(self) -> list[StepInput]:

@@ -16,7 +16,7 @@ class OrtDialect:
 
     name = "ort"
     opset = 21
-    quantizable = True
+    schemes: tuple[str, ...] = ("int8", "int4")
     outputs: tuple[str, ...] = (NEXT_TOKENS,)
 
     def step_inputs(self) -> list[StepInput]:

@@ -26,7 +26,7 @@ class TensorrtDialect:
 
     name = "tensorrt"
     opset = 24
-    quantizable = False
+    schemes: tuple[str, ...] = ("int8", "int4", "w8a8", "fp8")
     outputs: tuple[str, ...] = (NEXT_TOKENS, NEXT_LENGTHS)
 
     def step_inputs(self) -> list[StepInput]:

@@ -1,0 +1,85 @@
+"""Decide how every projection of a traced graph is quantized: scales, smoothing, and what stays in high precision."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+from torch import Tensor
+
+from starling.engine.errors import UserError
+from starling.export.checkpoint import TensorSource
+from starling.export.qdq import QdqQuantization
+from starling.export.qdq_projections import InputPlan, QdqPlan
+from starling.export.smoothquant import InputGroup, SmoothedTensors, column_absmax, input_groups, smoothing_factors
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedWeights:
+    """A plan, and the checkpoint's tensors with the plan's smoothing in them."""
+
+    plan: QdqPlan
+    tensors: TensorSource
+
+
+def projection_groups(model: ir.Model, how: QdqQuantization) -> list[InputGroup]:
+    """The groups of projections to be quantized, in graph order; lm_head's only where it is asked for."""
+    groups = input_groups(model)
+    return groups if how.head else groups[:-1]
+
+
+def kept_by_pattern(model: ir.Model, how: QdqQuantization) -> frozenset[str]:
+    """The weights that stay in the model's dtype whatever calibration finds: lm_head, and those of `how.keep`.
+
+    Raises UserError for a pattern that fits no projection.
+    """
+    every = [name for group in input_groups(model) for name in group.weights]
+    quantized = [name for group in projection_groups(model, how) for name in group.weights]
+    kept = set(every) - set(quantized)
+    for pattern in how.keep or ():
+        fitting = [name for name in every if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise UserError(f"no projection is called {pattern!r}; they are called such as {every[0]} or {every[-2]}")
+        kept |= set(fitting)
+    return frozenset(kept)
+
+
+def plan_weights(how: QdqQuantization, kept: frozenset[str], tensors: TensorSource) -> PreparedWeights:
+    """The plan where activations are not quantized."""
+    return PreparedWeights(QdqPlan(how, kept), tensors)
+
+
+def plan_activations(
+    groups: Sequence[InputGroup],
+    how: QdqQuantization,
+    kept: frozenset[str],
+    tensors: TensorSource,
+    absmax: Mapping[str, Tensor],
+) -> PreparedWeights:
+    """The plan where activations are quantized; `absmax` is what `calibration.input_absmax` found.
+
+    A group whose projections are all kept is not smoothed.
+    """
+    assert how.activations is not None
+    inputs: dict[str, InputPlan] = {}
+    divisors: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
+    for group in groups:
+        if kept.issuperset(group.weights):
+            continue
+        seen = absmax[group.weights[0]]
+        multiplier = None
+        if how.smoothing and not group.shared:
+            factor = smoothing_factors(seen, column_absmax(tensors, group.tensors), how.smoothing)
+            seen = seen / factor
+            factors |= dict.fromkeys(group.tensors, factor)
+            divisors |= dict.fromkeys(group.makers, factor)
+            multiplier = None if group.makers else 1 / factor
+        scale = max(float(seen.max()) / how.activations.top, 1e-7)
+        inputs |= dict.fromkeys(group.weights, InputPlan(scale, multiplier))
+    return PreparedWeights(QdqPlan(how, kept, inputs), SmoothedTensors(tensors, divisors, factors))
+
+
+def names_of(groups: Collection[InputGroup]) -> set[str]:
+    """The weights of all these groups."""
+    return {name for group in groups for name in group.weights}
