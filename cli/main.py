@@ -15,7 +15,7 @@ import click
 
 from starling.cli.failures import describe
 
-COMMANDS = ("export", "build", "generate", "chat", "tokenize", "profile", "inspect", "doctor")
+COMMANDS = ("export", "build", "generate", "chat", "tokenize", "profile", "evaluate", "inspect", "doctor")
 INTERRUPTED = 130
 
 
