@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from starling.engine.backend import open_backend
 from starling.engine.bundle import Bundle
 from starling.engine.errors import StarlingError
+from starling.profiling.quality import QualityTotals
 
 FP32_TOLERANCE = 1e-3  # largest difference of a logit that a full-precision bundle may show
 _FIRST, _CHUNK = 16, 16  # tokens prefilled at once, then as a chunk behind a non-empty cache
@@ -66,18 +67,12 @@ def compared_positions(count: int) -> list[int]:
 
 def compare(reference: NDArray[np.float32], ours: NDArray[np.float32], next_ids: list[int], layers: int) -> Parity:
     """Measure `ours` [positions, vocab] against `reference`; `next_ids` is the text's own next token per position."""
-    log_p, log_q = _log_softmax(reference), _log_softmax(ours)
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    rows = np.arange(len(next_ids))
+    totals = QualityTotals()
+    totals.add(ours, next_ids, reference)
+    quality = totals.quality()
+    assert quality.divergence is not None  # a reference was given
     return Parity(
-        positions=len(reference),
-        layers=layers,
-        max_abs_logit_diff=float(np.abs(reference - ours).max()),
-        mean_kl=float(kl.mean()),
-        max_kl=float(kl.max()),
-        top1_agreement=float((reference.argmax(axis=1) == ours.argmax(axis=1)).mean()),
-        perplexity=float(np.exp(-log_q[rows, next_ids].mean())),
-        reference_perplexity=float(np.exp(-log_p[rows, next_ids].mean())),
+        positions=quality.positions, layers=layers, perplexity=quality.perplexity, **asdict(quality.divergence)
     )
 
 
@@ -99,8 +94,3 @@ def available_memory() -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
