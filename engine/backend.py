@@ -40,6 +40,10 @@ class StepOutput(Protocol):
         """
         ...
 
+    def choices(self) -> list[int]:
+        """`next_tokens`, with -1 for a row whose greatest logit is not finite: it says nothing about the others."""
+        ...
+
     def logits(self) -> Logits:
         """float32 [k, vocab] behind the last token of each row, a view of the backend's memory."""
         ...

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from starling.engine.backend import Backend, open_backend
 from starling.engine.bundle import Bundle
-from starling.engine.errors import PromptError, SamplingError
+from starling.engine.errors import PromptError, SamplingError, UserError
 from starling.engine.generation import GenerationStream, generate
 from starling.engine.prompts import Prompt, checked_ids, common_prefix, is_single
 from starling.engine.results import GenerationInterrupted, GenerationResult
@@ -70,6 +70,7 @@ class Engine:
         self.tokenizer = tokenizer()
         self._newest: GenerationStream | None = None
         self._first_row: GenerationSequence | None = None
+        self._end_borrower: Callable[[], None] | None = None
         #: Seconds from opening the bundle to being ready.
         self.load_seconds = perf_counter() - begin
 
@@ -109,9 +110,7 @@ class Engine:
         """
         single = is_single(prompt)
         prompts = cast(list[Prompt], [prompt] if single else list(prompt))
-        sequences = self._prepare(prompts, sampling_params(params, overrides))
-        for sequence in sequences if reply else ():
-            sequence.detokenizer = self.tokenizer.detokenizer()
+        sequences = self._prepare(prompts, sampling_params(params, overrides), reply=reply)
         for _ in self._start(sequences):
             pass
         results = [sequence.result() for sequence in sequences]
@@ -164,8 +163,35 @@ class Engine:
 
         return ChatTemplates.load(self.bundle.folder)
 
+    def prepare(self, prompt: Prompt, params: SamplingParams, *, reply: bool = False) -> GenerationSequence:
+        """A sequence ready to run; any thread may ask for one. Raises PromptError or SamplingError."""
+        begin = perf_counter()
+        if isinstance(prompt, str) and not prompt:
+            raise PromptError("the prompt is empty: give it at least one character")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        sequence = self._sequence(checked_ids(ids, self.bundle, self.max_seq), params, encode_s=perf_counter() - begin)
+        if reply:
+            sequence.detokenizer = self.tokenizer.detokenizer()
+        return sequence
+
+    def lend(self, end: Callable[[], None]) -> None:
+        """Leave the backend to a borrower, until `take_back`: generating here raises UserError.
+
+        `close` calls `end`, which must end the borrower's use. Raises UserError where the engine is lent already.
+        """
+        self._check_not_lent()
+        self._end_newest()
+        self._first_row = None
+        self._end_borrower = end
+
+    def take_back(self) -> None:
+        """The borrower is done."""
+        self._end_borrower = None
+
     def close(self) -> None:
         """Free the model and the KV cache."""
+        if self._end_borrower is not None:
+            self._end_borrower()
         self._end_newest()
         self._first_row = None
         self.backend.close()
@@ -178,20 +204,15 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _prepare(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[GenerationSequence]:
+    def _prepare(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, reply: bool = False
+    ) -> list[GenerationSequence]:
         if len(prompts) > self.max_batch:
             raise PromptError(
                 f"{len(prompts)} prompts, but the KV cache has {self.max_batch} row(s): "
                 "give fewer, or open the engine with a larger max_batch (--batch)"
             )
-        return [self._encoded(prompt, params) for prompt in prompts]
-
-    def _encoded(self, prompt: Prompt, params: SamplingParams) -> GenerationSequence:
-        begin = perf_counter()
-        if isinstance(prompt, str) and not prompt:
-            raise PromptError("the prompt is empty: give it at least one character")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._sequence(checked_ids(ids, self.bundle, self.max_seq), params, encode_s=perf_counter() - begin)
+        return [self.prepare(prompt, params, reply=reply) for prompt in prompts]
 
     def _sequence(
         self, prompt: tuple[int, ...], params: SamplingParams, *, reused: int = 0, encode_s: float
@@ -208,10 +229,15 @@ class Engine:
         )
 
     def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:
+        self._check_not_lent()
         self._end_newest()
         self._first_row = sequences[0]
         self._newest = GenerationStream(generate(self.backend, sequences), sequences)
         return self._newest
+
+    def _check_not_lent(self) -> None:
+        if self._end_borrower is not None:
+            raise UserError("this engine is in use by a serving loop: submit to that, or close it first")
 
     def _end_newest(self) -> None:
         # There is one cache: a stream that is still being read would continue on another prompt's keys and values.

@@ -45,6 +45,22 @@ class BackendError(StarlingError):
     """An execution backend is not installed, or cannot run this bundle on this machine."""
 
 
+class QueueFullError(StarlingError):
+    """As many requests wait as may wait: the server's back-pressure. Trying again later may succeed."""
+
+
+class ClosedError(StarlingError):
+    """A serving loop that was closed takes no more requests."""
+
+
+class RequestFailed(StarlingError):
+    """A request ended by a failure, its own or that of a step that it shared; `__cause__` is what failed."""
+
+
+class DeadlineExceeded(StarlingError):
+    """A request's deadline passed before its answer was complete."""
+
+
 class BuildError(StarlingError):
     """An engine plan cannot be built: the network would not mean what the model means, or TensorRT refuses it."""
 

@@ -43,6 +43,7 @@ class OrtOutput(NamedTuple):
     """Implements `starling.engine.backend.StepOutput` over the buffers' first rows."""
 
     next_tokens: Callable[[], list[int]]
+    choices: Callable[[], list[int]]
     logits: LogitsReader
 
 
@@ -78,11 +79,17 @@ class StepOutputs:
         tokens, values = self._tokens.reshape(-1)[:rows].data, self._raw.reshape(-1).data
         vocab, is_finite = self._raw.shape[1], FINITE_TESTS[self._kind]
 
-        def next_tokens() -> list[int]:
+        def choices() -> list[int]:
             chosen: list[int] = tokens.tolist() if self._chosen_in_graph else logits().argmax(axis=-1).tolist()
             for row, token in enumerate(chosen):
                 if not is_finite(values[row * vocab + token]):
-                    check_finite(logits()[row, token])
+                    chosen[row] = -1
             return chosen
 
-        return OrtOutput(next_tokens, logits)
+        def next_tokens() -> list[int]:
+            chosen = choices()
+            if -1 in chosen:
+                check_finite(logits()[chosen.index(-1)].max())
+            return chosen
+
+        return OrtOutput(next_tokens, choices, logits)

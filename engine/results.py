@@ -9,7 +9,8 @@ from typing import Literal
 from starling.engine.sampling import TokenLogprob
 
 #: "stop": end token or stop string; "length": max_tokens or the cache's end; "interrupted": Ctrl-C, or closed early.
-FinishReason = Literal["stop", "length", "interrupted"]
+#: Of a served request also "cancelled", "deadline" (its time was up) and "failed" (see the handle's `result`).
+FinishReason = Literal["stop", "length", "interrupted", "cancelled", "deadline", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,9 @@ class Timings:
     Where steps are launched ahead (TensorRT), a step begins with launching the next one and ends with its own token
     taken; `host_s` is then all but the wait for the device, which works on meanwhile: it adds nothing to the latency
     as long as it is shorter than a step of the device.
+
+    Of a served request `ttft_s` and `itl_s` are what its reader waits: the queue, and other requests' prefills between
+    two tokens, are part of them.
     """
 
     prompt_tokens: int
@@ -35,6 +39,8 @@ class Timings:
     itl_s: tuple[float, ...]
     #: Per decode step, what it took outside the model's run: choosing, detokenizing, stop checks.
     host_s: tuple[float, ...]
+    #: Of a served request: from the call to the start of its prefill; part of `ttft_s`.
+    queue_s: float = 0.0
 
     @property
     def prefilled_tokens(self) -> int:

@@ -51,6 +51,7 @@ class GenerationSequence:
     closed: bool = False
     handed_out: int = 0
     prefilled: bool = False
+    queue_s: float = 0.0
     ttft_s: float = 0.0
     prefill_model_s: float = 0.0
     itl_s: list[float] = field(default_factory=list)
@@ -89,6 +90,7 @@ class GenerationSequence:
             prefill_model_s=self.prefill_model_s,
             itl_s=tuple(self.itl_s),
             host_s=tuple(self.host_s),
+            queue_s=self.queue_s,
         )
 
 
@@ -171,19 +173,19 @@ def next_chunk(sequence: GenerationSequence) -> GenerationChunk:
     return GenerationChunk(step.text, step.token, step.logprob, sequence.finish_reason, sequence.timings())
 
 
-def interrupted_chunk(sequence: GenerationSequence) -> GenerationChunk:
-    """The last chunk of a row that Ctrl-C ended: text that was held back or not handed out yet."""
+def interrupted_chunk(sequence: GenerationSequence, reason: FinishReason = "interrupted") -> GenerationChunk:
+    """The last chunk of a row that is ended early: text that was held back or not handed out yet."""
     text = "".join(step.text for step in sequence.steps[sequence.handed_out :])
-    text += interrupt(sequence)
+    text += interrupt(sequence, reason)
     sequence.closed = True
     return GenerationChunk(text, None, None, sequence.finish_reason, sequence.timings())
 
 
-def interrupt(sequence: GenerationSequence) -> str:
+def interrupt(sequence: GenerationSequence, reason: FinishReason = "interrupted") -> str:
     """End an unfinished sequence where it is; returns the text that was held back, now part of its newest token's."""
     if sequence.finish_reason is not None:
         return ""
-    tail, sequence.finish_reason = _with_held_back(sequence, "", "interrupted")
+    tail, sequence.finish_reason = _with_held_back(sequence, "", reason)
     if not sequence.steps:
         return ""
     sequence.steps[-1] = sequence.steps[-1]._replace(text=sequence.steps[-1].text + tail)

@@ -39,6 +39,10 @@ class DeviceOutput:
         """The token chosen on the device, one for each row. Raises BackendError for logits that are no numbers."""
         return checked_tokens(self._tokens)
 
+    def choices(self) -> list[int]:
+        """The same, with -1 for a row of logits that are no numbers."""
+        return self._tokens
+
     def logits(self) -> Logits:
         """Float32 [rows, vocab], copied from the device by this call."""
         return self._logits.fetch(self._step, len(self._tokens))

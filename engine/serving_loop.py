@@ -1,0 +1,142 @@
+"""The thread on which one engine serves many requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import Condition, Thread, current_thread
+from time import perf_counter
+from types import TracebackType
+
+from starling.engine.engine import Engine
+from starling.engine.errors import ClosedError, QueueFullError, UserError
+from starling.engine.mailbox import Mailbox
+from starling.engine.prefill_pace import PrefillPace
+from starling.engine.request import Request, RequestHandle
+from starling.engine.results import GenerationChunk
+from starling.engine.sampling import SamplingParams
+from starling.engine.scheduler import Scheduler
+from starling.engine.serving_stats import ServingCounters, ServingStats
+
+
+class ServingLoop:
+    """One engine on a thread of its own; many requests share its rows. Thread-safe.
+
+    ```python
+    with Engine("smollm2", max_batch=8) as engine, ServingLoop(engine) as loop:
+        handle = loop.submit("The capital of France is", SamplingParams(max_tokens=8))
+        print(handle.result().text)
+    ```
+    """
+
+    def __init__(
+        self, engine: Engine, *, queue_limit: int = 128, prefill_chunk: int = 128, slowdown: float = 2.5
+    ) -> None:
+        """Take the engine over until `close`. `queue_limit` requests may wait beside those that have a row.
+
+        Prompts are prefilled in chunks of at most `prefill_chunk` tokens; while requests decode, of so few that their
+        inter-token latency grows to about `slowdown` times its quiet value. Raises UserError for a setting out of
+        range, or where the engine serves another loop.
+        """
+        if queue_limit < 0 or prefill_chunk < 1 or not slowdown > 1:
+            raise UserError(
+                f"queue_limit={queue_limit}, prefill_chunk={prefill_chunk}, slowdown={slowdown}: "
+                "give at least 0, at least 1, and above 1"
+            )
+        self.engine = engine
+        self._queue_limit = queue_limit
+        self._counters = ServingCounters(engine.max_batch, queue_limit)
+        self._scheduler = Scheduler(engine.backend, self._counters, PrefillPace(prefill_chunk, slowdown))
+        self._arrived: list[Request] = []
+        self._changed = Condition()
+        self._closing = self._drains = False
+        self._thread = Thread(target=self._serve, name="starling-serving-loop", daemon=True)
+        engine.lend(lambda: self.close(drain=False))
+        self._thread.start()
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        deadline_s: float | None = None,
+        reply: bool = False,
+        on_chunk: Callable[[GenerationChunk], None] | None = None,
+    ) -> RequestHandle:
+        """Queue a prompt, text or token ids, which is encoded on the caller's thread; returns at once.
+
+        `deadline_s` ends the request so many seconds from now. With `reply` the text is one of its own, as for a chat.
+        `on_chunk` gets every chunk on the loop's thread, the last one always with a finish_reason ("failed" too); it
+        must be quick, and what it raises ends its request.
+
+        Raises PromptError or SamplingError for bad input, QueueFullError where too many wait, ClosedError after
+        `close`.
+        """
+        submitted = perf_counter()
+        if deadline_s is not None and not deadline_s > 0:
+            raise UserError(f"deadline_s is {deadline_s}: give seconds above 0, or None")
+        sequence = self.engine.prepare(prompt, params or SamplingParams(), reply=reply)
+        request = Request(sequence, Mailbox(on_chunk), submitted)
+        if deadline_s is not None:
+            request.deadline = submitted + deadline_s
+        with self._changed:
+            if self._closing:
+                raise ClosedError("the serving loop is closed and takes no more requests")
+            if not self._counters.enter():
+                raise QueueFullError(
+                    f"{self._queue_limit} request(s) already wait beside the {self.engine.max_batch} that run: "
+                    "try again later, or open the loop with a larger queue_limit"
+                )
+            self._arrived.append(request)
+            self._changed.notify_all()
+        return RequestHandle(request)
+
+    def stats(self) -> ServingStats:
+        """What runs and waits now, and the totals since the start."""
+        return self._counters.snapshot()
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Take no more requests and end the thread; the engine can then be used directly again.
+
+        With `drain` all accepted requests are finished first, for `timeout_s` seconds at most; what is left then, or
+        everything without `drain`, ends as "cancelled". From a callback on the loop's own thread it returns at once.
+        """
+        with self._changed:
+            self._closing = True
+            self._drains = drain
+            self._changed.notify_all()
+        if current_thread() is self._thread:
+            return
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._drains = False
+            self._thread.join()
+        self.engine.take_back()
+
+    def __enter__(self) -> ServingLoop:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(drain=error is None)
+
+    def _serve(self) -> None:
+        while self._take_arrived():
+            try:
+                self._scheduler.step()
+            except Exception as error:  # a mistake of ours: nobody may wait for ever because of it
+                self._scheduler.fail_all(error)
+
+    def _take_arrived(self) -> bool:
+        """Wait for work, and queue what has come; False when there is none and no more may come."""
+        with self._changed:
+            while not self._arrived and self._scheduler.idle:
+                if self._closing:
+                    return False
+                self._changed.wait()
+            arrived, self._arrived = self._arrived, []
+        for request in arrived:
+            self._scheduler.add(request)
+        if self._closing and not self._drains:
+            self._scheduler.cancel_all()
+        return True
