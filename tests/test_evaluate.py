@@ -10,8 +10,10 @@ import torch
 from command_line import document, refusal, succeed
 
 from starling.engine.bundle import Bundle
+from starling.engine.errors import UserError
 from starling.engine.tokenizer import Tokenizer
 from starling.profiling.evaluation_text import built_in_text, windows
+from starling.profiling.precision_table import markdown_table, read_results
 from starling.profiling.quality import QualityTotals
 from starling.profiling.stored_logits import StoredLogits
 
@@ -144,3 +146,21 @@ def test_a_reference_of_another_model_is_refused(demo_bundle: Path, tiny_bundle:
 def test_a_file_that_holds_no_logits_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no logits")
     assert "holds no logits" in refusal("evaluate", tiny_bundle, "--reference-logits", tmp_path / "text.npz")
+
+
+def test_the_readmes_table_is_made_of_results(alone: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    run = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--no-cold-start")
+    profile = document("profile", tiny_bundle, *run)
+    quantized = {
+        **alone[0],
+        "bundle": {**alone[0]["bundle"], "bytes": 1_000_000},
+        "divergence": {"mean_kl": 0.00391, "max_kl": 0.09, "top1_agreement": 0.9625},
+    }
+    for name, evaluation in (("int8", quantized), ("fp32", alone[0])):
+        (tmp_path / f"{name}.evaluate.json").write_text(json.dumps(evaluation))
+        (tmp_path / f"{name}.profile.json").write_text(json.dumps(profile))
+    lines = markdown_table(read_results(tmp_path)).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| fp32", "| int8"]
+    assert "| int8 | 1 MB | 0.0039 | 0.09 | 96.2% |" in lines[3]
+    with pytest.raises(UserError, match=r"no file \*\.evaluate\.json"):
+        read_results(tmp_path / "nowhere")
