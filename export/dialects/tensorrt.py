@@ -14,7 +14,7 @@ from starling.engine.graph_names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_L
 from starling.export.device_sampling import choose_tokens
 from starling.export.dialects.base import AttentionCall, StepInput
 from starling.export.dialects.canonical import merge_heads, rms_norm, rotate, scatter, window_mask
-from starling.export.passes import insert_constant, is_embedding
+from starling.export.passes import insert_constant, is_embedding, pack_sibling_linears
 
 ATTENTION = "TRT_Attention"
 #: TensorRT takes the operator in any domain; these two say which of its forms a node has.
@@ -75,7 +75,11 @@ class TensorrtDialect:
         return tokens, lengths
 
     def optimize(self, model: ir.Model) -> None:
-        """Look up token 0 for the -1 of a failed choice, which may be fed back before the host has seen it."""
+        """Packed projections; token 0 is looked up for the -1 of a failed choice, fed back before the host saw it.
+
+        TensorRT would pack them itself, and then needs half the weights' size more memory for the build.
+        """
+        pack_sibling_linears(model)
         for node in [node for node in model.graph if is_embedding(node)]:
             ids = node.inputs[0]
             lookup = ir.node("Max", [ids, insert_constant(model.graph, node, [0])])
