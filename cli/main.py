@@ -15,7 +15,10 @@ import click
 
 from starling.cli.failures import describe
 
-COMMANDS = ("export", "build", "generate", "chat", "tokenize", "profile", "evaluate", "inspect", "doctor")
+COMMANDS = (
+    *("export", "build", "generate", "chat", "triton"),
+    *("tokenize", "profile", "evaluate", "inspect", "doctor"),
+)
 INTERRUPTED = 130
 
 

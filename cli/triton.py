@@ -1,0 +1,56 @@
+"""`starling triton`: a model repository for NVIDIA Triton Inference Server over a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from starling.cli.options import backend_options, bundle_argument, max_seq_option, verify_option
+
+
+@click.command()
+@bundle_argument
+@click.argument("repository", metavar="REPO", type=click.Path(path_type=Path))
+@click.option("--instance-kind", type=click.Choice(("cpu", "gpu")), default="cpu", show_default=True, help="Where.")
+@click.option("--max-batch", type=click.IntRange(1), default=8, show_default=True, help="Requests that run at a time.")
+@max_seq_option
+@click.option("--queue-limit", type=click.IntRange(0), default=128, show_default=True, help="Requests that may wait.")
+@backend_options
+@click.option(
+    "--env",
+    "environment",
+    type=click.Path(path_type=Path),
+    help="Environment that Triton activates for the models (EXECUTION_ENV_PATH).  [default: the server's PATH]",
+)
+@click.option("--copy", is_flag=True, help="Copy the bundle into the repository instead of naming its path.")
+@click.option("--force", is_flag=True, help="Replace a repository that Starling wrote.")
+@verify_option
+def command(bundle: Path, repository: Path, verify: bool, **options: Any) -> None:
+    """Write a Triton model repository REPO that serves BUNDLE under the names of TensorRT-LLM and of vLLM.
+
+    The repository holds one engine and two entries over it, and says in its README.md how to start it, bare or in
+    NVIDIA's container.
+
+    \b
+    Examples:
+      starling triton smollm2 repository
+      starling triton smollm2 repository --max-batch 16 --max-seq 4096 --force
+      starling triton smollm2-trt repository --instance-kind gpu --backend tensorrt --copy
+    """
+    from starling.engine.bundle import Bundle
+    from starling.engine.errors import PromptError
+    from starling.serving.triton.repository import RepositoryOptions, write_repository
+
+    opened = Bundle.open(bundle, verify=verify)
+    settings = RepositoryOptions(**options)
+    most = opened.architecture.max_positions
+    if settings.max_seq is not None and not 1 <= settings.max_seq <= most:
+        raise PromptError(f"--max-seq is {settings.max_seq}, but this model has {most} positions: give 1 to {most}")
+    write_repository(opened, repository, settings)
+    click.echo(
+        f"{click.style(str(repository), bold=True)}: models starling, ensemble (TensorRT-LLM's names) and vllm_model "
+        f"(vLLM's), {settings.max_batch} rows, {settings.instance_kind}"
+    )
+    click.echo(f"next: SERVER=1 {repository}/make_environment.sh ENV && ENVIRONMENT=ENV {repository}/start.sh")

@@ -1,0 +1,100 @@
+"""The Triton model that holds the engine. It answers no prompts itself: entries reach it by a local socket.
+
+Its one input, `command`, is `address` (where the socket is) or `stats` (the scheduler's figures, as JSON).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from starling.serving.triton.inputs import Tensor, text_array
+
+if TYPE_CHECKING:
+    from starling.engine.results import FinishReason, Timings
+
+INPUTS = (Tensor("command", "STRING", optional=False),)
+OUTPUTS = (Tensor("answer", "STRING"),)
+
+
+class TritonPythonModel:
+    """What Triton's Python backend makes of this model: one instance, one engine."""
+
+    def initialize(self, args: dict[str, Any]) -> None:
+        """Load the bundle that config.pbtxt names and start the loop. What it raises is Triton's reason to refuse."""
+        if args["model_instance_kind"] == "GPU":  # before anything looks for a GPU
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(args["model_instance_device_id"])
+        from starling.engine.engine import Engine
+        from starling.engine.serving_loop import ServingLoop
+        from starling.serving.triton.engine_socket import EngineSocket
+
+        self._pb_utils = import_module("triton_python_backend_utils")
+        settings = engine_settings(json.loads(args["model_config"])["parameters"])
+        queue_limit = settings.pop("queue_limit")
+        bundle = Path(args["model_repository"]) / args["model_version"] / settings.pop("bundle")
+        self._engine = Engine(bundle, **settings)
+        self._serving = ServingLoop(self._engine, queue_limit=queue_limit)
+        self._metrics = self._make_metrics(args["model_name"])
+        self._socket = EngineSocket(self._serving, self._engine.tokenizer, self._ended)
+        self._pb_utils.Logger.log_info(
+            f"starling: {bundle} on {self._engine.backend.name}, {self._engine.max_batch} rows of "
+            f"{self._engine.max_seq} positions, loaded in {self._engine.load_seconds:.2f} s"
+        )
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer commands."""
+        return [self._answer(request) for request in requests]
+
+    def finalize(self) -> None:
+        """End running requests as cancelled, and free the engine."""
+        self._serving.close(drain=False)
+        self._socket.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._engine.close()
+
+    def _answer(self, request: Any) -> Any:
+        from starling.serving.triton.engine_socket import stats_json
+
+        pb_utils = self._pb_utils
+        command = bytes(pb_utils.get_input_tensor_by_name(request, "command").as_numpy().ravel()[0]).decode()
+        if command == "address":
+            answer = self._socket.address
+        elif command == "stats":
+            answer = stats_json(self._serving)
+        else:
+            error = pb_utils.TritonError(
+                f"command is {command!r}: give address or stats", pb_utils.TritonError.INVALID_ARG
+            )
+            return pb_utils.InferenceResponse(error=error)
+        output = pb_utils.Tensor("answer", text_array(answer, batched=False).astype(np.object_))
+        return pb_utils.InferenceResponse([output])
+
+    def _make_metrics(self, model_name: str) -> Any:
+        from starling.serving.triton.metrics import TritonMetrics
+
+        try:
+            return TritonMetrics(self._pb_utils, model_name, self._serving.stats)
+        except self._pb_utils.TritonModelException as error:
+            if "not supported" not in str(error):
+                raise
+            self._pb_utils.Logger.log_info("starling: the server was started without metrics")
+            return None
+
+    def _ended(self, reason: FinishReason, timings: Timings) -> None:
+        if self._metrics is not None:
+            self._metrics.ended(reason, timings)
+
+
+def engine_settings(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """config.pbtxt's parameters as arguments of Engine, with bundle and queue_limit."""
+    texts = {name: value["string_value"] for name, value in parameters.items()}
+    numbers: dict[str, Any] = {
+        name: int(texts[name]) for name in ("max_batch", "max_seq", "threads", "queue_limit") if name in texts
+    }
+    return {**numbers, **{name: texts[name] for name in ("bundle", "backend", "engine") if name in texts}}

@@ -1,0 +1,125 @@
+"""The engine's side of the local socket: a connection is one request, and closing it cancels the request.
+
+The socket is in Linux's abstract namespace: a process that is killed leaves no file behind. Only processes of the same
+user are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Thread
+
+from starling.engine.errors import ClosedError, QueueFullError, StarlingError, UserError
+from starling.engine.results import FinishReason, GenerationChunk, Timings
+from starling.engine.sampling import TokenLogprob
+from starling.engine.serving_loop import ServingLoop
+from starling.engine.tokenizer import Tokenizer
+from starling.serving.triton.request import LINE_LIMIT, Delta, Job, Logprob, RequestError, delta_line, error_line
+
+#: Is told of each request that ended, on the socket's thread.
+Ended = Callable[[FinishReason, Timings], None]
+
+
+class EngineSocket:
+    """Answers the requests of other processes with one serving loop, on a thread of its own."""
+
+    def __init__(self, serving: ServingLoop, tokenizer: Tokenizer, ended: Ended) -> None:
+        """Listen at `address` until `close`."""
+        self._serving, self._tokenizer, self._ended = serving, tokenizer, ended
+        #: Where entries connect; @ stands for the NUL with which names of the abstract namespace begin.
+        self.address = f"@starling-{os.getpid()}-{secrets.token_hex(8)}"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(socket_path(self.address))
+        listener.listen(1024)
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._run, args=(listener,), name="starling-engine-socket", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+
+    def _run(self, listener: socket.socket) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = asyncio.start_unix_server(self._serve, sock=listener, limit=LINE_LIMIT)
+        self._loop.run_until_complete(server)
+        self._loop.run_forever()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            if _peer_user(writer) == os.geteuid() and (line := await reader.readline()):
+                await self._answer(line, reader, writer)
+        except ConnectionError:
+            pass  # the entry has gone, or closed because its client cancelled
+        finally:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def _answer(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            job = Job.from_line(line)
+            handle = await asyncio.to_thread(self._serving.submit, job.prompt, job.params)
+            gone = asyncio.ensure_future(reader.read(1))
+            gone.add_done_callback(lambda _: handle.cancel())
+            try:
+                async for chunk in handle.chunks():
+                    if chunk.finish_reason is not None and chunk.timings is not None:
+                        self._ended(chunk.finish_reason, chunk.timings)
+                    writer.write(delta_line(self._delta(chunk)))
+                    await writer.drain()
+            finally:
+                gone.cancel()
+        except StarlingError as error:
+            writer.write(error_line(_refusal(error)))
+            await writer.drain()
+
+    def _delta(self, chunk: GenerationChunk) -> Delta:
+        return Delta(
+            text=chunk.text,
+            tokens=int(chunk.token is not None),
+            logprobs=() if chunk.logprob is None else (self._named(chunk.logprob),),
+            finish_reason=chunk.finish_reason,
+            prompt_tokens=chunk.timings.prompt_tokens if chunk.timings is not None else 0,
+        )
+
+    def _named(self, found: TokenLogprob) -> Logprob:
+        top = tuple((token, logprob, self._text(token)) for token, logprob in found.top)
+        return Logprob(found.token, found.logprob, self._text(found.token), top)
+
+    def _text(self, token: int) -> str:
+        return self._tokenizer.decode([token])
+
+
+def socket_path(address: str) -> str:
+    """The path that the socket calls take for an `EngineSocket.address`."""
+    return address.replace("@", "\0", 1)
+
+
+def stats_json(serving: ServingLoop) -> str:
+    """The serving loop's figures as a JSON object."""
+    stats = serving.stats()
+    figures = ("slots", "running", "waiting", "submitted", "refused", "prompt_tokens", "generated_tokens")
+    return json.dumps({**{name: getattr(stats, name) for name in figures}, "ended": dict(stats.ended)})
+
+
+def _refusal(error: StarlingError) -> RequestError:
+    if isinstance(error, QueueFullError | ClosedError):
+        return RequestError(str(error), "unavailable")
+    if isinstance(error, UserError):
+        return RequestError(str(error), "invalid")
+    return RequestError(str(error), "internal")
+
+
+def _peer_user(writer: asyncio.StreamWriter) -> int:
+    peer = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    user: int = struct.unpack("3i", peer)[1]
+    return user

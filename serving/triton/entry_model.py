@@ -1,0 +1,163 @@
+"""The Triton model behind an entry: reads a request by its convention, has the engine answer it, sends the responses.
+
+An entry needs neither the engine nor its memory, only the names: what it validates it validates here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from importlib import import_module
+from threading import Lock, Thread
+from typing import Any, ClassVar
+
+from starling.engine.errors import UserError
+from starling.serving.triton.inputs import Inputs
+from starling.serving.triton.interface import Call, Interface
+from starling.serving.triton.request import LINE_LIMIT, Delta, RequestError, read_delta
+
+#: Seconds between two looks at whether a client still waits, while no token comes.
+CANCEL_POLL_S = 0.05
+ENGINE_MODEL = "starling"
+_GONE = "the engine's process is not running: load the model starling again, or restart the server"
+
+
+class EntryModel:
+    """A decoupled model; subclasses name their convention."""
+
+    interface: ClassVar[Interface]
+
+    def initialize(self, args: dict[str, Any]) -> None:
+        """Start the thread that serves all requests."""
+        self._pb_utils = import_module("triton_python_backend_utils")
+        self._address: str | None = None
+        self._address_lock = Lock()
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="starling-entry", daemon=True)
+        self._thread.start()
+        self._errors = {
+            "invalid": self._pb_utils.TritonError.INVALID_ARG,
+            "unavailable": self._pb_utils.TritonError.UNAVAILABLE,
+            "cancelled": self._pb_utils.TritonError.CANCELLED,
+            "internal": self._pb_utils.TritonError.INTERNAL,
+        }
+
+    def execute(self, requests: list[Any]) -> None:
+        """Start answering; the responses come from the thread."""
+        for request in requests:
+            sender, wanted = request.get_response_sender(), set(request.requested_output_names())
+            try:
+                call = self._read(request)
+            except (RequestError, UserError) as error:
+                self._fail(sender, error)
+                continue
+            asyncio.run_coroutine_threadsafe(self._answer(call, sender, wanted), self._loop)
+
+    def finalize(self) -> None:
+        """End the thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+
+    def _read(self, request: Any) -> Call:
+        arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        parameters = json.loads(request.parameters() or "{}")
+        own = {name: value for name, value in parameters.items() if not name.startswith("triton_")}
+        call = self.interface.read(Inputs(arrays, batched=self.interface.batched), own)
+        if not call.job.prompt:
+            raise RequestError("text_input is empty: give it at least one character")
+        return call
+
+    async def _answer(self, call: Call, sender: Any, wanted: set[str]) -> None:
+        try:
+            ready = Delta(call.prefix)
+            async for delta in self._deltas(call, sender):
+                ready = ready + delta
+                last = delta.finish_reason is not None
+                # Tokens without text yet, half a character for example, go out with the text that they become.
+                if last or (call.stream and ready.text):
+                    self._send(sender, call, ready, wanted, last=last)
+                    ready = Delta()
+        except RequestError as error:
+            self._fail(sender, error)
+        except Exception as error:  # nobody else would tell the client
+            self._pb_utils.Logger.log_error(f"starling: {type(error).__name__}: {error}")
+            self._fail(sender, RequestError(f"unexpected {type(error).__name__}: {error}", "internal"))
+
+    async def _deltas(self, call: Call, sender: Any) -> AsyncIterator[Delta]:
+        """The engine's deltas up to the last; raises RequestError where it fails or the client has gone."""
+        reader, writer = await self._connected()
+        try:
+            writer.write(call.job.to_line())
+            await writer.drain()
+            while True:
+                delta = await self._next(reader, sender)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        except (ConnectionError, EOFError):
+            raise RequestError("the engine's process ended before the answer did: try again", "unavailable") from None
+        finally:
+            writer.close()  # which cancels what is not finished
+
+    async def _next(self, reader: asyncio.StreamReader, sender: Any) -> Delta:
+        line = asyncio.ensure_future(reader.readline())
+        try:
+            while not (await asyncio.wait([line], timeout=CANCEL_POLL_S))[0]:
+                self._check_cancelled(sender)
+            self._check_cancelled(sender)
+            if not line.result():
+                raise EOFError
+            delta = read_delta(line.result())
+        finally:
+            line.cancel()
+        if delta.finish_reason == "cancelled":
+            raise RequestError("the request was cancelled because the engine is closing", "unavailable")
+        return delta
+
+    def _check_cancelled(self, sender: Any) -> None:
+        if sender.is_cancelled():
+            raise RequestError("the request was cancelled", "cancelled")
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to the engine; its address is asked for again where it has moved with a reload."""
+        for fresh in (False, True):
+            address = await asyncio.to_thread(self._find_address, fresh)
+            try:
+                return await asyncio.open_unix_connection(address.replace("@", "\0", 1), limit=LINE_LIMIT)
+            except (ConnectionError, FileNotFoundError):
+                continue
+        raise RequestError(_GONE, "unavailable")
+
+    def _find_address(self, fresh: bool) -> str:
+        with self._address_lock:
+            if self._address is None or fresh:
+                self._address = self._ask_address()
+            return self._address
+
+    def _ask_address(self) -> str:
+        """Where the engine listens, asked through Triton. Raises RequestError where its process is dead."""
+        import numpy as np
+
+        pb_utils = self._pb_utils
+        command = pb_utils.Tensor("command", np.array([b"address"], dtype=object))
+        request = pb_utils.InferenceRequest(
+            model_name=ENGINE_MODEL, requested_output_names=["answer"], inputs=[command]
+        )
+        response = request.exec()
+        if response.has_error():
+            raise RequestError(f"{_GONE} ({response.error().message()})", "unavailable")
+        answer = pb_utils.get_output_tensor_by_name(response, "answer")
+        return bytes(answer.as_numpy().ravel()[0]).decode()
+
+    def _send(self, sender: Any, call: Call, delta: Delta, wanted: set[str], *, last: bool) -> None:
+        outputs = call.answer.outputs(delta)
+        # An output that nobody asked for crashes the stub of Triton 2.51 on Python 3.12.
+        tensors = [self._pb_utils.Tensor(name, array) for name, array in outputs.items() if name in wanted]
+        flags = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+        sender.send(self._pb_utils.InferenceResponse(tensors), flags=flags)
+
+    def _fail(self, sender: Any, error: Exception) -> None:
+        kind = error.kind if isinstance(error, RequestError) else "invalid"
+        response = self._pb_utils.InferenceResponse(error=self._pb_utils.TritonError(str(error), self._errors[kind]))
+        sender.send(response, flags=self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

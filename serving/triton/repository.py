@@ -1,0 +1,179 @@
+"""Writes a Triton model repository over one bundle; it appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+from starling.engine.bundle import Bundle
+from starling.engine.errors import UserError
+from starling.serving.triton import engine_model
+from starling.serving.triton.entry_model import ENGINE_MODEL
+from starling.serving.triton.interface import Interface
+from starling.serving.triton.pbtxt import InstanceKind, ModelConfig
+from starling.serving.triton.tensorrt_llm import TensorRtLlmInterface
+from starling.serving.triton.vllm import VllmInterface
+
+TENSORRT_LLM_MODEL = "ensemble"
+VLLM_MODEL = "vllm_model"
+#: Its presence says that a folder is a repository of ours, which --force may replace.
+MARK = "starling.json"
+_VERSION = "1"
+_MODEL_PY = '''"""{what}"""
+
+try:
+    from {module} import TritonPythonModel
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"{{error}}: this Python has no starling-llm; make an environment with make_environment.sh and start the "
+        "server with it, as README.md beside the models says"
+    ) from None
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryOptions:
+    """What the written repository serves, and how."""
+
+    instance_kind: InstanceKind = "cpu"
+    backend: str = "auto"
+    #: A TensorRT engine of the bundle, None for the one that fits.
+    engine: str | None = None
+    max_batch: int = 8
+    max_seq: int | None = None
+    queue_limit: int = 128
+    threads: int | None = None
+    #: Environment for EXECUTION_ENV_PATH: a folder with bin/activate, or a packed .tar.gz.
+    environment: Path | None = None
+    #: Put the bundle into the repository; otherwise it is named by its absolute path.
+    copy: bool = False
+    force: bool = False
+
+    def parameters(self) -> dict[str, str]:
+        """The engine model's parameters in config.pbtxt, but for the bundle."""
+        given = {
+            "backend": self.backend,
+            "engine": self.engine,
+            "max_batch": self.max_batch,
+            "max_seq": self.max_seq,
+            "queue_limit": self.queue_limit,
+            "threads": self.threads,
+        }
+        return {name: str(value) for name, value in given.items() if value is not None}
+
+
+def write_repository(bundle: Bundle, target: Path, options: RepositoryOptions) -> None:
+    """Write the repository of `bundle` to `target`.
+
+    Raises UserError where `target` is taken: without `force` by anything, with it by what is no repository of ours.
+    """
+    target = target.absolute()
+    _check_target(target, options.force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        _write(bundle, draft, options)
+        _put_in_place(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not force:
+        raise UserError(f"{target} exists already: give another place, or --force to replace it")
+    if not (target / MARK).is_file():
+        raise UserError(f"{target} is not a repository that Starling wrote (no {MARK}): --force does not replace it")
+
+
+def _write(bundle: Bundle, folder: Path, options: RepositoryOptions) -> None:
+    where = str(bundle.folder.resolve())
+    if options.copy:
+        where = "bundle"
+        shutil.copytree(bundle.folder, folder / ENGINE_MODEL / _VERSION / where)
+    _write_model(
+        folder,
+        ModelConfig(
+            ENGINE_MODEL,
+            "Holds the engine. Clients use the entries ensemble and vllm_model; this one tells its figures:\n"
+            'curl -d \'{"command": "stats"}\' localhost:8000/v2/models/starling/generate',
+            engine_model.INPUTS,
+            engine_model.OUTPUTS,
+            kind=options.instance_kind,
+            parameters={"bundle": where, **options.parameters(), **_environment(options)},
+        ),
+        "engine_model",
+    )
+    for name, comment, interface, module in _ENTRIES:
+        config = ModelConfig(
+            name,
+            comment,
+            interface.inputs,
+            interface.outputs,
+            batched=interface.batched,
+            decoupled=True,
+            parameters=_environment(options),
+        )
+        _write_model(folder, config, module)
+    _write_texts(folder, bundle, where)
+
+
+_ENTRIES: tuple[tuple[str, str, Interface, str], ...] = (
+    (TENSORRT_LLM_MODEL, "The names of TensorRT-LLM's ensemble.", TensorRtLlmInterface(), "entry_tensorrt_llm"),
+    (VLLM_MODEL, "The names of Triton's vLLM backend.", VllmInterface(), "entry_vllm"),
+)
+
+
+def _environment(options: RepositoryOptions) -> dict[str, str]:
+    if options.environment is None:
+        return {}
+    return {"EXECUTION_ENV_PATH": str(options.environment.absolute())}
+
+
+def _write_model(folder: Path, config: ModelConfig, module: str) -> None:
+    model = folder / config.name / _VERSION
+    model.mkdir(parents=True, exist_ok=True)
+    (model.parent / "config.pbtxt").write_text(config.text(), encoding="utf-8")
+    what = config.comment.splitlines()[0]
+    text = _MODEL_PY.format(what=what, module=f"starling.serving.triton.{module}")
+    (model / "model.py").write_text(text, encoding="utf-8")
+
+
+def _write_texts(folder: Path, bundle: Bundle, where: str) -> None:
+    values = {
+        "version": version("starling-llm"),
+        "bundle": "starling/1/bundle, inside this repository" if where == "bundle" else where,
+        "model": str(bundle.source.get("name")),
+    }
+    for source in files("starling.serving.triton").joinpath("templates").iterdir():
+        file = folder / source.name
+        file.write_text(_filled(source.read_text(encoding="utf-8"), values), encoding="utf-8")
+        if file.suffix == ".sh":
+            file.chmod(file.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+    (folder / MARK).write_text(json.dumps({"starling_version": values["version"]}) + "\n", encoding="utf-8")
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """The text with each @{name} replaced; ${name} is the shell's."""
+    return reduce(lambda filled, item: filled.replace(f"@{{{item[0]}}}", item[1]), values.items(), text)
+
+
+def _put_in_place(draft: Path, target: Path) -> None:
+    if not target.exists():
+        draft.rename(target)
+        return
+    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    target.rename(old)
+    draft.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,166 @@
+"""The entry with the names of Triton's vLLM backend (src/model.py there): one request, one prompt, no batch axis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starling.engine.errors import SamplingError
+from starling.engine.sampling import SamplingParams
+from starling.serving.triton.inputs import Inputs, Tensor, Unsupported, check_names, text_array
+from starling.serving.triton.interface import Call, Outputs
+from starling.serving.triton.request import Delta, Job, Logprob, RequestError
+
+_SETTINGS = "sampling_parameters"
+#: Output by the flag that asks for it.
+_FLAGS = {
+    "return_finish_reason": "finish_reason",
+    "return_cumulative_logprob": "cumulative_logprob",
+    "return_logprobs": "logprobs",
+    "return_num_input_tokens": "num_input_tokens",
+    "return_num_output_tokens": "num_output_tokens",
+}
+_IMAGE = Unsupported(Tensor("image", "STRING", (-1,)), ("",))
+#: vLLM's defaults where they differ from the engine's.
+_DEFAULTS: dict[str, Any] = {"temperature": 1.0, "max_tokens": 16}
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_COUNTS = ("top_k", "seed", "max_tokens", "logprobs")
+#: Settings of vLLM that this engine lacks, with the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1, None),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "length_penalty": (1.0,),
+    "min_tokens": (0,),
+    "early_stopping": (False,),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "prompt_logprobs": (None,),
+    "bad_words": (None, []),
+    "logit_bias": (None, {}),
+    "truncate_prompt_tokens": (None,),
+    "guided_decoding": (None,),
+}
+
+
+class VllmInterface:
+    """How requests of this convention become jobs, and answers its outputs."""
+
+    batched = False
+    inputs = (
+        Tensor("text_input", "STRING", optional=False),
+        _IMAGE.tensor,
+        Tensor("stream", "BOOL"),
+        Tensor(_SETTINGS, "STRING"),
+        Tensor("exclude_input_in_output", "BOOL"),
+        *(Tensor(flag, "BOOL") for flag in _FLAGS),
+    )
+    outputs = (
+        Tensor("text_output", "STRING", (-1,)),
+        Tensor("finish_reason", "STRING", (-1,)),
+        Tensor("cumulative_logprob", "FP32", (-1,)),
+        Tensor("logprobs", "STRING", (-1,)),
+        Tensor("num_input_tokens", "UINT32"),
+        Tensor("num_output_tokens", "UINT32", (-1,)),
+    )
+
+    def read(self, inputs: Inputs, parameters: Mapping[str, Any]) -> Call:
+        """The call of a request. Request parameters are sampling settings where sampling_parameters is absent.
+
+        Raises RequestError or SamplingError, naming the field.
+        """
+        known = [tensor.name for tensor in self.inputs]
+        check_names(inputs, known, {} if _SETTINGS not in inputs else parameters)
+        _IMAGE.check(inputs.all("image"))
+        if "text_input" not in inputs:
+            raise RequestError("text_input is missing: it is required")
+        prompt = inputs.one("text_input")
+        stream = bool(inputs.one("stream", False))
+        exclude = inputs.one("exclude_input_in_output")
+        if stream and exclude is False:
+            raise RequestError("exclude_input_in_output is False: a stream never repeats the input; give True")
+        wanted = {output for flag, output in _FLAGS.items() if inputs.one(flag, False)}
+        settings = _settings(inputs.one(_SETTINGS)) if _SETTINGS in inputs else dict(parameters)
+        params = _sampling(settings, with_logprobs=bool({"logprobs", "cumulative_logprob"} & wanted))
+        return Call(Job(prompt, params), stream, _Answer(wanted), prefix="" if stream or exclude else prompt)
+
+
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{_SETTINGS} is not JSON: {error.msg} at character {error.pos}") from None
+    if not isinstance(settings, dict):
+        raise RequestError(f"{_SETTINGS} is {type(settings).__name__}: give a JSON object")
+    return settings
+
+
+def _sampling(settings: dict[str, Any], *, with_logprobs: bool) -> SamplingParams:
+    for name, neutral in _NEUTRAL.items():
+        if name in settings and _unquoted(settings.pop(name)) not in neutral:
+            raise RequestError(f"{_SETTINGS}: {name} is not supported: leave it out or give {json.dumps(neutral[0])}")
+    values = {**_DEFAULTS, **{name: _unquoted(value) for name, value in settings.items() if name != "stop"}}
+    for name in values:
+        if name not in (*_NUMBERS, *_COUNTS, "stop_token_ids", "ignore_eos"):
+            raise RequestError(f"{_SETTINGS}: {name} is no setting that this model knows")
+    if values.get("top_k") == -1:  # vLLM's word for all
+        values["top_k"] = 0
+    stop = settings.get("stop") or ()
+    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    values["stop_token_ids"] = tuple(values.get("stop_token_ids") or ())
+    if with_logprobs and values.get("logprobs") is None:
+        values["logprobs"] = 0
+    try:
+        return SamplingParams(**values)
+    except SamplingError as error:
+        raise RequestError(f"{_SETTINGS}: {error}") from None
+
+
+def _unquoted(value: Any) -> Any:
+    """A number or truth value that a client wrote as a string, as it does in vLLM's own samples."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value.lower())
+    except json.JSONDecodeError:
+        return value
+
+
+class _Answer:
+    """The outputs of one request; token counts are those of each response, as vLLM's."""
+
+    def __init__(self, wanted: set[str]) -> None:
+        self._wanted = wanted
+        self._sum = 0.0
+
+    def outputs(self, delta: Delta) -> Outputs:
+        """Arrays by name."""
+        self._sum += sum(one.logprob for one in delta.logprobs)
+        found: dict[str, NDArray[Any]] = {
+            "finish_reason": text_array(str(delta.finish_reason), batched=False),
+            "cumulative_logprob": np.array([self._sum], np.float32),
+            "logprobs": text_array(json.dumps([_table(one) for one in delta.logprobs]), batched=False),
+            "num_output_tokens": np.array([delta.tokens], np.uint32),
+        }
+        if delta.finish_reason is not None:
+            found["num_input_tokens"] = np.array([delta.prompt_tokens], np.uint32)
+        wanted = {name: array for name, array in found.items() if name in self._wanted}
+        return {"text_output": text_array(delta.text, batched=False), **wanted}
+
+
+def _table(chosen: Logprob) -> dict[str, Any]:
+    """vLLM's table of one position: by token id; the rank of a chosen token beyond the likeliest is not known."""
+    table = {
+        str(token): {"logprob": logprob, "rank": rank, "decoded_token": text}
+        for rank, (token, logprob, text) in enumerate(chosen.top, 1)
+    }
+    own = {"logprob": chosen.logprob, "rank": None, "decoded_token": chosen.text}
+    return {str(chosen.token): table.get(str(chosen.token), own), **table}
