@@ -6,6 +6,8 @@ import re
 from importlib import metadata
 
 DISTRIBUTION = "starling-llm"
+#: Extras without which a whole command cannot do its work, and what that is.
+WHAT_FOR = {"export": "exporting", "serve": "serving", "ray": "a batch on Ray"}
 
 
 def extra_packages(extra: str) -> tuple[str, ...]:
@@ -15,6 +17,9 @@ def extra_packages(extra: str) -> tuple[str, ...]:
     return tuple(re.split(r"[^A-Za-z0-9._-]", text, maxsplit=1)[0] for text in listed)
 
 
-def is_export_module(module: str) -> bool:
-    """Whether the extra `export` brings this module, whose import name is the distribution's with underscores."""
-    return module in {name.replace("-", "_") for name in extra_packages("export")}
+def extra_of(module: str) -> str | None:
+    """The extra that brings this module, whose import name is the distribution's with underscores; None for none."""
+    for extra in WHAT_FOR:
+        if module in {name.replace("-", "_") for name in extra_packages(extra)}:
+            return extra
+    return None

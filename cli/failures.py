@@ -6,7 +6,7 @@ import errno
 
 import click
 
-from starling.cli.extras import is_export_module
+from starling.cli.extras import WHAT_FOR, extra_of
 from starling.engine.errors import StarlingError
 
 FAILURE = 1
@@ -37,8 +37,10 @@ def _usage(error: click.ClickException) -> str:
 
 def _missing_module(error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0]
-    if is_export_module(package):
-        return f"exporting needs the package {package}, which is not installed: pip install 'starling-llm[export]'"
+    extra = extra_of(package)
+    if extra is not None:
+        what = f"{WHAT_FOR[extra]} needs the package {package}"
+        return f"{what}, which is not installed: pip install 'starling-llm[{extra}]'"
     return f"the package {package or error} is not installed: pip install --force-reinstall starling-llm"
 
 

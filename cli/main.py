@@ -16,7 +16,7 @@ import click
 from starling.cli.failures import describe
 
 COMMANDS = (
-    *("export", "build", "generate", "chat", "triton"),
+    *("export", "build", "generate", "chat", "serve"),
     *("tokenize", "profile", "evaluate", "inspect", "doctor"),
 )
 INTERRUPTED = 130

@@ -59,6 +59,17 @@ _SAMPLING = [
     click.option("--stop", multiple=True, help="End before this string; repeatable. $'\\n' is a line end in bash."),
     click.option("--ignore-eos", is_flag=True, help="Go on behind the model's end token."),
 ]
+_SERVING = [
+    click.option("--slots", type=click.IntRange(1), default=4, show_default=True, help="Requests that run together."),
+    click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait."),
+    click.option(
+        "--prefill-chunk",
+        type=click.IntRange(1),
+        default=128,
+        show_default=True,
+        help="Prompt tokens prefilled between two steps of the requests that run.",
+    ),
+]
 
 
 def _stack(options: list[Decorator]) -> Callable[[Function], Function]:
@@ -73,6 +84,7 @@ engine_options = _stack([*_MAX_SEQ, *_BACKEND, *_VERIFY])
 max_seq_option = _MAX_SEQ[0]
 verify_option = _VERIFY[0]
 sampling_options = _stack(_SAMPLING)
+serving_options = _stack(_SERVING)
 
 _SAMPLING_NAMES = (
     "max_tokens",

@@ -126,12 +126,12 @@ def observations(timings: Timings) -> Iterator[tuple[Metric, float]]:
     """What one finished request adds to REQUEST_METRICS; times in seconds. A request without a token adds no times."""
     yield REQUEST_PROMPT_TOKENS, timings.prompt_tokens
     yield REQUEST_GENERATION_TOKENS, timings.new_tokens
-    yield QUEUE_TIME, timings.queue_s
     if timings.new_tokens == 0:
         return
-    yield TIME_TO_FIRST_TOKEN, timings.queue_s + timings.ttft_s
-    yield E2E_LATENCY, timings.queue_s + timings.total_s
-    yield PREFILL_TIME, timings.ttft_s
+    yield QUEUE_TIME, timings.queue_s
+    yield TIME_TO_FIRST_TOKEN, timings.ttft_s
+    yield PREFILL_TIME, timings.ttft_s - timings.queue_s
+    yield E2E_LATENCY, timings.total_s
     for seconds in timings.itl_s:
         yield INTER_TOKEN_LATENCY, seconds
         yield TIME_PER_OUTPUT_TOKEN, seconds

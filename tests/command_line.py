@@ -138,5 +138,10 @@ def python_without(folder: Path, *modules: str) -> Path:
     return folder / "bin" / "python"
 
 
+def starling_command(*arguments: str | Path) -> list[str]:
+    """The words with which a process runs `starling ARGUMENTS…`."""
+    return _command(arguments, None)
+
+
 def _command(arguments: tuple[str | Path, ...], python: Path | None) -> list[str]:
     return [str(python or sys.executable), *MODULE, *map(str, arguments)]

@@ -1,0 +1,102 @@
+"""`starling serve`: OpenAI's HTTP API over one bundle."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from starling.cli.options import bundle_argument, engine_options, engine_settings, serving_options
+from starling.cli.output import note
+from starling.cli.results import cache_figure, note_backend
+
+if TYPE_CHECKING:
+    from starling.engine.engine import Engine
+    from starling.serving.http.requests import Limits
+
+
+@click.command()
+@bundle_argument
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--model-name", multiple=True, help="Name of the model for clients; repeatable.  [default: the folder's]")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys, one a line.  [default: $STARLING_API_KEY]")
+@click.option(
+    "--max-body", type=click.IntRange(1), default=2**20, show_default=True, help="Bytes of a request at most."
+)
+@click.option("--max-prompt", type=click.IntRange(1), help="Tokens of a prompt at most.  [default: --max-seq]")
+@click.option(
+    "--grace",
+    type=click.FloatRange(0),
+    default=30,
+    show_default=True,
+    help="Seconds that a shutdown waits for answers.",
+)
+@serving_options
+@engine_options
+def command(bundle: Path, **options: Any) -> None:
+    """Serve BUNDLE by OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics.
+
+    Up to --slots requests run together, --queue more wait, and further ones are refused with 429. SIGTERM or Ctrl-C
+    takes no more requests and finishes what runs within --grace seconds; a second one ends at once.
+
+    \b
+    Examples:
+      starling serve smollm2
+      starling serve smollm2 --slots 8 --max-seq 4096 --port 8080
+      starling serve starling-7b --host 0.0.0.0 --api-key-file keys.txt --model-name starling
+      curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "smollm2", "prompt": "The capital of France is", "max_tokens": 8}'
+    """
+    from starling.serving.http.api_keys import read_api_keys
+    from starling.serving.http.app import make_app
+    from starling.serving.http.server import bind, serve
+
+    keys = read_api_keys(options["api_key_file"], os.environ)
+    # Before the model is loaded: a port that is taken is known at once.
+    listener = bind(options["host"], options["port"])
+    from starling.engine.engine import Engine
+    from starling.engine.serving_loop import ServingLoop
+    from starling.serving.http.service import Service
+
+    with listener, Engine(bundle, max_batch=options["slots"], **engine_settings(options)) as engine:
+        note_backend(engine)
+        loop = ServingLoop(engine, queue_limit=options["queue"], prefill_chunk=options["prefill_chunk"])
+        try:
+            service = Service(engine, loop, _limits(engine, options))
+            app = make_app(service, api_keys=keys, max_body=options["max_body"])
+            host, port = listener.getsockname()[:2]
+            serve(
+                app,
+                service,
+                listener,
+                grace_s=options["grace"],
+                on_ready=lambda: _announce(engine, service.limits, options, host, port, with_keys=bool(keys)),
+            )
+        finally:
+            loop.close(drain=False)
+
+
+def _limits(engine: Engine, options: dict[str, Any]) -> Limits:
+    from starling.serving.http.requests import API_DEFAULTS, Limits
+
+    own = {name: engine.bundle.generation.get(name) for name in API_DEFAULTS}
+    return Limits(
+        models=options["model_name"] or (engine.bundle.folder.resolve().name,),
+        max_seq=engine.max_seq,
+        max_prompt=min(options["max_prompt"] or engine.max_seq, engine.max_seq),
+        defaults=API_DEFAULTS | {name: value for name, value in own.items() if value is not None},
+    )
+
+
+def _announce(
+    engine: Engine, limits: Limits, options: dict[str, Any], host: str, port: int, *, with_keys: bool
+) -> None:
+    if not with_keys and not ipaddress.ip_address(host).is_loopback:
+        note(f"{host} is open to other machines and no API key is set: see --api-key-file")
+    shown = f"[{host}]" if ":" in host else host
+    rows = f"{options['slots']} slots, queue {options['queue']}"
+    note(f"{' and '.join(limits.models)} on http://{shown}:{port} · {rows} · {cache_figure(engine)}")

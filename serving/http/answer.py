@@ -1,0 +1,144 @@
+"""One request's answer on the wire: a JSON object, or server-sent events; it ends when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from starling.engine.errors import StarlingError
+from starling.engine.request import RequestHandle
+from starling.engine.results import GenerationChunk, Timings
+from starling.serving.http.errors import ApiError, from_engine, out_of_time, shutting_down
+from starling.serving.http.replies import Logprobs, Reply
+from starling.serving.http.requests import ApiRequest
+from starling.serving.http.service import Service
+
+_EVENT_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the events
+]
+DONE = b"data: [DONE]\n\n"
+
+
+class Answer:
+    """An ASGI response that reads one request to its end."""
+
+    def __init__(self, service: Service, handle: RequestHandle, request: ApiRequest, reply: Reply) -> None:
+        self._service, self._handle, self._request, self._reply = service, handle, request, reply
+        self._ends = _end_tokens(service, request)
+        #: Characters sent so far.
+        self._offset = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer. A client that goes away cancels its request, which frees the row within a step."""
+        watcher = asyncio.create_task(_cancel_on_disconnect(receive, self._handle))
+        try:
+            if self._request.stream:
+                await self._stream(scope, receive, send)
+            else:
+                await self._whole(scope, receive, send)
+        finally:
+            watcher.cancel()
+            self._service.finish(self._handle)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        texts: list[str] = []
+        entries: list[Any] = []
+        reason, timings = "", None
+        try:
+            async for chunk in self._chunks():
+                texts.append(chunk.text)
+                entries += self._logprobs(chunk) or ()
+                reason, timings = chunk.finish_reason or "", chunk.timings
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        assert timings is not None
+        logprobs = None if self._request.params.logprobs is None else entries
+        body = self._reply.whole("".join(texts), logprobs, reason, timings)
+        await JSONResponse(body)(scope, receive, send)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events = self._events()
+        try:
+            # The status waits for the first token: a request that fails before it gets its own.
+            first = await anext(events)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
+        await _send_body(send, first)
+        try:
+            async for event in events:
+                await _send_body(send, event)
+        except ApiError as error:
+            await _send_body(send, _event(error.body()))
+        await send({"type": "http.response.body", "body": DONE})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        timings: Timings | None = None
+        opening = self._reply.opening()
+        async for chunk in self._chunks():
+            if opening is not None:
+                yield _event(opening)
+                opening = None
+            logprobs = self._logprobs(chunk)
+            if chunk.text or logprobs or chunk.finish_reason:
+                yield _event(self._reply.chunk(chunk.text, logprobs, chunk.finish_reason))
+            timings = chunk.timings
+        if self._request.include_usage and timings is not None:
+            yield _event(self._reply.usage_chunk(timings))
+
+    async def _chunks(self) -> AsyncIterator[GenerationChunk]:
+        """The chunks of a request that ends well. Raises ApiError for one that does not."""
+        try:
+            async for chunk in self._handle.chunks():
+                if chunk.timings is not None:
+                    self._service.metrics.record(chunk.timings)
+                if chunk.finish_reason == "deadline":
+                    raise out_of_time(f"deadline_s was {self._request.deadline_s}: the answer was not complete by then")
+                if chunk.finish_reason in ("cancelled", "interrupted"):
+                    raise shutting_down()
+                yield chunk
+        except StarlingError as error:
+            raise from_engine(error, self._request.prompt_field) from error
+
+    def _logprobs(self, chunk: GenerationChunk) -> Logprobs | None:
+        offset = self._offset
+        self._offset += len(chunk.text)
+        if self._request.params.logprobs is None:
+            return None
+        if chunk.logprob is None or chunk.token in self._ends:
+            return []
+        return [(offset, chunk.logprob)]
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """A refusal as a response."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+async def _cancel_on_disconnect(receive: Receive, handle: RequestHandle) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    handle.cancel()
+
+
+async def _send_body(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _event(document: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _end_tokens(service: Service, request: ApiRequest) -> frozenset[int]:
+    """Tokens that end the answer and are no part of its text."""
+    own = () if request.params.ignore_eos else service.engine.bundle.tokens.eos
+    return frozenset((*own, *request.params.stop_token_ids))

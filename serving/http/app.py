@@ -1,0 +1,120 @@
+"""The ASGI application: OpenAI's endpoints, health and metrics over one Service."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from starling.serving.http.answer import Answer, error_response
+from starling.serving.http.api_keys import ApiKeyGuard
+from starling.serving.http.body import read_body
+from starling.serving.http.errors import ApiError, internal, shutting_down
+from starling.serving.http.fields import json_object
+from starling.serving.http.replies import ChatReply, CompletionReply, Reply
+from starling.serving.http.requests import ApiRequest, chat_request, completion_request
+from starling.serving.http.service import Service
+from starling.serving.prometheus import CONTENT_TYPE
+
+
+def make_app(service: Service, *, api_keys: Sequence[str] = (), max_body: int) -> Starlette:
+    """The application. `max_body` is the largest request body in bytes; without keys nobody is asked for one."""
+    endpoints = _Endpoints(service, max_body)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", endpoints.completions, methods=["POST"]),
+            Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+            Route("/v1/models", endpoints.models),
+            Route("/v1/models/{model:path}", endpoints.model),
+            Route("/health", endpoints.health),
+            Route("/ready", endpoints.ready),
+            Route("/metrics", endpoints.metrics),
+        ],
+        middleware=[Middleware(ApiKeyGuard, keys=tuple(api_keys))] if api_keys else [],
+        exception_handlers={ApiError: _refused, HTTPException: _http_error, Exception: _failed},
+    )
+
+
+class _Endpoints:
+    """The endpoints; each is one method."""
+
+    def __init__(self, service: Service, max_body: int) -> None:
+        self._service, self._max_body = service, max_body
+        self._created = int(time.time())
+
+    async def completions(self, request: Request) -> Answer:
+        """POST /v1/completions."""
+        wanted = completion_request(await self._document(request), self._service.limits)
+        return await self._answer(wanted, CompletionReply)
+
+    async def chat(self, request: Request) -> Answer:
+        """POST /v1/chat/completions."""
+        wanted = chat_request(await self._document(request), self._service.limits)
+        return await self._answer(wanted, ChatReply)
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._service.limits.models]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        name = request.path_params["model"]
+        if name not in self._service.limits.models:
+            raise ApiError(404, f"there is no model {name[:60]!r} here", param="model", code="model_not_found")
+        return JSONResponse(self._model(name))
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: the process answers."""
+        return PlainTextResponse("ok\n")
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: new requests are taken."""
+        if self._service.draining:
+            return PlainTextResponse("not taking requests\n", 503)
+        return PlainTextResponse("ready\n")
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
+        return Response(self._service.metrics.export(), media_type=CONTENT_TYPE)
+
+    async def _document(self, request: Request) -> dict[str, Any]:
+        if self._service.draining:
+            raise shutting_down()
+        return json_object(await read_body(request, self._max_body))
+
+    async def _answer(self, wanted: ApiRequest, form: type[Reply]) -> Answer:
+        handle = await self._service.start(wanted)
+        reply = form(wanted.model, self._service.texts, stream=wanted.stream, with_usage=wanted.include_usage)
+        return Answer(self._service, handle, wanted, reply)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        limits = self._service.limits
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "starling",
+            "max_model_len": limits.max_seq,
+        }
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:80]}: {error.detail}"
+    return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return error_response(internal("an unexpected failure; the server's log has it"))

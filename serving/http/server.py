@@ -1,0 +1,85 @@
+"""Runs the application on uvicorn: one socket, and an end that finishes what runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from starling.engine.errors import StarlingError
+from starling.serving.http.service import Service
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: Seconds that cancelled requests have to say so to their clients.
+_FAREWELL_S = 5
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 takes a free one. Raises StarlingError where the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StarlingError(f"--host {host} is no address of this machine: {error.strerror}; try 127.0.0.1") from None
+    try:
+        # A server that was killed leaves connections behind for a minute; its successor may have the port at once.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise StarlingError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from None
+    return listener
+
+
+def serve(
+    app: Starlette, service: Service, listener: socket.socket, *, grace_s: float, on_ready: Callable[[], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM; then finish what runs within `grace_s` seconds. A second signal ends at once."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(grace_s) + _FAREWELL_S,
+    )
+    _Server(config, service, grace_s, on_ready).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service, grace_s: float, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service, self._grace_s, self._on_ready = service, grace_s, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.draining = True
+        deadline = asyncio.get_running_loop().call_later(self._grace_s, self._service.cancel_all)
+        await super().shutdown(sockets)
+        deadline.cancel()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(128 + sig)  # asked twice: nothing on disk is half written
+        self._service.draining = True
+        self.should_exit = True

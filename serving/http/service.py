@@ -1,0 +1,73 @@
+"""One model behind the HTTP endpoints: it takes requests in, says no when there is no room, and ends them all."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starling.engine.engine import Engine
+from starling.engine.errors import ClosedError, QueueFullError, StarlingError
+from starling.engine.prompts import checked_ids
+from starling.engine.request import RequestHandle
+from starling.engine.serving_loop import ServingLoop
+from starling.serving.http.errors import bad_field, busy, from_engine, shutting_down
+from starling.serving.http.requests import ApiRequest, Limits
+from starling.serving.http.token_texts import TokenTexts
+from starling.serving.prometheus import PrometheusMetrics
+
+
+class Service:
+    """An engine, its loop, and the requests that run on it."""
+
+    def __init__(self, engine: Engine, loop: ServingLoop, limits: Limits) -> None:
+        self.engine, self.limits = engine, limits
+        self.texts = TokenTexts(engine.tokenizer)
+        self.metrics = PrometheusMetrics(limits.models[0], loop.stats)
+        #: True once the server is told to end: what runs is finished, nothing new begins.
+        self.draining = False
+        self._loop = loop
+        self._running: set[RequestHandle] = set()
+
+    async def start(self, request: ApiRequest) -> RequestHandle:
+        """Queue a request. Raises ApiError: 400 for a bad prompt, 429 where there is no room, 503 at the end."""
+        if self.draining:
+            raise shutting_down()
+        try:
+            # Templates and tokenizing take milliseconds, in which streams go on.
+            handle = await asyncio.to_thread(self._submit, request)
+        except QueueFullError as error:
+            raise busy(f"{error.args[0].partition(':')[0]}: try again later") from None
+        except ClosedError:
+            raise shutting_down() from None
+        except StarlingError as error:
+            raise from_engine(error, request.prompt_field) from None
+        self._running.add(handle)
+        return handle
+
+    def finish(self, handle: RequestHandle) -> None:
+        """Forget a request; where it still runs, it is cancelled."""
+        self._running.discard(handle)
+        handle.cancel()
+
+    def cancel_all(self) -> None:
+        """End every request where it is."""
+        for handle in tuple(self._running):
+            handle.cancel()
+
+    def _submit(self, request: ApiRequest) -> RequestHandle:
+        ids = checked_ids(self._encoded(request), self.engine.bundle, self.limits.max_seq)
+        if len(ids) > self.limits.max_prompt:
+            raise bad_field(
+                request.prompt_field,
+                f"the prompt has {len(ids)} tokens, but this server takes {self.limits.max_prompt}: shorten it",
+                "context_length_exceeded",
+            )
+        return self._loop.submit(ids, request.params, deadline_s=request.deadline_s, reply=request.messages is not None)
+
+    def _encoded(self, request: ApiRequest) -> list[int]:
+        if request.messages is not None:
+            return self.engine.apply_chat_template(request.messages, request.template)
+        if isinstance(request.prompt, list):
+            return request.prompt
+        if not request.prompt:
+            raise bad_field("prompt", "prompt is empty: give at least one character")
+        return self.engine.tokenizer.encode(request.prompt)
