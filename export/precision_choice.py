@@ -23,10 +23,7 @@ def judged_rows(rows: TokenRows) -> TokenRows:
 def choose_kept(
     simulation: Simulation, groups: Sequence[InputGroup], rows: TokenRows, target: float, told: Told | None = None
 ) -> list[InputGroup]:
-    """The fewest groups, costliest first, without which the mean KL on `rows` is at most `target` nats.
-
-    A group's cost is the KL of the model in which it alone is quantized. `told(done, total)` counts trials.
-    """
+    """The fewest groups, costliest first, without which the mean KL on `rows` is at most `target` nats."""
     reference = _run(simulation, [], rows)
 
     def kl(quantized: Sequence[InputGroup]) -> float:
@@ -34,17 +31,28 @@ def choose_kept(
 
     if kl(groups) <= target:
         return []
-    costs = []
-    for done, group in enumerate(groups):
-        costs.append(kl([group]))
-        if told is not None:
-            told(done + 1, len(groups))
-    ranked = [groups[i] for i in sorted(range(len(groups)), key=lambda i: -costs[i])]
+    ranked = rank_groups(simulation, groups, rows, told)
     low, high = 0, len(groups)  # keeping `low` is too few, keeping `high` is enough
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if kl(ranked[middle:]) <= target else (middle, high)
     return ranked[:high]
+
+
+def rank_groups(
+    simulation: Simulation, groups: Sequence[InputGroup], rows: TokenRows, told: Told | None = None
+) -> list[InputGroup]:
+    """The groups, costliest first: a cost is the KL of the model in which that group alone is quantized.
+
+    `told(done, total)` counts trials.
+    """
+    reference = _run(simulation, [], rows)
+    costs = []
+    for done, group in enumerate(groups):
+        costs.append(mean_kl(reference, _run(simulation, [group], rows)))
+        if told is not None:
+            told(done + 1, len(groups))
+    return [groups[i] for i in sorted(range(len(groups)), key=lambda i: -costs[i])]
 
 
 def _run(simulation: Simulation, quantized: Sequence[InputGroup], rows: TokenRows) -> Tensor:

@@ -29,18 +29,18 @@ def projection_groups(model: ir.Model, how: QdqQuantization) -> list[InputGroup]
 
 
 def kept_by_pattern(model: ir.Model, how: QdqQuantization) -> frozenset[str]:
-    """The weights that stay in the model's dtype whatever calibration finds: lm_head, and those of `how.keep`.
+    """The tensors that stay in the model's dtype whatever calibration finds: lm_head's, and those of `how.keep`.
 
-    Raises UserError for a pattern that fits no projection.
+    Projections that are packed into one are kept together. Raises UserError for a pattern that fits no projection.
     """
-    every = [name for group in input_groups(model) for name in group.weights]
-    quantized = [name for group in projection_groups(model, how) for name in group.weights]
-    kept = set(every) - set(quantized)
+    every = [names for group in input_groups(model) for names in group.projections]
+    kept = {name for names in every for name in names} - names_of(projection_groups(model, how))
     for pattern in how.keep or ():
-        fitting = [name for name in every if fnmatchcase(name, pattern)]
+        fitting = [names for names in every if any(fnmatchcase(name, pattern) for name in names)]
         if not fitting:
-            raise UserError(f"no projection is called {pattern!r}; they are called such as {every[0]} or {every[-2]}")
-        kept |= set(fitting)
+            examples = f"{every[0][0]} or {every[-2][0]}"
+            raise UserError(f"no projection is called {pattern!r}; they are called such as {examples}")
+        kept |= {name for names in fitting for name in names}
     return frozenset(kept)
 
 
@@ -65,9 +65,9 @@ def plan_activations(
     divisors: dict[str, Tensor] = {}
     factors: dict[str, Tensor] = {}
     for group in groups:
-        if kept.issuperset(group.weights):
+        if kept.issuperset(group.tensors):
             continue
-        seen = absmax[group.weights[0]]
+        seen = absmax[group.tensors[0]]
         multiplier = None
         if how.smoothing and not group.shared:
             factor = smoothing_factors(seen, column_absmax(tensors, group.tensors), how.smoothing)
@@ -76,10 +76,10 @@ def plan_activations(
             divisors |= dict.fromkeys(group.makers, factor)
             multiplier = None if group.makers else 1 / factor
         scale = max(float(seen.max()) / how.activations.top, 1e-7)
-        inputs |= dict.fromkeys(group.weights, InputPlan(scale, multiplier))
+        inputs |= dict.fromkeys(group.tensors, InputPlan(scale, multiplier))
     return PreparedWeights(QdqPlan(how, kept, inputs), SmoothedTensors(tensors, divisors, factors))
 
 
 def names_of(groups: Collection[InputGroup]) -> set[str]:
-    """The weights of all these groups."""
-    return {name for group in groups for name in group.weights}
+    """The checkpoint's tensors behind all these groups."""
+    return {name for group in groups for name in group.tensors}

@@ -11,6 +11,7 @@ from starling.export.calibration import input_absmax
 from starling.export.calibration_text import CALIBRATION, TextEncoder, TokenRows, calibration_rows
 from starling.export.checkpoint import Checkpoint
 from starling.export.parity import available_memory
+from starling.export.passes import is_linear
 from starling.export.precision_choice import choose_kept, judged_rows
 from starling.export.qdq import MAX_MEAN_KL, QdqQuantization
 from starling.export.qdq_plan import (
@@ -22,6 +23,7 @@ from starling.export.qdq_plan import (
     projection_groups,
 )
 from starling.export.qdq_simulation import Simulation
+from starling.export.weights import rows_of
 
 #: The choice aims lower than the bound: it sees the text that the scales were made for, and no float16.
 _TARGET = 0.7 * MAX_MEAN_KL
@@ -115,7 +117,7 @@ def _prepared(
 def _in_order(model: ir.Model, kept: frozenset[str], how: QdqQuantization) -> tuple[str, ...]:
     """What stays in high precision beside what always does, in graph order."""
     always = kept_by_pattern(model, replace(how, keep=None))
-    every = [name for group in projection_groups(model, replace(how, head=True)) for name in group.weights]
+    every = [name for group in projection_groups(model, replace(how, head=True)) for name in group.tensors]
     return tuple(name for name in every if name in kept - always)
 
 
@@ -124,9 +126,9 @@ def _block_notes(model: ir.Model, how: QdqQuantization, kept: frozenset[str]) ->
     if how.block_size is None:
         return ()
     widths = {
-        int(node.inputs[1].shape[1])  # type: ignore[index,arg-type]
+        int(node.inputs[1].shape[1])  # type: ignore[index,arg-type,union-attr]
         for node in model.graph
-        if node.op_type == "Linear" and node.inputs[1] is not None and str(node.inputs[1].name) not in kept
+        if is_linear(node) and rows_of(node.inputs[1]).names[0] not in kept
     }
     return tuple(
         f"blocks of {how.block_for(width)} where weights are {width} wide: {how.block_size} does not divide it"

@@ -21,7 +21,7 @@ class InputPlan:
 
 @dataclass(frozen=True, slots=True)
 class QdqPlan:
-    """How each projection of one graph is written. The keys are names of weights in the graph.
+    """How each projection of one graph is written, by the names of the checkpoint's tensors behind its weight.
 
     `kept` stay in the model's dtype; `inputs` is empty where activations are not quantized.
     """
@@ -44,7 +44,7 @@ class QdqWriter:
         x, weight = node.inputs[0], node.inputs[1]
         assert x is not None
         assert weight is not None
-        plan = self._plan.inputs.get(str(weight.name))
+        plan = self._plan.inputs.get(_first_tensor(node))
         if plan is None or plan.multiplier is None:
             return x
         key = (x, id(plan.multiplier))
@@ -59,7 +59,7 @@ class QdqWriter:
         weight = node.inputs[1]
         assert weight is not None
         x = self.input(node)
-        grid, plan = self._plan.how.activations, self._plan.inputs.get(str(weight.name))
+        grid, plan = self._plan.how.activations, self._plan.inputs.get(_first_tensor(node))
         if grid is not None:
             assert plan is not None
             x = self._round(node, x, plan.scale, grid)
@@ -69,9 +69,7 @@ class QdqWriter:
 
     def is_quantized(self, node: ir.Node) -> bool:
         """Whether the plan quantizes this projection."""
-        weight = node.inputs[1]
-        assert weight is not None
-        return str(weight.name) not in self._plan.kept
+        return _first_tensor(node) not in self._plan.kept
 
     def _round(self, node: ir.Node, x: ir.Value, scale: float, grid: Grid) -> ir.Value:
         key = (x, scale)
@@ -107,6 +105,10 @@ class QdqWriter:
     def _insert(self, before: ir.Node, node: ir.Node) -> ir.Value:
         self._graph.insert_before(before, node)
         return node.outputs[0]
+
+
+def _first_tensor(node: ir.Node) -> str:
+    return rows_of(node.inputs[1]).names[0]
 
 
 def _dtype(value: ir.Value) -> ir.DataType:

@@ -31,7 +31,7 @@ class Simulation:
                     self._install(module, name, plan.inputs[name], plan.how)
 
     def activate(self, weights: Collection[str]) -> None:
-        """Round exactly these projections, by their weights' names."""
+        """Round exactly these projections, by the names of the checkpoint's tensors."""
         self._active = set(weights)
 
     def log_probabilities(self, rows: TokenRows) -> Tensor:

@@ -26,15 +26,19 @@ _RANGE = 2.0**12
 class InputGroup:
     """Projections that read one tensor.
 
-    `weights` are their weights' names in the graph, `tensors` the checkpoint's tensors behind them, `makers` the
-    checkpoint's tensors whose rows can take in the division: a norm's weight, or a projection's weight and bias.
-    `shared`: a tensor serves elsewhere too (a tied embedding), so its columns may not be multiplied.
+    `projections` holds of each the names of the checkpoint's tensors that its weight is packed from; `makers` the
+    tensors whose rows can take in the division: a norm's weight, or a projection's weight and bias. `shared`: a tensor
+    serves elsewhere too (a tied embedding), so its columns may not be multiplied.
     """
 
-    weights: tuple[str, ...]
-    tensors: tuple[str, ...]
+    projections: tuple[tuple[str, ...], ...]
     makers: tuple[str, ...]
     shared: bool
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The checkpoint's tensors behind all of the projections."""
+        return tuple(name for names in self.projections for name in names)
 
 
 def input_groups(model: ir.Model) -> list[InputGroup]:
@@ -108,29 +112,34 @@ def _tensor_uses(model: ir.Model) -> Counter[str]:
 
 
 def _group(x: ir.Value, nodes: list[ir.Node], uses: Counter[str]) -> InputGroup:
-    weights = tuple(dict.fromkeys(str(node.inputs[1].name) for node in nodes if node.inputs[1] is not None))
-    tensors = tuple(dict.fromkeys(name for node in nodes for name in rows_of(node.inputs[1]).names))
+    projections = tuple(rows_of(node.inputs[1]).names for node in nodes)
     only_here = len(list(x.uses())) == len(nodes) and not x.is_graph_output()
-    shared = any(uses[name] > 1 for name in tensors)
-    return InputGroup(weights, tensors, _makers(x, uses) if only_here and not shared else (), shared)
+    shared = any(uses[name] > 1 for names in projections for name in names)
+    return InputGroup(projections, _makers(x, uses) if only_here and not shared else (), shared)
 
 
 def _makers(x: ir.Value, uses: Counter[str]) -> tuple[str, ...]:
     """The tensors whose rows are x's channels, where all that they make goes into x; none where there are no such."""
     node = x.producer()
-    found: tuple[ir.Value | None, ...] = ()
-    if node is not None and node.op_type in _NORMS:
-        found = (node.inputs[1],)
+    names: tuple[str, ...] = ()
+    if node is not None and node.op_type in _NORMS and isinstance(weight_of(node.inputs[1]), Rows):
+        names = rows_of(node.inputs[1]).names
     elif node is not None and node.op_type == "Mul":
-        linears = [made for value in node.inputs if (made := _sole_linear(value)) is not None]
-        found = tuple(linears[0].inputs[1:]) if linears else ()
-    if any(not isinstance(weight_of(value), Rows) for value in found):
-        return ()
-    names = tuple(name for value in found for name in rows_of(value).names)
+        names = next((found for value in node.inputs if (found := _linear_behind(value))), ())
     return names if all(uses[name] == 1 for name in names) else ()
 
 
-def _sole_linear(value: ir.Value | None) -> ir.Node | None:
-    """The projection that makes `value`, if it has no other reader."""
+def _linear_behind(value: ir.Value | None) -> tuple[str, ...]:
+    """Weight and bias of the projection, perhaps one of a packed one's, that makes `value` for one reader only."""
     node = value.producer() if value is not None else None
-    return node if node is not None and is_linear(node) and len(list(node.outputs[0].uses())) == 1 else None
+    if value is None or node is None or len(list(value.uses())) != 1:
+        return ()
+    if is_linear(node):
+        return tuple(name for part in node.inputs[1:] for name in rows_of(part).names)
+    packed = node.inputs[0].producer() if node.op_type == "Split" and node.inputs[0] is not None else None
+    if packed is None or not is_linear(packed) or len(list(packed.outputs[0].uses())) != 1:
+        return ()
+    parts = [rows_of(part).names for part in packed.inputs[1:]]
+    if any(len(names) != len(node.outputs) for names in parts):  # a split of the model's own, inside a tensor
+        return ()
+    return tuple(names[list(node.outputs).index(value)] for names in parts)

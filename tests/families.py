@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from starling.export.checkpoint import Checkpoint
+from starling.export.checkpoint import Checkpoint, TensorSource
+from starling.export.smoothquant import SmoothedTensors
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32002,
@@ -47,3 +48,13 @@ def random_folder(family: Family, tokenizer: Checkpoint, folder: Path) -> Path:
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer.tokenizer.tokenizer_json, encoding="utf-8")
     return folder
+
+
+def with_a_spike(checkpoint: Checkpoint, layer: int) -> TensorSource:
+    """The same function, with one channel between a layer's norm and its MLP a thousand times as large."""
+    divisors = torch.ones(checkpoint.config.hidden_size)
+    divisors[5] = 0.001
+    mlp = f"model.layers.{layer}.mlp."
+    readers = {f"{mlp}{name}_proj.weight": divisors for name in ("gate", "up")}
+    norm = {f"model.layers.{layer}.post_attention_layernorm.weight": divisors}
+    return SmoothedTensors(checkpoint.tensors, norm, readers)

@@ -15,7 +15,7 @@ from starling.cli.export import DIALECTS, DTYPES, SCHEMES
 from starling.cli.main import COMMANDS
 from starling.cli.options import BACKENDS
 from starling.engine import backend
-from starling.export import dialects, quantization, tracer
+from starling.export import dialects, tracer
 
 HEAVY = ("numpy", "onnxruntime", "torch", "transformers", "onnx", "tokenizers", "jinja2", "rich")
 # The three token-id lists of Starling's model card.

@@ -103,6 +103,12 @@ def test_what_is_stored_gives_the_checkpoints_weights_back(
     assert tensors["lm_head.weight_t"].dtype == (np.float16 if dtype == "fp16" else np.float32)
 
 
+def unpacked(name: str) -> list[str]:
+    """`a.q+k.weight` is packed from `a.q.weight` and `a.k.weight`."""
+    *before, parts, last = name.split(".")
+    return [".".join((*before, part, last)) for part in parts.split("+")]
+
+
 def unsmoothed(how: QdqQuantization) -> QdqQuantization:
     return QdqQuantization(how.scheme, smoothing=0.0, keep=())
 
@@ -113,7 +119,7 @@ def test_projections_of_one_input_share_its_rounding(tiny_checkpoint: Checkpoint
     nodes = onnx.load(tmp_path / "b" / "model.onnx", load_external_data=False).graph.node
     kinds = [node.op_type for node in nodes]
     assert kinds.count("QuantizeLinear") == 2 * 4
-    assert kinds.count("DequantizeLinear") == 2 * (4 + 7)
+    assert kinds.count("DequantizeLinear") == 2 * (4 + 4)  # query, key and value are packed, and gate and up
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "w8a8", "fp8"])
@@ -122,31 +128,26 @@ def test_the_graph_computes_what_its_twin_computes(scheme: str, tiny_checkpoint:
     export_bundle(tiny_checkpoint, tmp_path / "b", options(QdqQuantization(scheme, keep=())))
     tensors, how = stored(tmp_path / "b"), QdqQuantization(scheme)
     model = load_reference(tiny_checkpoint.config, tiny_checkpoint.tensors)
+    modules, replaced = dict(model.named_modules()), 0
     for name, parameter in model.named_parameters():
         if name in tensors and parameter.ndim == 1:  # norms, into which smoothing was folded
             parameter.data = torch.from_numpy(tensors[name].copy())
-    multipliers = {k.removesuffix("_smoothing"): v for k, v in tensors.items() if k.endswith("_smoothing")}
-    inputs = {k.removesuffix("_input_scale"): v for k, v in tensors.items() if k.endswith("_input_scale")}
-    for group in ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "mlp.gate_proj mlp.up_proj"):
-        first, *others = group.split()
-        for layer in range(2):
-            for other in others:
-                if f"model.layers.{layer}.{first}.weight" in inputs:
-                    inputs[f"model.layers.{layer}.{other}.weight"] = inputs[f"model.layers.{layer}.{first}.weight"]
-    replaced = 0
-    for module_name, module in model.named_modules():
-        name = f"{module_name}.weight"
-        data = tensors.get(f"{name}_{how.weights.stored.name.lower()}")
-        if data is None:
-            continue
+    suffix = f"_{how.weights.stored.name.lower()}"
+    for name in [n.removesuffix(suffix) for n in tensors if n.endswith(f".weight{suffix}")]:
+        data = tensors[name + suffix]
         scales = tensors[f"{name}_scales"].reshape(-1, data.shape[1])
         back = data.astype(np.float32).reshape(len(scales), -1, data.shape[1]) * scales[:, None]
-        module.weight.data = torch.from_numpy(back.reshape(data.shape).T.copy())
-        replaced += 1
-        if how.activations is not None:
-            scale, grid = torch.tensor(inputs[name]), how.activations
-            factor = torch.from_numpy(multipliers.get(name, np.ones(1, np.float32)).copy())
-            module.register_forward_pre_hook(lambda _, x, f=factor, s=scale, g=grid: (round_to_grid(x[0] * f, s, g),))
+        packed = [modules[part.removesuffix(".weight")] for part in unpacked(name)]
+        rows = torch.from_numpy(back.reshape(data.shape).T.copy()).split([m.out_features for m in packed])
+        for module, weight in zip(packed, rows, strict=True):
+            module.weight.data = weight
+            replaced += 1
+            if how.activations is not None:
+                scale, grid = torch.tensor(tensors[f"{name}_input_scale"]), how.activations
+                factor = torch.tensor(tensors.get(f"{name}_smoothing", 1.0))
+                module.register_forward_pre_hook(
+                    lambda _, x, f=factor, s=scale, g=grid: (round_to_grid(x[0] * f, s, g),)
+                )
     assert replaced == 2 * 7
     ids = torch.randint(3, 32000, (2, 48), generator=torch.Generator().manual_seed(1)).tolist()
     expected = np.concatenate([reference_logits(model, row)[compared_positions(48)].numpy() for row in ids])
@@ -243,16 +244,17 @@ def test_biases_and_a_tied_quantized_head(tiny_checkpoint: Checkpoint, tmp_path:
 
 
 def test_patterns_keep_projections(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """What is packed with a projection is kept with it."""
     how = QdqQuantization("w8a8", keep=("*.down_proj.weight", "*.layers.0.self_attn.k_proj.weight"))
     manifest = export_bundle(tiny_checkpoint, tmp_path / "b", options(how, check=True))
     assert manifest["quantization"]["kept"] == [
-        "model.layers.0.self_attn.k_proj.weight",
+        *(f"model.layers.0.self_attn.{side}_proj.weight" for side in "qkv"),
         "model.layers.0.mlp.down_proj.weight",
         "model.layers.1.mlp.down_proj.weight",
     ]
     tensors = stored(tmp_path / "b")
-    assert sum(name.endswith(".weight_int8") for name in tensors) == 14 - 3
-    assert manifest["parity"]["mean_kl"] < 0.05  # a kept projection reads the smoothed input as the others do
+    assert sum(name.endswith(".weight_int8") for name in tensors) == 2 * 4 - 3
+    assert manifest["parity"]["mean_kl"] < 0.05
     with pytest.raises(UserError, match=r"'\*\.fc1'.*they are called such as"):
         export_bundle(tiny_checkpoint, tmp_path / "c", options(QdqQuantization("w8a8", keep=("*.fc1",))))
 
