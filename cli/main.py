@@ -16,7 +16,7 @@ import click
 from starling.cli.failures import describe
 
 COMMANDS = (
-    *("export", "build", "generate", "chat", "serve"),
+    *("export", "build", "generate", "chat", "serve", "batch", "triton"),
     *("tokenize", "profile", "evaluate", "inspect", "doctor"),
 )
 INTERRUPTED = 130

@@ -38,14 +38,16 @@ def read_sampling(
     values: dict[str, Any] = dict(defaults)
     values |= {name: value for name in _FLOATS if (value := fields.optional(name, float)) is not None}
     values |= {name: value for name in ("top_k", "seed") if (value := fields.optional(name, int)) is not None}
+    if "ignore_eos" in fields.values:
+        values["ignore_eos"] = fields.required("ignore_eos", bool)
+    if "stop" in fields.values:
+        values["stop"] = _stops(fields)
+    values["stop_token_ids"] = tuple(fields.get("stop_token_ids", list, []))
     limits = [name for name in ("max_completion_tokens", "max_tokens") if name in fields.values]
     values["max_tokens"] = fields.required(limits[0], int) if limits else max_tokens
     try:
         return SamplingParams(
             **values,
-            stop=_stops(fields),
-            stop_token_ids=tuple(fields.get("stop_token_ids", list, [])),
-            ignore_eos=fields.get("ignore_eos", bool, False),
             logprobs=logprobs,
         )
     except SamplingError as error:

@@ -1,0 +1,156 @@
+"""`starling batch`: a file of prompts to a file of results, each exactly once."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from starling.cli.options import bundle_argument, engine_options, engine_settings, sampling_options, serving_options
+from starling.cli.output import human_seconds, note
+from starling.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from starling.serving.batch.entries import BadLine, Entry, EntryReader
+    from starling.serving.batch.journal import Journal
+    from starling.serving.batch.runner import Record
+
+_DEFAULTS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "ignore_eos")
+
+
+@click.command()
+@bundle_argument
+@click.argument("source", metavar="INPUT.jsonl", type=click.Path(path_type=Path))
+@click.argument("output", metavar="OUTPUT.jsonl", type=click.Path(path_type=Path))
+@click.option("--skip-bad", is_flag=True, help="Leave lines out that are no request, in place of stopping.")
+@click.option("--ray", "ray_address", is_flag=False, flag_value="auto", help="Run on a Ray cluster.  [ADDRESS: auto]")
+@click.option("--ray-workers", type=click.IntRange(1), default=1, show_default=True, help="Engines on the cluster.")
+@click.option("--ray-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs of each engine.")
+@sampling_options
+@serving_options
+@engine_options
+def command(bundle: Path, source: Path, output: Path, **options: Any) -> None:
+    """Answer every line of INPUT.jsonl; each result is on the disk in OUTPUT.jsonl before it counts.
+
+    A line is {"prompt": …} or {"messages": […]} with an optional "id" and sampling fields, or a line of OpenAI's batch
+    format. Results come in the order of their completion. After a kill or a crash the same command goes on where it
+    was: no result is lost or made twice. Sampling options are for lines that do not say otherwise.
+
+    \b
+    Examples:
+      starling batch smollm2 questions.jsonl answers.jsonl
+      starling batch smollm2 questions.jsonl answers.jsonl --slots 8 --max-tokens 64 --skip-bad
+      starling batch /shared/starling-7b questions.jsonl answers.jsonl --ray --ray-workers 8 --ray-gpus 1
+    """
+    from starling.serving.batch.entries import EntryReader
+    from starling.serving.batch.journal import Journal
+
+    if source.resolve() == output.resolve():
+        raise UserError(f"INPUT and OUTPUT are both {source}: give another OUTPUT")
+    skipped: list[str] = []
+    reader = EntryReader({name: options[name] for name in _DEFAULTS}, _salt(bundle), _bad_lines(options, skipped))
+    ids = {str(entry.id) for entry in reader.read(source)}
+    with Journal(output) as journal:
+        if journal.repaired_bytes:
+            note(f"{output} ended in the middle of a line: {journal.repaired_bytes} bytes cut off")
+        journal.check_known(ids)
+        already = sum(journal.has(entry) for entry in _quiet(reader).read(source))
+        if already:
+            note(f"{already} of {len(ids)} results are there already")
+        if already < len(ids):
+            todo = (entry for entry in _quiet(reader).read(source) if not journal.has(entry))
+            _run(bundle, todo, journal, len(ids), _bad_lines(options, skipped), options)
+    note(f"{len(journal)} results in {output}" + (f", {len(skipped)} bad line(s) skipped" if skipped else ""))
+
+
+def _run(
+    bundle: Path,
+    todo: Iterable[Entry],
+    journal: Journal,
+    total: int,
+    on_bad_line: Callable[[BadLine], None],
+    options: dict[str, Any],
+) -> None:
+    with _progress(total, len(journal)) as show, closing(_answers(bundle, todo, on_bad_line, options)) as answers:
+        for records in answers:
+            journal.append(records)
+            show(len(journal))
+
+
+def _answers(
+    bundle: Path, todo: Iterable[Entry], on_bad_line: Callable[[BadLine], None], options: dict[str, Any]
+) -> Generator[list[Record], None, None]:
+    settings = engine_settings(options) | {"max_batch": options["slots"]}
+    if options["ray_address"] is not None:
+        from starling.serving.batch.ray_job import RayJob, answer_on_ray
+
+        job = RayJob(
+            bundle=str(bundle.resolve()),
+            address=options["ray_address"],
+            workers=options["ray_workers"],
+            gpus=options["ray_gpus"],
+            settings=settings,
+            prefill_chunk=options["prefill_chunk"],
+        )
+        yield from answer_on_ray(todo, job, on_bad_line)
+        return
+    from starling.engine.engine import Engine
+    from starling.serving.batch.runner import answer
+
+    with Engine(bundle, **settings) as engine:
+        yield from answer(engine, todo, prefill_chunk=options["prefill_chunk"], on_bad_line=on_bad_line)
+
+
+def _bad_lines(options: dict[str, Any], skipped: list[str]) -> Callable[[BadLine], None]:
+    def handle(line: BadLine) -> None:
+        if not options["skip_bad"]:
+            raise UserError(f"{line}; mend it, or leave such lines out with --skip-bad")
+        skipped.append(str(line))
+        click.echo(f"skipped: {line}", err=True)
+
+    return handle
+
+
+def _quiet(reader: EntryReader) -> EntryReader:
+    """The same reader for a further pass: bad lines have been reported."""
+    from dataclasses import replace
+
+    return replace(reader, on_bad_line=lambda line: None)
+
+
+def _salt(bundle: Path) -> str:
+    """What stands for the bundle in a result's fingerprint. Raises BundleError where there is none."""
+    from starling.engine.bundle import Bundle
+
+    Bundle.open(bundle)
+    return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
+
+
+@contextmanager
+def _progress(total: int, already: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many results there are: a bar on a terminal, a line for each tenth elsewhere."""
+    begin = perf_counter()
+    if not sys.stderr.isatty():
+        tenths = already * 10 // total
+
+        def show_line(done: int) -> None:
+            nonlocal tenths
+            if done * 10 // total > tenths:
+                tenths = done * 10 // total
+                note(f"{done} of {total} results, {human_seconds(perf_counter() - begin)}")
+
+        yield show_line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("results"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("results", total=total, completed=already)
+        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,78 @@
+"""Answers the entries of a batch on a ServingLoop, and writes each result as soon as it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+from starling.engine.engine import Engine
+from starling.engine.errors import DeadlineExceeded, PromptError, RequestFailed
+from starling.engine.request import RequestHandle
+from starling.engine.results import GenerationChunk
+from starling.engine.serving_loop import ServingLoop
+from starling.serving.batch.entries import BadLine, Entry
+from starling.serving.batch.records import failure_record, result_record
+
+Record = tuple[Entry, dict[str, Any]]
+
+
+def answer(
+    engine: Engine, entries: Iterable[Entry], *, prefill_chunk: int, on_bad_line: Callable[[BadLine], None]
+) -> Iterator[list[Record]]:
+    """Records in order of completion, those that are there at once together.
+
+    As many requests wait as run, so that a row is never empty. `on_bad_line` hears of prompts that do not fit; where
+    it returns, they are skipped. Requests that were begun are dropped when the iterator is closed.
+    """
+    most = 2 * engine.max_batch
+    loop = ServingLoop(engine, queue_limit=engine.max_batch, prefill_chunk=prefill_chunk)
+    try:
+        yield from _Run(engine, loop, on_bad_line).records(iter(entries), most)
+    finally:
+        loop.close(drain=False)
+
+
+class _Run:
+    def __init__(self, engine: Engine, loop: ServingLoop, on_bad_line: Callable[[BadLine], None]) -> None:
+        self._engine, self._loop, self._on_bad_line = engine, loop, on_bad_line
+        self._ended: SimpleQueue[int] = SimpleQueue()
+        #: By line number.
+        self._running: dict[int, tuple[Entry, RequestHandle]] = {}
+
+    def records(self, entries: Iterator[Entry], most: int) -> Iterator[list[Record]]:
+        more = True
+        while True:
+            while more and len(self._running) < most:
+                entry = next(entries, None)
+                more = entry is not None
+                if entry is not None:
+                    self._submit(entry)
+            if not self._running:
+                return
+            ended = [self._ended.get()]
+            while not self._ended.empty():
+                ended.append(self._ended.get())
+            yield [self._record(*self._running.pop(line)) for line in ended]
+
+    def _submit(self, entry: Entry) -> None:
+        def on_chunk(chunk: GenerationChunk) -> None:
+            if chunk.finish_reason is not None:
+                self._ended.put(entry.line)
+
+        try:
+            is_chat = entry.messages is not None
+            prompt = self._engine.apply_chat_template(entry.messages or [], entry.template) if is_chat else entry.prompt
+            handle = self._loop.submit(
+                prompt, entry.params, deadline_s=entry.deadline_s, reply=is_chat, on_chunk=on_chunk
+            )
+        except PromptError as error:
+            self._on_bad_line(BadLine(f"line {entry.line}: {error}"))
+            return
+        self._running[entry.line] = (entry, handle)
+
+    def _record(self, entry: Entry, handle: RequestHandle) -> Record:
+        try:
+            return entry, result_record(entry, handle.result())
+        except (RequestFailed, DeadlineExceeded) as error:
+            return entry, failure_record(entry, str(error))
