@@ -89,7 +89,7 @@ def command(
         evaluation.logits.write(save_logits)
         note(f"written: {save_logits} ({human_bytes(save_logits.stat().st_size)})")
     source = reference or reference_logits
-    document = _document(opened, evaluation, str(text or "built in"), str(source) if source else None)
+    document = _document(opened, evaluation, text.name if text else "built in", source.name if source else None)
     if output is not None:
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print_json(document) if as_json else _print(document)

@@ -41,7 +41,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--prompt-tokens", type=Counts(), default="128", show_default=True, help="Length of each prompt.")
-@click.option("--new-tokens", type=Counts(), default="64", show_default=True, help="Tokens that each row generates.")
+@click.option("--new-tokens", type=Counts(), default="48", show_default=True, help="Tokens that each row generates.")
 @click.option("--batch", type=Counts(), default="1", show_default=True, help="Rows that decode together.")
 @click.option("--repeats", type=int, default=5, show_default=True, help="Measured runs of each combination.")
 @click.option("--warmup", type=int, default=1, show_default=True, help="Runs before them that do not count.")

@@ -45,7 +45,7 @@ def measure_arithmetic_peak(bundle: Bundle, threads: int) -> ArithmeticPeak:
 
 
 def measure_product(
-    operator: str, inputs: str, weights: str, outputs: str, *, threads: int, passes: int = 8, width: int = WIDTH
+    operator: str, inputs: str, weights: str, outputs: str, *, threads: int, passes: int = 12, width: int = WIDTH
 ) -> float:
     """Operations per second of one product [ROWS, width] x [width, width] on the CPU, the best of `passes`.
 

@@ -53,7 +53,7 @@ def profile_document(profile: Profile) -> dict[str, Any]:
 def bundle_document(bundle: Bundle) -> dict[str, Any]:
     """What a result says of the bundle that it is about."""
     return {
-        "folder": str(bundle.folder),
+        "folder": bundle.folder.name,
         **{name: bundle.raw[name] for name in ("source", "dialect", "dtype", "quantization")},
         "model_type": bundle.architecture.model_type,
         "parameters": bundle.architecture.parameters,

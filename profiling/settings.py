@@ -32,7 +32,7 @@ class Sweep:
     """
 
     prompt_tokens: tuple[int, ...] = (128,)
-    new_tokens: tuple[int, ...] = (64,)
+    new_tokens: tuple[int, ...] = (48,)
     batch: tuple[int, ...] = (1,)
     repeats: int = 5
     warmup: int = 1
