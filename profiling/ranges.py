@@ -51,6 +51,10 @@ class RangedBackend:
         with self._annotate(f"decode {len(tokens)} rows", domain=DOMAIN, color="green"):
             return self._backend.decode(tokens, positions)
 
+    def clear(self, row: int) -> None:
+        """As the backend's."""
+        self._backend.clear(row)
+
     def close(self) -> None:
         """As the backend's."""
         self._backend.close()
