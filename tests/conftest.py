@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
@@ -14,8 +15,12 @@ from starling.export.quantization import Quantization
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the shared bundles."""
-    return tmp_path_factory.mktemp("bundles")
+    """The folder of the shared bundles, one for all processes of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / "bundles").mkdir(exist_ok=True)
+    return folder / "bundles"
 
 
 @pytest.fixture(scope="session")
@@ -71,5 +76,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Path:
-    export_bundle(checkpoint, out, options)
+    with FileLock(out.with_suffix(".lock")):
+        if not out.exists():
+            export_bundle(checkpoint, out, options)
     return out
