@@ -111,6 +111,10 @@ class Backend(Protocol):
         """One step of the first k rows: token i of `tokens` [k] is written at `positions`[i] of row i."""
         ...
 
+    def clear(self, row: int) -> None:
+        """Forget what row `row` holds, so that numbers that are not finite cannot reach the next prompt there."""
+        ...
+
     def close(self) -> None:
         """Free the model and the cache; the backend cannot be used afterwards."""
         ...
@@ -194,6 +198,15 @@ def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None,
     )
     backend.note = note
     return backend
+
+
+def chunk_length(remaining: int, most: int) -> int:
+    """Tokens of the next chunk of a prompt with `remaining` left: at most `most`, and not so many that one is left.
+
+    One token alone takes a decode step's kernels, which round differently: how a prompt is cut would then show in its
+    logits (measured on ONNX Runtime: otherwise they are the same bits).
+    """
+    return most - 1 if remaining == most + 1 and most > 2 else min(remaining, most)
 
 
 def check_room(backend: Backend, row: int, position: int) -> None:

@@ -70,7 +70,8 @@ class Engine:
         self.tokenizer = tokenizer()
         self._newest: GenerationStream | None = None
         self._first_row: GenerationSequence | None = None
-        self._end_borrower: Callable[[], None] | None = None
+        #: Who has the backend for itself, and how to end that.
+        self._lent: tuple[object, Callable[[], None]] | None = None
         #: Seconds from opening the bundle to being ready.
         self.load_seconds = perf_counter() - begin
 
@@ -174,7 +175,7 @@ class Engine:
             sequence.detokenizer = self.tokenizer.detokenizer()
         return sequence
 
-    def lend(self, end: Callable[[], None]) -> None:
+    def lend(self, borrower: object, end: Callable[[], None]) -> None:
         """Leave the backend to a borrower, until `take_back`: generating here raises UserError.
 
         `close` calls `end`, which must end the borrower's use. Raises UserError where the engine is lent already.
@@ -182,16 +183,17 @@ class Engine:
         self._check_not_lent()
         self._end_newest()
         self._first_row = None
-        self._end_borrower = end
+        self._lent = (borrower, end)
 
-    def take_back(self) -> None:
-        """The borrower is done."""
-        self._end_borrower = None
+    def take_back(self, borrower: object) -> None:
+        """This borrower is done; nothing happens where the engine is not lent to it."""
+        if self._lent is not None and self._lent[0] is borrower:
+            self._lent = None
 
     def close(self) -> None:
         """Free the model and the KV cache."""
-        if self._end_borrower is not None:
-            self._end_borrower()
+        if self._lent is not None:
+            self._lent[1]()
         self._end_newest()
         self._first_row = None
         self.backend.close()
@@ -236,7 +238,7 @@ class Engine:
         return self._newest
 
     def _check_not_lent(self) -> None:
-        if self._end_borrower is not None:
+        if self._lent is not None:
             raise UserError("this engine is in use by a serving loop: submit to that, or close it first")
 
     def _end_newest(self) -> None:

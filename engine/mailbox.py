@@ -34,9 +34,10 @@ class Mailbox:
                 self._changed.notify_all()
         if self._on_chunk is not None:
             self._on_chunk(chunk)
-        if self._wake is not None and not self._woken:
+        wake = self._wake
+        if wake is not None and not self._woken:
             self._woken = True
-            self._wake()
+            wake()
 
     def take(self) -> GenerationChunk | None:
         """The next chunk, waited for; None behind the last one. Raises UserError where a callback gets them."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from starling.engine.backend import StepOutput, Tokens, check_room
+from starling.engine.backend import StepOutput, Tokens, check_room, chunk_length
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.huge_pages import huge_pages
@@ -120,11 +120,13 @@ class OrtBackend:
 
         GroupQueryAttention takes a chunk behind a non-empty cache only with batch 1, hence the view of one row.
         """
-        for first in range(0, len(tokens), self._chunk):
-            chunk = tokens[first : first + self._chunk]
+        first = 0
+        while first < len(tokens):
+            chunk = tokens[first : first + chunk_length(len(tokens) - first, self._chunk)]
             check_room(self, slot, start + first + len(chunk) - 1)
             self._inputs.write_chunk(chunk, start + first)
             self._run(self._row_binding(slot, len(chunk)))
+            first += len(chunk)
         return self._row_output
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
@@ -135,6 +137,9 @@ class OrtBackend:
         step.write(tokens, positions, longest)
         self._run(step.binding)
         return step.output
+
+    def clear(self, row: int) -> None:
+        """Nothing to do: the operators read no position behind a row's end (tested on the CPU)."""
 
     def end_profiling(self) -> Path:
         """The file in which ONNX Runtime has timed every operator, complete from now on."""

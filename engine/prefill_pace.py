@@ -30,7 +30,8 @@ class PrefillPace:
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         """A chunk of so many tokens took so long."""
-        self._token_s, self._tokens = seconds / tokens, tokens
+        if tokens >= GRAIN:  # a prompt's short end says nothing about chunks
+            self._token_s, self._tokens = seconds / tokens, tokens
 
     def budget(self, decoding: bool) -> float:
         """Seconds of prefill before the next decode step; infinite where nothing decodes."""

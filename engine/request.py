@@ -25,8 +25,8 @@ class Request:
     id: str = field(default_factory=lambda: uuid4().hex)
     #: Set by any thread; the scheduler looks at it before each step.
     cancelled: bool = False
-    #: Row of the cache; None while it waits, and when it has ended.
-    slot: int | None = None
+    #: Row of the cache; -1 while it waits, and when it has ended.
+    slot: int = -1
     #: Prompt tokens that the row holds.
     written: int = 0
     #: When its newest token was there, and the backend's model seconds then.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from time import perf_counter
 
 import numpy as np
 
-from starling.engine.backend import Backend
+from starling.engine.backend import Backend, chunk_length
 from starling.engine.errors import RequestFailed
 from starling.engine.logits import Logits
 from starling.engine.prefill_pace import GRAIN, PrefillPace
@@ -18,6 +19,8 @@ from starling.engine.sampling import check_finite
 from starling.engine.sequence import accept, interrupted_chunk, next_chunk
 from starling.engine.serving_stats import ServingCounters
 from starling.engine.slots import SlotTable
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -89,34 +92,35 @@ class Scheduler:
             for request in requests:
                 self._fail(request, error)
             return
-        for row, request in zip(tuple(self._slots.live), requests, strict=True):
-            self._take_token(row, request, chosen[row], None if logits is None else logits[row])
+        for request in requests:
+            row = request.slot
+            self._take_token(request, chosen[row], None if logits is None else logits[row])
         self._pace.decoded(perf_counter() - begin)
 
     def _prefill(self) -> None:
         """Chunks of the oldest prompts until the time for them is used up, at least one."""
         begin, budget, least = perf_counter(), self._pace.budget(decoding=bool(self._slots.live)), GRAIN
         while self._prefilling:
-            length = max(self._pace.chunk(budget - (perf_counter() - begin)), least)
-            if length == 0:
+            most = max(self._pace.chunk(budget - (perf_counter() - begin)), least)
+            if most == 0:
                 return
-            self._prefill_chunk(self._prefilling[0], length)
+            self._prefill_chunk(self._prefilling[0], most)
             least = 0
-            if budget == math.inf:  # the request may now decode, or newer ones be cancelled: look again
+            if budget == math.inf:  # the request may decode now, or newer ones be cancelled: look again
                 return
 
-    def _prefill_chunk(self, request: Request, length: int) -> None:
-        sequence, backend, row = request.sequence, self._backend, request.slot
-        assert row is not None
+    def _prefill_chunk(self, request: Request, most: int) -> None:
+        sequence, backend = request.sequence, self._backend
         begin, model_begin = perf_counter(), backend.model_seconds
-        tokens = np.array(sequence.prompt[request.written : request.written + length], dtype=np.int64)
-        is_last = request.written + len(tokens) == len(sequence.prompt)
+        left = sequence.prompt[request.written :]
+        tokens = np.array(left[: chunk_length(len(left), most)], dtype=np.int64)
+        is_last = len(tokens) == len(left)
         try:
             if request.written == 0:
                 sequence.queue_s = begin - request.submitted
                 if backend.pipeline is not None:
-                    backend.pipeline.choose(row, sequence.choice, len(sequence.prompt) - 1)
-            output = backend.prefill(row, tokens, request.written)
+                    backend.pipeline.choose(request.slot, sequence.choice, len(sequence.prompt) - 1)
+            output = backend.prefill(request.slot, tokens, request.written)
             token = output.choices()[0] if is_last else 0
             logits = output.logits()[0] if is_last and sequence.needs_logits else None
         except Exception as error:
@@ -129,15 +133,16 @@ class Scheduler:
         if is_last:
             self._prefilling.popleft()
             sequence.prefilled = True
-            self._take_token(row, request, token, logits)
+            self._take_token(request, token, logits)
         else:
-            self._slots.hold(row, request)
+            self._slots.hold(request)
 
-    def _take_token(self, row: int, request: Request, token: int, logits: Logits | None) -> None:
-        """The row's newest token: into its text, to its reader, and into the next step unless it ends the request."""
+    def _take_token(self, request: Request, token: int, logits: Logits | None) -> None:
+        """A request's newest token: into its text, into the next step unless it ends there, and to its reader."""
         sequence = request.sequence
         try:
             if token < 0:
+                self._backend.clear(request.slot)
                 check_finite(math.nan)
             token = accept(sequence, token, logits)
             self._note_time(request)
@@ -146,12 +151,10 @@ class Scheduler:
             self._fail(request, error)
             return
         self._counters.count_tokens(generated=1)
-        if chunk.finish_reason is not None:
-            self._leave(request, chunk.finish_reason)
-        elif len(sequence.steps) == 1:
-            self._slots.start(row, request)
+        if chunk.finish_reason is None:
+            self._slots.advance(request, token)
         else:
-            self._slots.advance(row, token)
+            self._leave(request, chunk.finish_reason)
         self._hand_out(request, chunk)
 
     def _note_time(self, request: Request) -> None:
@@ -170,6 +173,8 @@ class Scheduler:
         except Exception as error:
             if request.sequence.finish_reason is None:
                 self._fail(request, error)
+            else:
+                LOGGER.warning("request %s: its reader failed with the last chunk: %r", request.id, error)
 
     def _end_early(self, request: Request, reason: FinishReason) -> None:
         try:
@@ -190,7 +195,7 @@ class Scheduler:
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
         """Before the last chunk goes out: whoever reads it finds the row free and the request counted."""
-        running = request.slot is not None
+        running = request.slot >= 0
         if request in self._prefilling:
             self._prefilling.remove(request)
         if running:

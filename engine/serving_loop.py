@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from threading import Condition, Thread, current_thread
+from threading import Condition, Event, Thread, current_thread
 from time import perf_counter
 from types import TracebackType
 
@@ -16,6 +17,8 @@ from starling.engine.results import GenerationChunk
 from starling.engine.sampling import SamplingParams
 from starling.engine.scheduler import Scheduler
 from starling.engine.serving_stats import ServingCounters, ServingStats
+
+LOGGER = logging.getLogger(__name__)
 
 
 class ServingLoop:
@@ -49,8 +52,9 @@ class ServingLoop:
         self._arrived: list[Request] = []
         self._changed = Condition()
         self._closing = self._drains = False
+        self._ended = Event()
         self._thread = Thread(target=self._serve, name="starling-serving-loop", daemon=True)
-        engine.lend(lambda: self.close(drain=False))
+        engine.lend(self, lambda: self.close(drain=False))
         self._thread.start()
 
     def submit(
@@ -101,16 +105,16 @@ class ServingLoop:
         everything without `drain`, ends as "cancelled". From a callback on the loop's own thread it returns at once.
         """
         with self._changed:
+            self._drains = drain and (self._drains or not self._closing)
             self._closing = True
-            self._drains = drain
             self._changed.notify_all()
         if current_thread() is self._thread:
             return
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        # An event, not Thread.join: a join that Ctrl-C interrupts takes a running thread for an ended one.
+        if not self._ended.wait(timeout_s):
             self._drains = False
-            self._thread.join()
-        self.engine.take_back()
+            self._ended.wait()
+        self.engine.take_back(self)
 
     def __enter__(self) -> ServingLoop:
         return self
@@ -121,11 +125,15 @@ class ServingLoop:
         self.close(drain=error is None)
 
     def _serve(self) -> None:
-        while self._take_arrived():
-            try:
-                self._scheduler.step()
-            except Exception as error:  # a mistake of ours: nobody may wait for ever because of it
-                self._scheduler.fail_all(error)
+        try:
+            while self._take_arrived():
+                try:
+                    self._scheduler.step()
+                except Exception as error:  # a mistake of ours: nobody may wait for ever because of it
+                    LOGGER.exception("a step of the serving loop failed")
+                    self._scheduler.fail_all(error)
+        finally:
+            self._ended.set()
 
     def _take_arrived(self) -> bool:
         """Wait for work, and queue what has come; False when there is none and no more may come."""

@@ -42,32 +42,27 @@ class SlotTable:
         rows = self.live[-1] + 1
         return self._tokens[:rows], self._positions[:rows]
 
-    def take(self, request: Request) -> int:
+    def take(self, request: Request) -> None:
         """Give the request the lowest free row: decode steps then cover as few rows as can be."""
-        row = heappop(self._free)
-        self._requests[row], request.slot = request, row
-        self.hold(row, request)
-        return row
+        request.slot = heappop(self._free)
+        self._requests[request.slot] = request
+        self.hold(request)
 
-    def hold(self, row: int, request: Request) -> None:
+    def hold(self, request: Request) -> None:
         """The row holds `request.written` prompt tokens, and is to be left alone until the next chunk."""
+        row = request.slot
         self._tokens[row], self._positions[row] = request.sequence.prompt[request.written], request.written
 
-    def start(self, row: int, request: Request) -> None:
-        """The row holds the whole prompt and has its first token: it decodes from now on."""
-        self._tokens[row], self._positions[row] = request.sequence.steps[-1].token, len(request.sequence.prompt)
-        insort(self.live, row)
-
-    def advance(self, row: int, token: int) -> None:
-        """`token` is the newest of a live row that goes on; its sequence's limit keeps it inside the cache."""
-        self._tokens[row] = token
-        self._positions[row] += 1
+    def advance(self, request: Request, token: int) -> None:
+        """`token` is the newest of a request that goes on; the sequence's limit keeps it inside the cache."""
+        row, sequence = request.slot, request.sequence
+        self._tokens[row], self._positions[row] = token, len(sequence.prompt) + len(sequence.steps) - 1
+        if len(sequence.steps) == 1:
+            insort(self.live, row)
 
     def release(self, request: Request) -> None:
         """The request's row is free again."""
-        row, request.slot = request.slot, None
-        if row is None:
-            return
+        row, request.slot = request.slot, -1
         self._requests[row] = None
         self._tokens[row] = self._positions[row] = 0
         if row in self.live:

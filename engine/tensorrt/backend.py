@@ -111,6 +111,12 @@ class TensorRTBackend:
         self.model_seconds += perf_counter() - begin
         return DeviceOutput(chosen, self._logits, self._batch)
 
+    def clear(self, row: int) -> None:
+        """Zero the row: masked positions enter a product with 0, which leaves NaN what it is."""
+        self.drop()
+        for address, size in self._cache.parts(row):
+            self._memory.device.zero(address, size, self._memory.stream)
+
     def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
         """From now on choose the row's tokens by `choice`; its first draw is that of the step writing `first`."""
         self.drop()

@@ -39,6 +39,11 @@ class KVCache:
         for past, present, address in self._pairs:
             yield past, present, address + first * self._row_bytes
 
+    def parts(self, row: int) -> Iterator[tuple[int, int]]:
+        """(address, bytes) of everything that belongs to row `row`."""
+        for _, _, address in self.rows_from(row):
+            yield address, self._row_bytes
+
 
 class StepTensors:
     """What a step of up to `rows` rows of `length` tokens reads and writes beside the cache, by name."""
