@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,13 +42,15 @@ def answer_on_ray(
 
     ray.init(address=job.address, ignore_reinit_error=True, log_to_driver=False)
     block = job.settings["max_batch"] * ENTRIES_PER_SLOT
-    rows = ray.data.from_items([{"entry": entry} for entry in entries])
+    # As bytes: Arrow would make one structure of all dictionaries, with every key that any of them has.
+    rows = ray.data.from_items([{"entry": pickle.dumps(entry)} for entry in entries])
     answered = rows.repartition(target_num_rows_per_block=block).map_batches(
         _Worker, fn_constructor_args=(job,), batch_size=block, concurrency=job.workers, num_gpus=job.gpus
     )
     for output in answered.iter_batches(batch_size=None, prefetch_batches=0):
         records: list[Record] = []
-        for entry, record, bad in zip(output["entry"], output["record"], output["bad"], strict=True):
+        for item in output["answered"]:
+            entry, record, bad = pickle.loads(item)
             if bad:
                 on_bad_line(BadLine(bad))
             else:
@@ -63,18 +66,16 @@ class _Worker:
         self._engine = Engine(job.bundle, **job.settings)
         self._prefill_chunk = job.prefill_chunk
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Answer a block; `bad` has what is wrong with a line where there is no record."""
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        """Answer a block: pickled (entry, record, ""), or (None, None, what is wrong with the line)."""
         bad: list[str] = []
         answered = answer(
             self._engine,
-            list(batch["entry"]),
+            [pickle.loads(item) for item in batch["entry"]],
             prefill_chunk=self._prefill_chunk,
             on_bad_line=lambda line: bad.append(str(line)),
         )
-        records = [record for together in answered for record in together]
-        return {
-            "entry": [entry for entry, _ in records] + [None] * len(bad),
-            "record": [record for _, record in records] + [None] * len(bad),
-            "bad": [""] * len(records) + bad,
-        }
+        rows: list[tuple[Entry | None, dict[str, Any] | None, str]] = [
+            (entry, record, "") for together in answered for entry, record in together
+        ]
+        return {"answered": [pickle.dumps(row) for row in [*rows, *((None, None, line) for line in bad)]]}

@@ -1,0 +1,246 @@
+"""`starling serve` says no by name, keeps its limits, and ends as it should."""
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from command_line import python_without, refusal
+from http_server import MODEL, Server, serving, wait_until
+
+PROMPT = "Once upon a time"
+#: Answers that take seconds, since nothing ends them before the cache does.
+LONG: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+LIMITS = ("--slots", "2", "--queue", "1", "--max-seq", "4096", "--max-prompt", "64", "--max-body", "20000")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: Path) -> Iterator[Server]:
+    with serving(tiny_bundle, *LIMITS) as running:
+        yield running
+
+
+BASE: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 2}
+CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+BAD: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
+    (BASE, {"model": None}, 400, "model"),
+    (BASE, {"model": "gpt-4"}, 404, "model"),
+    (BASE, {"prompt": None}, 400, "prompt"),
+    (BASE, {"prompt": ""}, 400, "prompt"),
+    (BASE, {"prompt": ["a", "b"]}, 400, "prompt"),
+    (BASE, {"prompt": [10**9]}, 400, "prompt"),
+    (BASE, {"prompt": "\ud800"}, 400, "prompt"),
+    (BASE, {"prompt": "word " * 100}, 400, "prompt"),
+    (BASE, {"n": 2}, 400, "n"),
+    (BASE, {"max_tokens": 0}, 400, "max_tokens"),
+    (BASE, {"max_tokens": "8"}, 400, "max_tokens"),
+    (BASE, {"max_tokens": True}, 400, "max_tokens"),
+    (BASE, {"temperature": -0.5}, 400, "temperature"),
+    (BASE, {"temperature": float("nan")}, 400, "temperature"),
+    (BASE, {"top_p": 0}, 400, "top_p"),
+    (BASE, {"top_k": -1}, 400, "top_k"),
+    (BASE, {"seed": -1}, 400, "seed"),
+    (BASE, {"stop": ""}, 400, "stop"),
+    (BASE, {"stop": ["a"] * 5}, 400, "stop"),
+    (BASE, {"logprobs": 21}, 400, "logprobs"),
+    (BASE, {"echo": True}, 400, "echo"),
+    (BASE, {"presence_penalty": 0.5}, 400, "presence_penalty"),
+    (BASE, {"frequency_penalty": 1}, 400, "frequency_penalty"),
+    (BASE, {"logit_bias": {"5": 1}}, 400, "logit_bias"),
+    (BASE, {"stream": "yes"}, 400, "stream"),
+    (BASE, {"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    (BASE, {"temprature": 1}, 400, "temprature"),
+    (BASE, {"deadline_s": 0}, 400, "deadline_s"),
+    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "robot", "content": "Hi"}]}, 400, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]"),
+    (CHAT, {"tools": [{"type": "function"}]}, 400, "tools"),
+    (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format"),
+    (CHAT, {"top_logprobs": 2}, 400, "top_logprobs"),
+    (CHAT, {"template": "none"}, 400, "messages"),
+]
+
+
+@pytest.mark.parametrize(("base", "change", "status", "field"), BAD, ids=lambda value: str(value)[:30])
+def test_a_bad_field_is_named(
+    server: Server, base: dict[str, Any], change: dict[str, Any], status: int, field: str
+) -> None:
+    path = "/v1/completions" if "prompt" in base else "/v1/chat/completions"
+    got, _, body = server.request("POST", path, base | change)
+    error = json.loads(body)["error"]
+    assert (got, error["param"]) == (status, field), error
+    assert error["type"] == "invalid_request_error"
+    assert "\n" not in error["message"]
+
+
+def test_fields_that_change_nothing_are_accepted(server: Server) -> None:
+    same = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "echo": False, "user": "me"}
+    assert server.request("POST", "/v1/completions", BASE | same)[0] == 200
+    extensions = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "max_completion_tokens": 3}
+    assert server.request("POST", "/v1/chat/completions", CHAT | extensions)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status"),
+    [
+        ("POST", "/v1/completions", b"{", {}, 400),
+        ("POST", "/v1/completions", b"[]", {}, 400),
+        ("POST", "/v1/completions", b"[" * 19000, {}, 400),
+        ("POST", "/v1/completions", b"\xff\xfe", {}, 400),
+        ("POST", "/v1/completions", b"{}", {"Content-Type": "text/plain"}, 415),
+        ("POST", "/v1/completions", b"x" * 20001, {}, 413),
+        ("POST", "/v1/completions", b"x" * 5_000_000, {}, 413),
+        ("GET", "/v1/completions", None, {}, 405),
+        ("GET", "/v1/models/other", None, {}, 404),
+        ("GET", "/nothing", None, {}, 404),
+    ],
+    ids=["torn", "list", "deep", "bytes", "form", "one byte more", "far too large", "GET", "model", "path"],
+)
+def test_what_is_no_request_is_refused(
+    server: Server, method: str, path: str, body: bytes | None, headers: dict[str, str], status: int
+) -> None:
+    got, _, content = server.request(method, path, body, headers)
+    assert got == status
+    assert set(json.loads(content)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_real_client_raises_its_own_errors(server: Server) -> None:
+    client = server.client()
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4'"):
+        client.completions.create(model="gpt-4", prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError, match="takes 64") as caught:
+        client.completions.create(model=MODEL, prompt="word " * 100)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.InternalServerError, match=r"deadline_s was 0\.3") as late:
+        client.completions.create(**LONG | {"extra_body": {"ignore_eos": True, "deadline_s": 0.3}})
+    assert late.value.status_code == 504
+
+
+def test_a_full_queue_is_refused_with_retry_after_and_nobody_suffers(server: Server) -> None:
+    settings = LONG | {"max_tokens": 400, "temperature": 0}
+
+    def answer(_: int) -> str | tuple[int, str]:
+        try:
+            return server.client().completions.create(**settings).choices[0].text
+        except openai.RateLimitError as error:
+            return error.status_code, error.response.headers["retry-after"]
+
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(answer, range(10)))
+    texts = [text for text in answers if isinstance(text, str)]
+    assert answers.count((429, "1")) == 10 - len(texts) > 0
+    assert len(texts) >= 3
+    assert set(texts) == {texts[0]}
+    assert server.metric("vllm:num_requests_running") == 0
+
+
+def test_a_client_that_goes_away_frees_its_row(server: Server) -> None:
+    aborted = server.metric("vllm:request_success_total", finished_reason="abort")
+    stream = server.client().completions.create(**LONG, stream=True)
+    next(iter(stream))
+    assert server.metric("vllm:num_requests_running") == 1
+    stream.close()
+    assert wait_until(lambda: server.metric("vllm:num_requests_running") == 0, 2)
+    assert server.metric("vllm:request_success_total", finished_reason="abort") == aborted + 1
+
+    body = json.dumps(BASE | {"max_tokens": 4000, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", server.port)) as plain:
+        plain.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert wait_until(lambda: server.metric("vllm:num_requests_running") == 1, 5)
+    assert wait_until(lambda: server.metric("vllm:num_requests_running") == 0, 2)
+    assert server.metric("vllm:request_success_total", finished_reason="abort") == aborted + 2
+
+
+def test_keys_are_asked_for_where_they_are_set(tiny_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("first-key\n\nsecond-key\n")
+    with serving(tiny_bundle, "--max-seq", "64", "--api-key-file", file, env={"STARLING_API_KEY": "unused"}) as guarded:
+        for key in ("first-key", "second-key"):
+            assert guarded.client(key).models.list().data[0].id == MODEL
+        for key in ("first-ke", "first-keys", "unused", "schlüssel".encode().decode("latin-1")):
+            assert guarded.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})[0] == 401
+        assert guarded.request("POST", "/v1/completions", BASE)[0] == 401
+        assert guarded.request("GET", "/v1/models", headers={"Authorization": "first-key"})[0] == 401
+        with pytest.raises(openai.AuthenticationError):
+            guarded.client("wrong").models.list()
+        assert guarded.request("GET", "/health")[0] == guarded.request("GET", "/ready")[0] == 200
+    with serving(tiny_bundle, "--max-seq", "64", env={"STARLING_API_KEY": "secret"}) as guarded:
+        assert guarded.request("GET", "/v1/models", headers={"Authorization": "Bearer secret"})[0] == 200
+        assert guarded.request("GET", "/v1/models")[0] == 401
+
+
+def test_what_cannot_be_served_is_one_line(tiny_bundle: Path, tmp_path: Path, server: Server) -> None:
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
+    assert "has no key" in refusal("serve", tiny_bundle, "--api-key-file", empty)
+    assert "cannot be read" in refusal("serve", tiny_bundle, "--api-key-file", tmp_path / "none")
+    assert "set but empty" in refusal("serve", tiny_bundle, env={"STARLING_API_KEY": " "})
+    assert "choose another --port" in refusal("serve", tiny_bundle, "--port", str(server.port), code=1)
+    assert "is no address" in refusal("serve", tiny_bundle, "--host", "no.such.host.invalid", code=1)
+    assert "no such folder" in refusal("serve", tmp_path / "bundle", "--port", "0")
+
+
+def test_without_its_packages_it_says_what_to_install(tiny_bundle: Path, tmp_path: Path) -> None:
+    python = python_without(tmp_path / "bare", "starlette", "uvicorn")
+    assert "starling-llm[serve]" in refusal("serve", tiny_bundle, code=1, python=python)
+
+
+def test_a_killed_server_can_start_again_on_its_port(tiny_bundle: Path) -> None:
+    with serving(tiny_bundle, "--max-seq", "4096") as first:
+        port = first.port
+        stream = first.client().completions.create(**LONG, stream=True)
+        next(iter(stream))
+        assert first.end(signal.SIGKILL) == -signal.SIGKILL
+        with pytest.raises(Exception, match=r"(?i)incomplete|closed|connection"):
+            list(stream)
+    with serving(tiny_bundle, "--max-seq", "64", "--port", str(port)) as second:
+        assert second.request("POST", "/v1/completions", BASE)[0] == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_shutdown_finishes_what_runs(tiny_bundle: Path, number: signal.Signals) -> None:
+    with serving(tiny_bundle, "--max-seq", "1024", "--grace", "60") as ending:
+        stream = iter(ending.client().completions.create(**LONG | {"max_tokens": 300}, stream=True))
+        chunks = [next(stream)]
+        ending.process.send_signal(number)
+        assert wait_until(lambda: not _listens(ending.port), 5)
+        chunks += stream
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert ending.process.wait(timeout=60) == 0
+        assert ending.log[1:] == []
+
+
+def test_a_shutdown_cuts_off_what_takes_longer_than_the_grace(tiny_bundle: Path) -> None:
+    with serving(tiny_bundle, "--max-seq", "8192", "--grace", "0.5") as ending:
+        stream = iter(ending.client().completions.create(**LONG | {"max_tokens": 8000}, stream=True))
+        next(stream)
+        begin = time.monotonic()
+        ending.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        assert ending.process.wait(timeout=30) == 0
+        assert time.monotonic() - begin < 5
+
+
+def test_a_second_signal_ends_at_once(tiny_bundle: Path) -> None:
+    with serving(tiny_bundle, "--max-seq", "8192") as ending:
+        stream = iter(ending.client().completions.create(**LONG | {"max_tokens": 8000}, stream=True))
+        next(stream)
+        ending.process.send_signal(signal.SIGTERM)
+        assert wait_until(lambda: not _listens(ending.port), 5)
+        begin = time.monotonic()
+        assert ending.end(signal.SIGTERM) == 128 + signal.SIGTERM
+        assert time.monotonic() - begin < 2
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
