@@ -27,6 +27,8 @@ from starling.export.weights import rows_of
 
 #: The choice aims lower than the bound: it sees the text that the scales were made for, and no float16.
 _TARGET = 0.7 * MAX_MEAN_KL
+#: Beyond, trying each projection takes hours on a CPU; --keep-precision says it by hand.
+_MOST_PARAMETERS = 2_000_000_000
 DEFAULT_TOKENS = 4096
 
 
@@ -87,13 +89,12 @@ def prepare(
     weights = plan_activations(groups, how, kept, checkpoint.tensors, absmax)
     notes: tuple[str, ...] = ()
     if how.keep is None:
-        if 4 * arch.parameters * 2 > available_memory():
-            notes = ("no projection was chosen to stay in high precision: the model is too large to try them",)
+        if arch.parameters > _MOST_PARAMETERS or 4 * arch.parameters * 2 > available_memory():
+            notes = ("every projection is quantized: the model is too large to try which ones cost most",)
         else:
             progress.phase("choosing what stays in high precision")
-            simulation = Simulation(checkpoint.config, weights.tensors, weights.plan)
-            chosen = choose_kept(simulation, groups, judged_rows(rows), _TARGET)
-            del simulation
+            with Simulation(checkpoint.config, weights.tensors, weights.plan) as simulation:
+                chosen = choose_kept(simulation, groups, judged_rows(rows), _TARGET)
             kept |= names_of(chosen)
             weights = plan_activations(groups, how, kept, checkpoint.tensors, absmax)
     name = "built in" if calibration.file is None else calibration.file.name

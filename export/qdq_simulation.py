@@ -1,6 +1,8 @@
 """The PyTorch model with the rounding of a Q/DQ plan: the twin of the quantized graph, for judging plans quickly."""
 
+import gc
 from collections.abc import Collection, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +19,31 @@ from starling.export.reference import load_reference
 class Simulation:
     """A float32 model of smoothed `tensors` whose projections round as `plan` says, each when it is told to.
 
-    Memory: the float32 weights and their quantized copies.
+    Memory: the float32 weights and their quantized copies, until `close`; a `with` block closes it.
     """
 
     def __init__(self, config: PreTrainedConfig, tensors: TensorSource, plan: QdqPlan) -> None:
         self._model = load_reference(config, tensors)
         self._active: set[str] = set()
-        modules = {name: m for name, m in self._model.named_modules() if isinstance(m, nn.Linear)}
+        modules = [m for m in self._model.modules() if isinstance(m, nn.Linear)]
         names = _names_by_weight(self._model)
-        for module in modules.values():
+        for module in modules:
             for name in names[id(module.weight)]:
                 if name in plan.inputs:
                     self._install(module, name, plan.inputs[name], plan.how)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model, which its modules' replaced methods would otherwise keep until some later collection."""
+        for module in self._model.modules():
+            module.__dict__.pop("forward", None)
+        del self._model
+        gc.collect()
 
     def activate(self, weights: Collection[str]) -> None:
         """Round exactly these projections, by the names of the checkpoint's tensors."""

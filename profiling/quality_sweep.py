@@ -83,36 +83,36 @@ def smoothing(subject: Subject) -> Iterator[dict[str, Any]]:
     """Every projection quantized, and all but the costliest kind (those that read a product), per strength."""
     products = [group for group in subject.groups if _reads_a_product(group)]
     for alpha in _SMOOTHING:
-        simulation = subject.simulation(subject.plan(alpha))
-        reference = _run(subject, simulation, ())
-        for kept in ((), products):
-            quantized = [group for group in subject.groups if group not in kept]
-            yield {
-                "part": "smoothing",
-                "smoothing": alpha,
-                "kept": "down_proj" if kept else "none",
-                **_figures(reference, _run(subject, simulation, quantized)),
-            }
+        with subject.simulation(subject.plan(alpha)) as simulation:
+            reference = _run(subject, simulation, ())
+            for kept in ((), products):
+                quantized = [group for group in subject.groups if group not in kept]
+                yield {
+                    "part": "smoothing",
+                    "smoothing": alpha,
+                    "kept": "down_proj" if kept else "none",
+                    **_figures(reference, _run(subject, simulation, quantized)),
+                }
 
 
 def clipping(subject: Subject) -> Iterator[dict[str, Any]]:
     """Input scales below the calibrated maximum: finer steps, and what sticks out is cut off."""
     for factor in _CLIPPING:
-        simulation = subject.simulation(subject.plan(_BEST, factor))
-        reference = _run(subject, simulation, ())
-        figures = _figures(reference, _run(subject, simulation, subject.groups))
+        with subject.simulation(subject.plan(_BEST, factor)) as simulation:
+            reference = _run(subject, simulation, ())
+            figures = _figures(reference, _run(subject, simulation, subject.groups))
         yield {"part": "clipping", "smoothing": _BEST, "clipping": factor, **figures}
 
 
 def kept(subject: Subject) -> Iterator[dict[str, Any]]:
     """The n costliest groups left in high precision, ranked on the calibration's text as the export does."""
-    simulation = subject.simulation(subject.plan(_BEST))
-    ranked = rank_groups(simulation, subject.groups, judged_rows(subject.calibration))
-    reference = _run(subject, simulation, ())
-    for count in _KEPT:
-        figures = _figures(reference, _run(subject, simulation, ranked[count:]))
-        names = [group.tensors[0] for group in ranked[:count]]
-        yield {"part": "kept", "smoothing": _BEST, "kept": names, "groups": len(ranked), **figures}
+    with subject.simulation(subject.plan(_BEST)) as simulation:
+        ranked = rank_groups(simulation, subject.groups, judged_rows(subject.calibration))
+        reference = _run(subject, simulation, ())
+        for count in _KEPT:
+            figures = _figures(reference, _run(subject, simulation, ranked[count:]))
+            names = [group.tensors[0] for group in ranked[:count]]
+            yield {"part": "kept", "smoothing": _BEST, "kept": names, "groups": len(ranked), **figures}
 
 
 def _reads_a_product(group: InputGroup) -> bool:
@@ -146,6 +146,11 @@ def main(arguments: list[str]) -> int:
             for trial in part(subject):
                 trials.append(trial)
                 print(json.dumps(trial), flush=True)
+                _write(file, subject, trials)
+    return 0
+
+
+def _write(file: Path, subject: Subject, trials: list[dict[str, Any]]) -> None:
     record = {
         "model": subject.checkpoint.name,
         "scheme": "w8a8",
@@ -155,7 +160,6 @@ def main(arguments: list[str]) -> int:
         "trials": trials,
     }
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

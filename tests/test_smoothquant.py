@@ -1,5 +1,6 @@
 """SmoothQuant: what is folded where, read off the graph, and that the function stays the same."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.dialects import get_dialect
 from starling.export.qdq import QdqQuantization
 from starling.export.qdq_plan import kept_by_pattern, names_of, plan_activations, projection_groups
-from starling.export.qdq_projections import QdqPlan
+from starling.export.qdq_projections import InputPlan, QdqPlan
 from starling.export.qdq_simulation import Simulation, mean_kl
 from starling.export.smoothquant import InputGroup, SmoothedTensors, input_groups, smoothing_factors
 from starling.export.tracer import trace
@@ -112,3 +113,12 @@ def test_smoothing_helps_where_a_channel_sticks_out(
         simulation.activate(names_of(groups))
         costs[smoothing] = mean_kl(exact, simulation.log_probabilities(rows))
     assert 0 < costs[0.5] < costs[0.0] / 4
+
+
+def test_a_closed_simulation_frees_its_model(tiny_checkpoint: Checkpoint) -> None:
+    how = QdqQuantization("w8a8")
+    plan = QdqPlan(how, inputs={"model.layers.0.mlp.up_proj.weight": InputPlan(0.1)})
+    with Simulation(tiny_checkpoint.config, tiny_checkpoint.tensors, plan) as simulation:
+        model = weakref.ref(simulation._model)
+        assert model() is not None
+    assert model() is None
