@@ -100,6 +100,24 @@ def _check_tensors(record: dict[str, Any]) -> None:
     assert set(prefill["shapes"]) == set(inputs)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "quantize", "dequantize"),
+    [("w8a8", 4 * LAYERS, 8 * LAYERS), ("int8", 0, 4 * LAYERS)],  # packed QKV, output, packed gate and up, down
+)
+def test_quantized_plans(scheme: str, quantize: int, dequantize: int, tmp_path: Path) -> None:
+    out = tmp_path / scheme
+    calibrated = ("--calibration-tokens", "64", "--keep-precision", "none") if scheme == "w8a8" else ()
+    model = ("random:starling-tiny", out, "--dialect", "tensorrt", "--dtype", "fp16", "--no-check")
+    succeed("export", *model, "--quant", scheme, *calibrated)
+    for target in ("sm89", "sm120"):
+        record = document("build", out, "--target", target, "--max-seq", "256")
+        assert record["precision"]["quantization"]["scheme"] == scheme
+        layers = record["layers"]
+        assert (layers.get("QUANTIZE", 0), layers["DEQUANTIZE"]) == (quantize, dequantize)
+        assert (layers["ATTENTION_INPUT"], layers["KV_CACHE_UPDATE"]) == (LAYERS, 2 * LAYERS)
+        assert 0 <= record["plan"]["bytes"] - Bundle.open(out).weights.bytes < KERNELS_BYTES
+
+
 def test_one_plan_for_two_targets_in_bf16(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     out = tmp_path / "bf16"
     export_bundle(tiny_checkpoint, out, ExportOptions(dialect="tensorrt", dtype="bf16", check=False))

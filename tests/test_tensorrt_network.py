@@ -146,13 +146,10 @@ def windowed_graph() -> ModelProto:
         node("Sub", ["lengths", "window"], "first"),
         node("Reshape", ["first", "per_row"], "first_seen"),
         node("Greater", ["seen", "first_seen"], "mask_of_row"),
+        node("Concat", ["ones", "ids_shape", "cache_length"], "mask_shape", axis=0),
         node("Expand", ["mask_of_row", "mask_shape"], "mask"),
         attention([QUERY, *CACHES, "mask", "", LENGTHS], "none"),
     )(model)
-    node_shape = helper.make_node(
-        "Concat", ["ones", "ids_shape", "cache_length"], ["mask_shape"], name="mask_shape", axis=0
-    )
-    replace("mask", node_shape, node("Expand", ["mask_of_row", "mask_shape"], "mask"))(model)
     for name, value in {"zero": 0, "one": 1, "window": 64, "per_row": [-1, 1, 1, 1], "ones": [1, 1]}.items():
         shape = [len(value)] if isinstance(value, list) else []
         values = value if isinstance(value, list) else [value]
