@@ -117,6 +117,19 @@ def test_a_step_writes_its_rows_and_positions_alone(gpu: Opened) -> None:
         assert set(zip(*(indices.tolist() for indices in np.nonzero(written)), strict=True)) == expected, name
 
 
+def test_clearing_a_row_zeroes_it_and_no_other(gpu: Opened) -> None:
+    for row in range(gpu.backend.max_batch):
+        gpu.backend.prefill(row, tokens(9), 0)
+    before = {name: array.copy() for name, array in cache(gpu).items()}
+    gpu.backend.clear(1)
+    gpu.backend.drop()
+    for name, array in cache(gpu).items():
+        assert not array[1].any()
+        assert before[name][1].any()
+        others = [row for row in range(gpu.backend.max_batch) if row != 1]
+        np.testing.assert_array_equal(array[others], before[name][others])
+
+
 def test_steps_launched_ahead_choose_what_steps_fed_by_the_host_choose(gpu: Opened) -> None:
     prompts = [tokens(count, seed=count) for count in (5, 12, 3)]
     first = [gpu.backend.prefill(row, prompt, 0).next_tokens()[0] for row, prompt in enumerate(prompts)]

@@ -13,6 +13,7 @@ from starling.engine import Engine
 from starling.engine.bundle import Bundle
 from starling.engine.results import GenerationInterrupted, GenerationResult
 from starling.engine.sampling import SamplingParams
+from starling.engine.serving_loop import ServingLoop
 from starling.engine.tensorrt import opening
 from starling.engine.tensorrt.backend import TensorRTBackend
 from starling.engine.tensorrt.plan import EngineRecord
@@ -210,3 +211,13 @@ def test_the_backend_says_what_it_is(engine: Engine) -> None:
     assert engine.backend.name == "tensorrt-rtx"
     assert engine.backend.provider == f"TensorRT for RTX {VERSION} on HostDevice"
     assert engine.backend.note is None
+
+
+def test_served_requests_answer_as_alone_drawn_on_the_device_or_on_the_host(engine: Engine) -> None:
+    settings = [GREEDY, DRAWN, replace(DRAWN, seed=6), replace(GREEDY, repetition_penalty=1.3), DRAWN, GREEDY]
+    prompts = [*PROMPTS, PROMPTS[3], PROMPTS[0]]
+    alone = [engine.generate(prompt, params) for prompt, params in zip(prompts, settings, strict=True)]
+    with ServingLoop(engine, prefill_chunk=8) as loop:
+        handles = [loop.submit(prompt, params) for prompt, params in zip(prompts, settings, strict=True)]
+        same([handle.result(60) for handle in handles], alone)
+    assert len({result.tokens for result in alone[:4]}) == 4
