@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from starling.engine.errors import UserError
 from starling.serving.triton.inputs import Inputs
 from starling.serving.triton.interface import Call, Interface
-from starling.serving.triton.request import LINE_LIMIT, Delta, RequestError, read_delta
+from starling.serving.triton.request import LINE_LIMIT, PROMPT_LIMIT, Delta, RequestError, read_delta
 
 #: Seconds between two looks at whether a client still waits, while no token comes.
 CANCEL_POLL_S = 0.05
@@ -66,6 +66,8 @@ class EntryModel:
         call = self.interface.read(Inputs(arrays, batched=self.interface.batched), own)
         if not call.job.prompt:
             raise RequestError("text_input is empty: give it at least one character")
+        if len(call.job.prompt) > PROMPT_LIMIT:
+            raise RequestError(f"text_input has {len(call.job.prompt):,} characters: give at most {PROMPT_LIMIT:,}")
         return call
 
     async def _answer(self, call: Call, sender: Any, wanted: set[str]) -> None:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from starling.engine.results import FinishReason
 from starling.engine.sampling import SamplingParams
 
-#: The longest line on the socket, in bytes: a prompt beyond it is refused.
+#: The longest line on the socket, in bytes, and the longest prompt, in characters, which JSON makes 12 bytes at most.
 LINE_LIMIT = 2**24
+PROMPT_LIMIT = 1_000_000
 
 #: invalid: the client's mistake. unavailable: may be tried again. cancelled: nobody waits for it. internal: ours.
 ErrorKind = Literal["invalid", "unavailable", "cancelled", "internal"]
