@@ -127,22 +127,26 @@ def test_kv_cache_bytes_are_those_of_the_buffers(backend: OrtBackend) -> None:
 
 def test_nothing_is_allocated_or_bound_per_decoded_token(backend: OrtBackend) -> None:
     token, position = [7], [0]
-    for _ in range(10):
-        first = backend.decode(token, position).logits()
-    step = backend._steps[1]
-    tracemalloc.start()
-    for count in range(100):
-        position[0] = count % MAX_SEQ
-        output = backend.decode(token, position)
-        output.next_tokens()
-        logits = output.logits()
-    grown, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+
+    def decode_100() -> npt.NDArray[np.float32]:
+        for count in range(100):
+            position[0] = count % MAX_SEQ
+            output = backend.decode(token, position)
+            output.next_tokens()
+            logits = output.logits()
+        return logits
+
+    first, step, traced = decode_100(), backend._steps[1], []
+    for _ in range(3):  # the interpreter's own small change is not the same each time
+        tracemalloc.start()
+        logits = decode_100()
+        traced.append(tracemalloc.get_traced_memory())
+        tracemalloc.stop()
     assert np.shares_memory(first, logits)
     assert backend._steps == {1: step}
-    # The interpreter's own small change: one object kept per token would be 4,800 bytes, a row of logits over 100 KB.
-    assert grown < 4_000
-    assert peak < 8_000
+    # One object kept per token would be 4,800 bytes, a row of logits over 100 KB.
+    assert min(grown for grown, _ in traced) < 4_000
+    assert min(peak for _, peak in traced) < 8_000
 
 
 def test_model_seconds_are_part_of_the_wall_time(backend: OrtBackend) -> None:
