@@ -19,7 +19,7 @@ from starling.export.bundle_folder import check_target
 
 if TYPE_CHECKING:
     from starling.engine.bundle import Bundle
-    from starling.export.qdq import QdqQuantization
+    from starling.export.qdq.scheme import QdqQuantization
     from starling.export.quantization import Quantization
 
 # Spelt out here, since importing them from starling.export would bring torch into `--help`; a test compares them.
@@ -87,7 +87,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
         progress.phase("loading PyTorch")
         from starling.export.checkpoint import open_checkpoint
         from starling.export.exporter import ExportOptions, export_bundle
-        from starling.export.qdq_prepare import DEFAULT_TOKENS, Calibration
+        from starling.export.qdq.prepare import DEFAULT_TOKENS, Calibration
 
         how = ExportOptions(
             dialect=options["dialect"],
@@ -136,7 +136,7 @@ def _quantization(options: dict[str, Any]) -> Quantization | QdqQuantization | N
     if options["quant"] is None:
         return None
     if options["dialect"] == _TENSORRT:
-        from starling.export.qdq import QdqQuantization
+        from starling.export.qdq.scheme import QdqQuantization
 
         keep = options["keep_precision"]
         return QdqQuantization(

@@ -20,8 +20,8 @@ from starling.export.genai import GRAPH_FILE as GENAI_GRAPH_FILE
 from starling.export.genai import genai_config, genai_graph
 from starling.export.parity import Parity, require_fp32
 from starling.export.projections import write_projections
-from starling.export.qdq import QdqQuantization
-from starling.export.qdq_prepare import Calibration, prepare
+from starling.export.qdq.prepare import Calibration, prepare
+from starling.export.qdq.scheme import QdqQuantization
 from starling.export.quality import CUT_LAYERS, fits, measure, require_quality
 from starling.export.quantization import Quantization
 from starling.export.reference import cut

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from starling.export.passes import MICROSOFT, STARLING, insert_constant, is_embedding, is_linear, take_over
-from starling.export.qdq_projections import QdqPlan, QdqWriter
+from starling.export.qdq.projections import QdqPlan, QdqWriter
 from starling.export.quantization import Quantization
 from starling.export.weights import Blocks, Rows, new_weight, rows_of
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from starling.engine.errors import UnsupportedModelError
 from starling.export.checkpoint import TensorSource
-from starling.export.qdq import FP8, INT4, INT8, Grid, pack_int4, quantize_weight, weight_scales
+from starling.export.qdq.scheme import FP8, INT4, INT8, Grid, pack_int4, quantize_weight, weight_scales
 from starling.export.quantization import Quantization, quantize_rows
 from starling.export.weights import Blocks, QdqRows, Rows, Table, Weight, weight_of
 

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from starling.export.bundle_folder import write_tokenizer
-from starling.export.calibration import input_absmax
 from starling.export.calibration_text import CALIBRATION, TextEncoder, TokenRows, calibration_rows, held_out_rows
 from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.dialects import get_dialect
-from starling.export.precision_choice import judged_rows, rank_groups
-from starling.export.qdq import QdqQuantization
-from starling.export.qdq_plan import PreparedWeights, kept_by_pattern, names_of, plan_activations, projection_groups
-from starling.export.qdq_prepare import DEFAULT_TOKENS
-from starling.export.qdq_simulation import Simulation
+from starling.export.qdq.calibration import input_absmax
+from starling.export.qdq.plan import PreparedWeights, kept_by_pattern, names_of, plan_activations, projection_groups
+from starling.export.qdq.precision_choice import judged_rows, rank_groups
+from starling.export.qdq.prepare import DEFAULT_TOKENS
+from starling.export.qdq.scheme import QdqQuantization
+from starling.export.qdq.simulation import Simulation
+from starling.export.qdq.smoothquant import InputGroup
 from starling.export.quality import HELD_OUT_TOKENS
-from starling.export.smoothquant import InputGroup
 from starling.export.tracer import trace
 
 PARTS = ("smoothing", "clipping", "kept")

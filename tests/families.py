@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from starling.export.checkpoint import Checkpoint, TensorSource
-from starling.export.smoothquant import SmoothedTensors
+from starling.export.qdq.smoothquant import SmoothedTensors
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32002,

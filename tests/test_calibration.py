@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from starling.engine.bundle import Bundle
 from starling.engine.errors import UserError
 from starling.export.bundle_folder import write_tokenizer
-from starling.export.calibration import input_absmax
 from starling.export.calibration_text import (
     CALIBRATION,
     HELD_OUT,
@@ -23,8 +22,9 @@ from starling.export.calibration_text import (
     read_texts,
 )
 from starling.export.checkpoint import Checkpoint, open_checkpoint
+from starling.export.qdq.calibration import input_absmax
+from starling.export.qdq.streamed_model import StreamedModel
 from starling.export.reference import load_reference
-from starling.export.streamed_model import StreamedModel
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_bundle_names_the_text_it_was_calibrated_on(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     from starling.export.exporter import ExportOptions, export_bundle
-    from starling.export.qdq import QdqQuantization
-    from starling.export.qdq_prepare import Calibration
+    from starling.export.qdq.prepare import Calibration
+    from starling.export.qdq.scheme import QdqQuantization
 
     mine = tmp_path / "mine.txt"
     mine.write_text("The ferry was late again, and nobody on the quay seemed to mind. " * 30)

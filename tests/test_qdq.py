@@ -18,7 +18,9 @@ from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.parity import bundle_logits, compared_positions
 from starling.export.projections import write_projections
-from starling.export.qdq import (
+from starling.export.qdq.prepare import Calibration
+from starling.export.qdq.projections import InputPlan, QdqPlan
+from starling.export.qdq.scheme import (
     FP8,
     INT4,
     INT8,
@@ -29,8 +31,6 @@ from starling.export.qdq import (
     round_to_grid,
     weight_scales,
 )
-from starling.export.qdq_prepare import Calibration
-from starling.export.qdq_projections import InputPlan, QdqPlan
 from starling.export.reference import load_reference, reference_logits
 from starling.export.weight_file import write_weights
 from starling.export.weights import Rows, new_weight

@@ -13,9 +13,9 @@ from starling.engine.errors import UserError
 from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.parity import Parity
-from starling.export.precision_choice import choose_kept, rank_groups
-from starling.export.qdq import MAX_MEAN_KL, QdqQuantization
-from starling.export.qdq_prepare import Calibration
+from starling.export.qdq.precision_choice import choose_kept, rank_groups
+from starling.export.qdq.prepare import Calibration
+from starling.export.qdq.scheme import MAX_MEAN_KL, QdqQuantization
 from starling.export.quality import require_quality
 
 TENSORRT = ("--dialect", "tensorrt", "--quant")
@@ -62,7 +62,7 @@ def test_weight_only_bundles_carry_figures_and_no_bound(tiny_checkpoint: Checkpo
 def test_the_choice_keeps_as_few_as_needed() -> None:
     """A model whose KL is the sum of its groups' costs, so that the right answer is known."""
     from starling.export.calibration_text import TokenRows
-    from starling.export.smoothquant import InputGroup
+    from starling.export.qdq.smoothquant import InputGroup
 
     costs = [0.001, 0.2, 0.004, 0.03, 0.002]
     groups = [InputGroup(((f"w{i}",),), (), False) for i in range(len(costs))]

@@ -7,15 +7,15 @@ import pytest
 import torch
 from families import Family, random_folder, with_a_spike
 
-from starling.export.calibration import input_absmax
 from starling.export.calibration_text import TokenRows
 from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.dialects import get_dialect
-from starling.export.qdq import QdqQuantization
-from starling.export.qdq_plan import kept_by_pattern, names_of, plan_activations, projection_groups
-from starling.export.qdq_projections import InputPlan, QdqPlan
-from starling.export.qdq_simulation import Simulation, mean_kl
-from starling.export.smoothquant import InputGroup, SmoothedTensors, input_groups, smoothing_factors
+from starling.export.qdq.calibration import input_absmax
+from starling.export.qdq.plan import kept_by_pattern, names_of, plan_activations, projection_groups
+from starling.export.qdq.projections import InputPlan, QdqPlan
+from starling.export.qdq.scheme import QdqQuantization
+from starling.export.qdq.simulation import Simulation, mean_kl
+from starling.export.qdq.smoothquant import InputGroup, SmoothedTensors, input_groups, smoothing_factors
 from starling.export.tracer import trace
 
 FAMILIES = [

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from starling.engine.errors import UserError
 from starling.export.checkpoint import TensorSource
-from starling.export.qdq import QdqQuantization
-from starling.export.qdq_projections import InputPlan, QdqPlan
-from starling.export.smoothquant import InputGroup, SmoothedTensors, column_absmax, input_groups, smoothing_factors
+from starling.export.qdq.projections import InputPlan, QdqPlan
+from starling.export.qdq.scheme import QdqQuantization
+from starling.export.qdq.smoothquant import InputGroup, SmoothedTensors, column_absmax, input_groups, smoothing_factors
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,12 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from starling.engine.bundle import Architecture
-from starling.export.calibration import input_absmax
 from starling.export.calibration_text import CALIBRATION, TextEncoder, TokenRows, calibration_rows
 from starling.export.checkpoint import Checkpoint
 from starling.export.parity import available_memory
 from starling.export.passes import is_linear
-from starling.export.precision_choice import choose_kept, judged_rows
-from starling.export.qdq import MAX_MEAN_KL, QdqQuantization
-from starling.export.qdq_plan import (
+from starling.export.qdq.calibration import input_absmax
+from starling.export.qdq.plan import (
     PreparedWeights,
     kept_by_pattern,
     names_of,
@@ -22,7 +20,9 @@ from starling.export.qdq_plan import (
     plan_weights,
     projection_groups,
 )
-from starling.export.qdq_simulation import Simulation
+from starling.export.qdq.precision_choice import choose_kept, judged_rows
+from starling.export.qdq.scheme import MAX_MEAN_KL, QdqQuantization
+from starling.export.qdq.simulation import Simulation
 from starling.export.weights import rows_of
 
 #: The choice aims lower than the bound: it sees the text that the scales were made for, and no float16.

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from starling.export.calibration_text import TokenRows
-from starling.export.qdq_plan import names_of
-from starling.export.qdq_simulation import Simulation, mean_kl
-from starling.export.smoothquant import InputGroup
+from starling.export.qdq.plan import names_of
+from starling.export.qdq.simulation import Simulation, mean_kl
+from starling.export.qdq.smoothquant import InputGroup
 
 _ROWS, _ROW_TOKENS = 8, 48  # text that the choice is made on: enough to rank projections, quick enough to try each
 Told = Callable[[int, int], None]

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from starling.export.calibration_text import TokenRows
 from starling.export.checkpoint import TensorSource
-from starling.export.streamed_model import Progress, StreamedModel
+from starling.export.qdq.streamed_model import Progress, StreamedModel
 
 
 def input_absmax(

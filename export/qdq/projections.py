@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from starling.export.qdq import Grid, QdqQuantization
+from starling.export.qdq.scheme import Grid, QdqQuantization
 from starling.export.weights import QdqRows, Rows, Table, new_weight, rows_of
 
 
