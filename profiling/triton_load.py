@@ -112,11 +112,16 @@ def idle_stats(http: str) -> dict[str, Any]:
 
 
 def counted(metrics: str) -> dict[str, float]:
-    """Generated tokens and ended requests by the metrics page."""
+    """Generated tokens and ended requests by the metrics page: its counters, and its histograms of requests."""
     with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=TIMEOUT_S) as answer:
         lines = answer.read().decode().splitlines()
     samples = [(name, float(value)) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")]
-    totals = {"tokens": "vllm:generation_tokens_total", "ended": "vllm:request_success_total"}
+    totals = {
+        "tokens": "vllm:generation_tokens_total",
+        "ended": "vllm:request_success_total",
+        "observed": "vllm:request_generation_tokens_count",
+        "observed_tokens": "vllm:request_generation_tokens_sum",
+    }
     return {key: sum(value for name, value in samples if name.startswith(total)) for key, total in totals.items()}
 
 
@@ -160,10 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     time.sleep(1)  # the metrics are refreshed four times a second
     metrics = counted(options.metrics)
     ended = sum(after["ended"].values())
+    tokens = after["generated_tokens"]
     even = (
         after["submitted"] == ended
         and after["submitted"] - before["submitted"] == options.requests - outcomes["refused"]
-        and metrics == {"tokens": after["generated_tokens"], "ended": ended}
+        and metrics == {"tokens": tokens, "ended": ended, "observed": ended, "observed_tokens": tokens}
     )
     document = {
         "requests": options.requests,

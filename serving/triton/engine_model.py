@@ -16,7 +16,7 @@ import numpy as np
 from starling.serving.triton.inputs import Tensor, text_array
 
 if TYPE_CHECKING:
-    from starling.engine.results import FinishReason, Timings
+    from starling.engine.results import Timings
 
 INPUTS = (Tensor("command", "STRING", optional=False),)
 OUTPUTS = (Tensor("answer", "STRING"),)
@@ -86,9 +86,9 @@ class TritonPythonModel:
             self._pb_utils.Logger.log_info("starling: the server was started without metrics")
             return None
 
-    def _ended(self, reason: FinishReason, timings: Timings) -> None:
+    def _ended(self, timings: Timings) -> None:
         if self._metrics is not None:
-            self._metrics.ended(reason, timings)
+            self._metrics.ended(timings)
 
 
 def engine_settings(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:

@@ -17,14 +17,15 @@ from contextlib import suppress
 from threading import Thread
 
 from starling.engine.errors import ClosedError, QueueFullError, StarlingError, UserError
-from starling.engine.results import FinishReason, GenerationChunk, Timings
+from starling.engine.request import RequestHandle
+from starling.engine.results import GenerationChunk, Timings
 from starling.engine.sampling import TokenLogprob
 from starling.engine.serving_loop import ServingLoop
 from starling.engine.tokenizer import Tokenizer
 from starling.serving.triton.request import LINE_LIMIT, Delta, Job, Logprob, RequestError, delta_line, error_line
 
 #: Is told of each request that ended, on the socket's thread.
-Ended = Callable[[FinishReason, Timings], None]
+Ended = Callable[[Timings], None]
 
 
 class EngineSocket:
@@ -71,16 +72,24 @@ class EngineSocket:
             gone = asyncio.ensure_future(reader.read(1))
             gone.add_done_callback(lambda _: handle.cancel())
             try:
+                # Read to the end also when nobody listens any more: the metrics count every request.
                 async for chunk in handle.chunks():
-                    if chunk.finish_reason is not None and chunk.timings is not None:
-                        self._ended(chunk.finish_reason, chunk.timings)
-                    writer.write(delta_line(self._delta(chunk)))
-                    await writer.drain()
+                    if not gone.done():
+                        await self._tell(writer, self._delta(chunk), handle)
             finally:
                 gone.cancel()
+                if handle.done:
+                    self._ended(handle.partial.timings)
         except StarlingError as error:
             writer.write(error_line(_refusal(error)))
             await writer.drain()
+
+    async def _tell(self, writer: asyncio.StreamWriter, delta: Delta, handle: RequestHandle) -> None:
+        try:
+            writer.write(delta_line(delta))
+            await writer.drain()
+        except ConnectionError:
+            handle.cancel()
 
     def _delta(self, chunk: GenerationChunk) -> Delta:
         return Delta(

@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
-from starling.engine.results import FinishReason, Timings
+from starling.engine.results import Timings
 from starling.engine.serving_stats import ServingStats
 from starling.serving import metrics as table
 
@@ -42,7 +42,7 @@ class TritonMetrics:
         self._thread = Thread(target=self._work, name="starling-metrics", daemon=True)
         self._thread.start()
 
-    def ended(self, reason: FinishReason, timings: Timings) -> None:
+    def ended(self, timings: Timings) -> None:
         """A request has ended; any thread may say so."""
         self._finished.put(timings)
 
