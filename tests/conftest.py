@@ -1,6 +1,7 @@
 """Bundles that many tests share, exported once a session through the same code as the command line."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ from filelock import FileLock
 from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization import Quantization
+
+# A job started in the background ignores Ctrl-C, and so do its children: the tests send it to both.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
