@@ -156,6 +156,9 @@ class TritonServer:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            # What a killed server leaves: start.sh's prefix with its process id, then a UUID.
+            for left in Path("/dev/shm").glob(f"starling{self.process.pid}????????-????-*"):
+                left.unlink(missing_ok=True)
 
 
 @contextmanager
