@@ -16,6 +16,7 @@ from starling.engine.backend import StepOutput, Tokens, check_room, chunk_length
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.huge_pages import huge_pages
+from starling.engine.kernels import KernelLibrary, kernel_library
 from starling.engine.ort_buffers import (
     OrtOutput,
     StepOutputs,
@@ -100,7 +101,13 @@ class OrtBackend:
     ) -> None:
         """With `profile_prefix` ONNX Runtime times every operator; `end_profiling` then gives the file."""
         self._ort = import_onnxruntime()
-        self._session: Any = _open_session(self._ort, bundle, provider, threads, profile_prefix)
+        kernels = kernel_library() if provider == CPU and bundle.kernel_graph is not None else None
+        #: Instruction set of our own operators that run the bundle (starling.engine.kernels), None where none do.
+        self.kernels: str | None = None if kernels is None else kernels.instruction_set
+        #: The file that was loaded.
+        self.graph_path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)
+        options = _session_options(self._ort, bundle, threads, kernels, profile_prefix)
+        self._session: Any = _open_session(self._ort, self.graph_path, provider, options)
         self.provider: str = self._session.get_providers()[0]
         self._device = "cuda" if self.provider == CUDA else "cpu"
         self.threads, self.max_seq, self.max_batch = threads, max_seq, max_batch
@@ -189,7 +196,9 @@ class OrtBackend:
         return binding
 
 
-def _open_session(ort: Any, bundle: Bundle, provider: str, threads: int, profile_prefix: Path | None) -> Any:
+def _session_options(
+    ort: Any, bundle: Bundle, threads: int, kernels: KernelLibrary | None, profile_prefix: Path | None
+) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -200,13 +209,19 @@ def _open_session(ort: Any, bundle: Bundle, provider: str, threads: int, profile
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     if bundle.dialect == "tensorrt":  # else it multiplies quantized weights with activations that it rounds as it likes
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if kernels is not None:
+        options.register_custom_ops_library(str(kernels.path))
+    return options
+
+
+def _open_session(ort: Any, graph: Path, provider: str, options: Any) -> Any:
     if provider == CUDA:
         ort.preload_dlls()
     try:
         with huge_pages() if provider == CPU else nullcontext():
-            session = ort.InferenceSession(str(bundle.reference_path), options, providers=[provider])
+            session = ort.InferenceSession(str(graph), options, providers=[provider])
     except Exception as error:
-        raise BackendError(f"ONNX Runtime cannot load {bundle.reference_path}: {first_line(error)}") from error
+        raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error
     if session.get_providers()[0] != provider:
         raise BackendError(
             f"{provider} did not start on this machine; see `starling doctor`, or use --backend onnxruntime-cpu"

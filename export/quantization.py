@@ -57,7 +57,8 @@ def quantize_rows(rows: Tensor, how: Quantization) -> tuple[Tensor, Tensor, Tens
     """Quantize rows [n, columns] of any float type.
 
     Returns uint8 data [n, blocks, block_size * bits / 8] (low nibble first), float32 scales [n, blocks] and uint8 zero
-    points [n, ceil(blocks * bits / 8)]; weight = (data - zero_point) * scale.
+    points [n, ceil(blocks * bits / 8)]; weight = (data - zero_point) * scale. Scales are values of float16, so that a
+    kernel may keep them in two bytes.
     """
     n, columns = rows.shape
     padded = torch.nn.functional.pad(rows.float(), (0, how.blocks(columns) * how.block_size - columns))
@@ -65,17 +66,24 @@ def quantize_rows(rows: Tensor, how: Quantization) -> tuple[Tensor, Tensor, Tens
     top = 2**how.bits - 1
     if how.symmetric:
         middle = 2 ** (how.bits - 1)
-        scale = blocks.abs().amax(dim=2) / (middle - 1)
+        scale = _float16_above(blocks.abs().amax(dim=2) / (middle - 1))
         zero = torch.full_like(scale, middle)
     else:
         low, high = blocks.amin(dim=2).clamp_(max=0), blocks.amax(dim=2).clamp_(min=0)
-        scale = (high - low) / top
+        scale = _float16_above((high - low) / top)
         zero = torch.where(scale > 0, -low / scale, 0).round_().clamp_(0, top)
     safe = torch.where(scale > 0, scale, 1.0)
     data = (blocks / safe[..., None]).round_().add_(zero[..., None]).clamp_(0, top).to(torch.uint8)
     if how.bits == 4:
         return _pack_nibbles(data), safe, _pack_nibbles(zero.to(torch.uint8))
     return data, safe, zero.to(torch.uint8)
+
+
+def _float16_above(scale: Tensor) -> Tensor:
+    """The least float16 values not below `scale` (>= 0), as float32: rounded down, a block's ends would be cut off."""
+    half = scale.half()
+    above = (half.view(torch.int16) + 1).view(torch.float16)  # the next one, as positive floats are ordered by their bits
+    return torch.where(half.float() < scale, above, half).float()
 
 
 def _pack_nibbles(values: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+// Attention over a KV cache: the data, and what an instruction set offers.
+#pragma once
+
+#include <cstddef>
+
+namespace starling {
+
+constexpr int kChunk = 128;  // positions that one softmax covers before it is joined with the next
+
+// Query rows that see the same head of keys and values: row i is query head i % heads of token i / heads, and the token
+// stands at `position` + i / heads. It sees the keys up to its own, at most `window` of them (0: all).
+struct AttentionRows {
+  const float* queries;  // [count][head_dim], scaled
+  const float* keys;     // [positions][head_dim]
+  const float* values;   // [positions][head_dim]
+  int count;
+  int head_dim;
+  int heads;
+  int position;
+  int window;
+};
+
+// A softmax not yet divided by its total: by row, the greatest score, the total of e^(score - greatest), and the values
+// added up with these weights.
+struct Partial {
+  float* greatest;  // [count]
+  float* totals;    // [count]
+  float* sums;      // [count][head_dim]
+};
+
+// A position's row of the rotary tables.
+struct Angles {
+  const float* cos;
+  const float* sin;
+  int count;  // half of the rotated dimensions; 0: nothing is rotated
+};
+
+// The functions of one instruction set. Head dimensions are multiples of 16.
+struct AttentionKernels {
+  void (*rotate)(const float* x, const Angles& angles, bool interleaved, int head_dim, float scale, float* out);
+  // Attention over positions [begin, end) of one chunk; `scratch` holds keys_scratch(head_dim) floats.
+  void (*attend)(const AttentionRows& rows, int begin, int end, float* scratch, const Partial& out);
+  void (*join)(const AttentionRows& rows, const Partial& next, const Partial& into);
+};
+
+constexpr size_t keys_scratch(int head_dim) { return static_cast<size_t>(head_dim) * 64; }
+
+extern const AttentionKernels kAttentionAvx512;
+extern const AttentionKernels kAttentionAvx2;
+
+// The best this processor can run; nullptr where it can run none.
+const AttentionKernels* attention_kernels();
+
+}  // namespace starling
