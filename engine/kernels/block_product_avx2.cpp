@@ -32,7 +32,6 @@ void multiply_tile(const PackedWeights& weights, const QuantizedRows& rows, int 
   const size_t start = static_cast<size_t>(pair) * weights.blocks, blocks = weights.blocks;
   const uint8_t* data = weights.data.data() + start * kPair * kBlock + tile * kTile * 4;
   const uint16_t* scales = weights.scales.data() + start * kPair + tile * kTile;
-  const uint8_t* zeros = weights.zeros.data() + start * kPair + tile * kTile;
   for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
   for (size_t block = 0; block < blocks; ++block) {
     const size_t at = row * blocks + block;
@@ -56,10 +55,9 @@ void multiply_tile(const PackedWeights& weights, const QuantizedRows& rows, int 
       }
     }
     for (int half = 0; half < 2; ++half) {
-      const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + half * 8)));
       const __m256 scale = _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(scales + half * 8)));
       for (int r = 0; r < Rows; ++r) {
-        const __m256i correction = _mm256_mullo_epi32(zero, _mm256_set1_epi32(rows.corrections[at + r * blocks]));
+        const __m256i correction = _mm256_set1_epi32(rows.corrections[at + r * blocks]);
         const __m256i dot = _mm256_add_epi32(join_pairs(pairs[r][half * 2], pairs[r][half * 2 + 1]), correction);
         const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(rows.scales[at + r * blocks]));
         sums[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), both, sums[r][half]);
@@ -67,7 +65,6 @@ void multiply_tile(const PackedWeights& weights, const QuantizedRows& rows, int 
     }
     data += kPair * kBlock;
     scales += kPair;
-    zeros += kPair;
   }
 }
 

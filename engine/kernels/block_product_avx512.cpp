@@ -26,21 +26,13 @@ void multiply_rows(const PackedWeights& weights, const QuantizedRows& rows, int 
   const size_t start = static_cast<size_t>(pair) * weights.blocks;
   const uint8_t* data = weights.data.data() + start * kPair * kBlock;
   const uint16_t* scales = weights.scales.data() + start * kPair;
-  const uint8_t* zeros = weights.zeros.data() + start * kPair;
   const size_t blocks = weights.blocks;
   __m512 sums[Rows][2];
   for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
   for (size_t block = 0; block < blocks; ++block) {
     const size_t at = row * blocks + block;
     __m512i dots[Rows][2];
-    for (int tile = 0; tile < 2; ++tile) {
-      const __m512i zero = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(zeros) + tile));
-      for (int r = 0; r < Rows; ++r) {
-        // 16-bit pairs: the zero point times the low half of the correction, plus 0 times its high half.
-        const __m512i correction = _mm512_set1_epi32(rows.corrections[at + r * blocks]);
-        dots[r][tile] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), zero, correction);
-      }
-    }
+    for (int r = 0; r < Rows; ++r) dots[r][0] = dots[r][1] = _mm512_set1_epi32(rows.corrections[at + r * blocks]);
     const int8_t* values = rows.values + at * kBlock;
 #pragma GCC unroll 8
     for (int step = 0; step < kBlock / 4; ++step) {
@@ -62,7 +54,6 @@ void multiply_rows(const PackedWeights& weights, const QuantizedRows& rows, int 
     }
     data += kPair * kBlock;
     scales += kPair;
-    zeros += kPair;
   }
   for (int r = 0; r < Rows; ++r) finish(weights, epilogue, row + r, pair, 0, {sums[r][0]}, {sums[r][1]});
 }

@@ -39,7 +39,7 @@ inline void quantize(const float* row, int inputs, const Norm& norm, const Quant
       sum += round_to_bytes(x[i] * inverse, out.values + (first + block) * kBlock + i * Vector::width);
     }
     out.scales[first + block] = most / 127.0f;
-    out.corrections[first + block] = -sum;
+    out.corrections[first + block] = -128 * sum;
   }
 }
 

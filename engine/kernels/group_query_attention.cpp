@@ -47,7 +47,7 @@ GroupQueryAttention::GroupQueryAttention(const NodeInfo& node)
       scale_(node.real("scale")),
       rotates_(node.integer("do_rotary") != 0),
       interleaved_(node.integer("rotary_interleaved") != 0),
-      kernels_(attention_kernels()) {
+      kernels_(attention_kernels(node.integer("reduced_precision") != 0)) {
   require(kernels_ != nullptr, "this processor has neither AVX-512 nor AVX2");
   require(kv_heads_ > 0 && heads_ > 0 && heads_ % kv_heads_ == 0, "num_heads is not a multiple of kv_num_heads");
 }
@@ -61,7 +61,7 @@ void GroupQueryAttention::compute(const Call& call) const {
   step.positions = static_cast<int>(cache[2]);
   step.head_dim = static_cast<int>(cache[3]);
   step.group = heads_ / kv_heads_;
-  require(step.head_dim % 16 == 0, "head_dim is not a multiple of 16");
+  require(step.head_dim % 16 == 0 && step.head_dim <= 256, "head_dim is not a multiple of 16 up to 256");
   step.query = call.input_data<float>(kQuery);
   step.key = call.input_data<float>(kKey);
   step.value = call.input_data<float>(kValue);
@@ -147,12 +147,11 @@ void GroupQueryAttention::attend_tile(const Step& step, size_t task) const {
 
   thread_local Array<float> memory;
   const size_t size = partial_size(rows.count, rows.head_dim);
-  float* scratch = grown(memory, 2 * size + keys_scratch(rows.head_dim));
+  float* scratch = grown(memory, 2 * size + attend_scratch(rows.count, rows.head_dim));
   const Partial sums = partial_at(scratch, rows.count), next = partial_at(scratch + size, rows.count);
-  float* keys = scratch + 2 * size;
   for (int begin = first * kChunk; begin < end; begin += kChunk) {
     const bool is_first = begin == first * kChunk;
-    kernels_->attend(rows, begin, std::min(begin + kChunk, end), keys, is_first ? sums : next);
+    kernels_->attend(rows, begin, std::min(begin + kChunk, end), scratch + 2 * size, is_first ? sums : next);
     if (!is_first) kernels_->join(rows, next, sums);
   }
   write_result(step, rows, sums, row, head, token);
@@ -176,9 +175,9 @@ void GroupQueryAttention::attend_split(const Call& call, const Step& step) const
     if (chunk < first || chunk >= last) return;
     const AttentionRows rows = rows_of(step, pair / kv_heads_, pair % kv_heads_, 0, step.tokens);
     const int end = std::min((chunk + 1) * kChunk, step.lengths[pair / kv_heads_] + 1);
-    thread_local Array<float> keys;
-    kernels_->attend(rows, chunk * kChunk, end, grown(keys, keys_scratch(rows.head_dim)),
-                     partial_at(partials + task * size, count));
+    thread_local Array<float> prepared;
+    float* scratch = grown(prepared, attend_scratch(count, rows.head_dim));
+    kernels_->attend(rows, chunk * kChunk, end, scratch, partial_at(partials + task * size, count));
   });
   for (int pair = 0; pair < pairs; ++pair) {
     const int row = pair / kv_heads_, head = pair % kv_heads_;

@@ -9,7 +9,8 @@
 namespace starling {
 
 // Rotates queries and keys, writes keys and values at the new positions of the cache, and attends. Attributes:
-// num_heads, kv_num_heads, scale, local_window_size (-1: none), do_rotary, rotary_interleaved.
+// num_heads, kv_num_heads, scale, local_window_size (-1: none), do_rotary, rotary_interleaved, and reduced_precision: 1
+// allows products of bfloat16.
 class GroupQueryAttention {
  public:
   static constexpr const char* name = "GroupQueryAttention";

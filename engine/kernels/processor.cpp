@@ -32,7 +32,8 @@ const BlockKernels* block_kernels() {
   return has_avx2() ? &kAvx2 : nullptr;
 }
 
-const AttentionKernels* attention_kernels() {
+const AttentionKernels* attention_kernels(bool reduced) {
+  if (reduced && has_avx512() && __builtin_cpu_supports("avx512bf16")) return &kAttentionBf16;
   if (has_avx512()) return &kAttentionAvx512;
   return has_avx2() ? &kAttentionAvx2 : nullptr;
 }

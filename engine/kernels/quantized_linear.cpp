@@ -7,7 +7,7 @@
 namespace starling {
 namespace {
 
-enum Input : size_t { kX, kData, kScales, kZeros, kNormWeight, kBias, kResidual };
+enum Input : size_t { kX, kData, kScales, kNormWeight, kBias, kResidual };
 
 uint16_t half_bits(float value) {
   uint32_t bits;
@@ -31,7 +31,7 @@ int row_of(const PackedWeights& packed, int pair, int tile, int lane) {
   return column < half ? tile * half + column : packed.outputs;
 }
 
-void pack_pair(PackedWeights& packed, int pair, const uint8_t* data, const float* scales, const uint8_t* zeros) {
+void pack_pair(PackedWeights& packed, int pair, const uint8_t* data, const float* scales) {
   for (int block = 0; block < packed.blocks; ++block) {
     const size_t place = static_cast<size_t>(pair) * packed.blocks + block;
     uint8_t* out = packed.data.data() + place * kPair * kBlock;
@@ -41,13 +41,12 @@ void pack_pair(PackedWeights& packed, int pair, const uint8_t* data, const float
         const bool exists = row < packed.outputs;
         const size_t source = static_cast<size_t>(row) * packed.blocks + block;
         packed.scales.data()[place * kPair + at] = exists ? half_bits(scales[source]) : 0;
-        packed.zeros.data()[place * kPair + at] = exists ? zeros[source] : 0;
         for (int step = 0; step < kBlock / 4; ++step) {
           uint8_t* four = out + (static_cast<size_t>(step) * kPair + at) * 4;
           if (exists) {
             std::memcpy(four, data + source * kBlock + step * 4, 4);
           } else {
-            std::memset(four, 0, 4);
+            std::memset(four, 128, 4);
           }
         }
       }
@@ -73,20 +72,16 @@ QuantizedLinear::QuantizedLinear(const NodeInfo& node) : kernels_(block_kernels(
 
   const ort::Value* data = node.initializer(kData, "the weights");
   const ort::Value* scales = node.initializer(kScales, "the scales");
-  const ort::Value* zeros = node.initializer(kZeros, "the zero points");
-  require(data != nullptr && scales != nullptr && zeros != nullptr, "the weights are not in the graph");
+  require(data != nullptr && scales != nullptr, "the weights are not in the graph");
   const int64_t blocks = int64_t{packed.outputs} * packed.blocks;
-  require(shape_of(node.api, data).elements() == blocks * kBlock && shape_of(node.api, scales).elements() == blocks &&
-              shape_of(node.api, zeros).elements() == blocks,
+  require(shape_of(node.api, data).elements() == blocks * kBlock && shape_of(node.api, scales).elements() == blocks,
           "the weights do not have the shapes that K and N say");
   const size_t places = static_cast<size_t>(packed.pairs) * packed.blocks * kPair;
   packed.data = Array<uint8_t>(places * kBlock);
   packed.scales = Array<uint16_t>(places);
-  packed.zeros = Array<uint8_t>(places);
   const auto* bytes = data_of<const uint8_t>(node.api, data);
   const auto* factors = data_of<const float>(node.api, scales);
-  const auto* offsets = data_of<const uint8_t>(node.api, zeros);
-  for (int pair = 0; pair < packed.pairs; ++pair) pack_pair(packed, pair, bytes, factors, offsets);
+  for (int pair = 0; pair < packed.pairs; ++pair) pack_pair(packed, pair, bytes, factors);
   let_go(bytes, static_cast<size_t>(blocks) * kBlock);
 }
 

@@ -13,11 +13,10 @@ namespace starling {
 class QuantizedLinear {
  public:
   static constexpr const char* name = "QuantizedLinear";
-  // x [..., K], data [N, K/32, 32], scales [N, K/32], zero_points [N, K/32], norm_weight [K], bias [N], residual [..., N]
-  static constexpr std::array<InputSpec, 7> inputs = {{{ort::kFloat},
+  // x [..., K], data [N, K/32, 32], scales [N, K/32], norm_weight [K], bias [N], residual [..., N]
+  static constexpr std::array<InputSpec, 6> inputs = {{{ort::kFloat},
                                                        {ort::kUInt8},
                                                        {ort::kFloat},
-                                                       {ort::kUInt8},
                                                        {ort::kFloat, true},
                                                        {ort::kFloat, true},
                                                        {ort::kFloat, true}}};
