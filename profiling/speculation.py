@@ -251,8 +251,9 @@ def command(
         raise SystemExit(error.exit_code) from error
     if output is not None:
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    for table in tables(document):
-        Console().print(table)
+    console = Console()
+    for table in tables(document):  # off a terminal rich assumes 80 columns and would fold the names
+        Console(width=None if console.is_terminal else 120).print(table)
     sys.exit(any(answer["first_difference"] is not None for answer in document["answers"]))
 
 
