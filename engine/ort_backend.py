@@ -12,9 +12,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from starling.engine.backend import StepOutput, Tokens, check_room, chunk_length
+from starling.engine.backend import MOST_VERIFIED, StepOutput, Tokens, check_room, chunk_length
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
+from starling.engine.graph_names import LOGITS_TO_KEEP
 from starling.engine.huge_pages import huge_pages
 from starling.engine.kernels import KernelLibrary, kernel_library
 from starling.engine.ort_buffers import (
@@ -23,7 +24,7 @@ from starling.engine.ort_buffers import (
     allocate_cache,
     first_line,
 )
-from starling.engine.ort_inputs import INPUTS, StepWriter
+from starling.engine.ort_inputs import INPUTS, KeptPositions, StepWriter
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # What ONNX Runtime 1.32 has kernels for: MatMul on the CPU lacks bf16, GroupQueryAttention on CUDA lacks fp32.
@@ -81,6 +82,13 @@ class _Step(NamedTuple):
     output: OrtOutput
 
 
+class _Verification(NamedTuple):
+    """All that verifying so many tokens of a row needs, made once."""
+
+    binding: Any
+    output: OrtOutput
+
+
 class OrtBackend:
     """Implements `starling.engine.backend.Backend` with ONNX Runtime on one device. Not thread-safe."""
 
@@ -116,8 +124,12 @@ class OrtBackend:
         self.model_seconds = 0.0
         self._chunk = min(prefill_chunk, max_seq)
         self._cache = allocate_cache(self._ort, bundle, self._device, max_batch, max_seq)
-        self._inputs = INPUTS[bundle.dialect](self._ort, self._device, max_batch, self._chunk, max_seq)
-        self._outputs = StepOutputs(bundle, max_batch)
+        longest = max(self._chunk, MOST_VERIFIED)
+        self._inputs = INPUTS[bundle.dialect](self._ort, self._device, max_batch, longest, max_seq)
+        self._why_no_verify = _why_no_verify(bundle)
+        self._kept = KeptPositions(self._ort, self._device, MOST_VERIFIED) if self._why_no_verify is None else None
+        self._outputs = StepOutputs(bundle, max(max_batch, MOST_VERIFIED))  # a page takes memory when it is written to
+        self._verifications: dict[tuple[int, int], _Verification] = {}
         self._row_bindings: dict[int, Any] = {}
         self._steps: dict[int, _Step] = {}
         self._row_output = self._outputs.output(1)
@@ -145,6 +157,20 @@ class OrtBackend:
         self._run(step.binding)
         return step.output
 
+    def check_verifies(self) -> None:
+        """Raise BackendError where the graph gives the last position's logits only."""
+        if self._why_no_verify is not None:
+            raise BackendError(self._why_no_verify)
+
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> StepOutput:
+        """Write `tokens` [n] at start..start+n of row `slot`; the output has a row for each."""
+        self.check_verifies()
+        check_room(self, slot, start + len(tokens) - 1)
+        found = self._verifications.get((slot, len(tokens))) or self._new_verification(slot, len(tokens))
+        self._inputs.write_chunk(tokens, start)
+        self._run(found.binding)
+        return found.output
+
     def clear(self, row: int) -> None:
         """Nothing to do: the operators read no position behind a row's end (tested on the CPU)."""
 
@@ -156,6 +182,7 @@ class OrtBackend:
         """Free the session, the cache and every binding."""
         self._row_bindings.clear()
         self._steps.clear()
+        self._verifications.clear()
         self._cache.clear()
         self._session = None
 
@@ -176,6 +203,14 @@ class OrtBackend:
         step = self._steps[rows] = _Step(binding, self._inputs.step_writer(rows), self._outputs.output(rows))
         return step
 
+    def _new_verification(self, slot: int, length: int) -> _Verification:
+        if not 1 <= length <= MOST_VERIFIED:
+            raise BackendError(f"{length} tokens are to be verified in one step: give 1 to {MOST_VERIFIED}")
+        binding = self._bind(slot, 1, kept=length)
+        self._inputs.bind(binding, 1, length)
+        made = self._verifications[slot, length] = _Verification(binding, self._outputs.output(length))
+        return made
+
     def _row_binding(self, slot: int, length: int) -> Any:
         binding = self._row_bindings.get(slot)
         if binding is None:
@@ -183,8 +218,11 @@ class OrtBackend:
         self._inputs.bind(binding, 1, length)
         return binding
 
-    def _bind(self, first: int, rows: int) -> Any:
-        """A binding whose past and present are the same memory: rows first..first+rows of the cache."""
+    def _bind(self, first: int, rows: int, kept: int = 1) -> Any:
+        """A binding whose past and present are the same memory: rows first..first+rows of the cache.
+
+        Its outputs are those of the last `kept` positions of each row.
+        """
         binding = self._session.io_binding()
         for name, buffer in self._cache.items():
             _, heads, positions, head_dim = buffer.shape()
@@ -192,8 +230,18 @@ class OrtBackend:
             pointer = buffer.data_ptr() + buffer.tensor_size_in_bytes() // self.max_batch * first
             binding.bind_input(f"past_key_values.{name}", self._device, 0, kind, shape, pointer)
             binding.bind_output(f"present.{name}", self._device, 0, kind, shape, pointer)
-        self._outputs.bind(binding, rows)
+        if self._kept is not None:
+            self._kept.bind(binding, kept)
+        self._outputs.bind(binding, rows, kept)
         return binding
+
+
+def _why_no_verify(bundle: Bundle) -> str | None:
+    """Why the graph cannot give logits behind several tokens of a row; None where it can."""
+    if any(spec.name == LOGITS_TO_KEEP for spec in bundle.graph.inputs):
+        return None
+    how = "export the model again" if bundle.dialect == "ort" else "export it with --dialect ort"
+    return f"{bundle.folder}: its graph gives the last token's logits only, so no draft can be verified: {how}"
 
 
 def _session_options(

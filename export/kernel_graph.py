@@ -112,26 +112,21 @@ def _replace(graph: ir.Graph, product: ir.Node) -> None:
 
 
 def _norm_before(graph: ir.Graph, x: ir.Value) -> tuple[ir.Value, ir.Value, float] | None:
-    """(input, weight, epsilon) of the norm whose result x is, or a slice of whose result it is along the sequence."""
+    """(input, weight, epsilon) of the norm whose result x is, or some positions of whose result it is."""
     producer = x.producer()
-    if producer is not None and producer.op_type == "Slice":
+    if producer is not None and producer.op_type == "Gather" and producer.attributes["axis"].as_int() == 1:
         found = _norm_before(graph, _present(producer.inputs[0]))
         if found is None:
             return None
         value, weight, epsilon = found
-        # Rows are normed one by one, so those that are left can be chosen before.
-        sliced = ir.node("Slice", [value, *producer.inputs[1:]])
-        graph.insert_before(producer, sliced)
-        sliced.outputs[0].type = x.type
-        sliced.outputs[0].shape = x.shape
-        return sliced.outputs[0], weight, epsilon
+        # Positions are normed one by one, so those that are left can be chosen before.
+        chosen = ir.node("Gather", [value, producer.inputs[1]], attributes={"axis": 1})
+        chosen.outputs[0].type, chosen.outputs[0].shape = x.type, x.shape
+        return _insert(graph, producer, chosen), weight, epsilon
     if producer is None or producer.op_type != "SimplifiedLayerNormalization":
         return None
-    return (
-        _present(producer.inputs[0]),
-        _present(producer.inputs[1]),
-        producer.attributes["epsilon"].as_float(),
-    )
+    weight, epsilon = _present(producer.inputs[1]), producer.attributes["epsilon"].as_float()
+    return _present(producer.inputs[0]), weight, epsilon
 
 
 def _gated_activation(product: ir.Value) -> ir.Node | None:
