@@ -2,7 +2,8 @@
 //
 // weight = (byte - 128) * scale, and a row's activations are rounded to int8 block by block, each block with a scale of
 // its own (its greatest magnitude / 127). Products within a block are exact integers; blocks are added in order in
-// float32. How many rows there are, and how they are shared out to threads, therefore never changes a bit of a result.
+// float32. A second plane rounds what the first has left of an activation, and its products are added: 15 bits in place
+// of 8. How many rows there are, and how they are shared out to threads, therefore never changes a bit of a result.
 #pragma once
 
 #include <cstddef>
@@ -23,6 +24,7 @@ struct PackedWeights {
   int outputs = 0;  // rows of the weight matrix
   int blocks = 0;   // of a row
   int pairs = 0;
+  int planes = 1;   // of the activations that they are multiplied with
   bool gated = false;
   Array<uint8_t> data;     // [pairs][blocks][8][2][16][4]
   Array<uint16_t> scales;  // float16 [pairs][blocks][2][16]
@@ -31,13 +33,14 @@ struct PackedWeights {
   int width() const { return gated ? outputs / 2 : outputs; }
 };
 
-// Rows of activations, rounded. `corrections` is -128 times the sum of a block's values: what 128 too much in every byte
+// Rows of activations, rounded; the planes of one are neighbours. `corrections` is -128 times the sum of a block's values: what 128 too much in every byte
 // of the weights adds to a product.
 struct QuantizedRows {
-  int8_t* values;        // [rows][blocks * 32]
-  float* scales;         // [rows][blocks]
-  int32_t* corrections;  // [rows][blocks]
+  int8_t* values;        // [rows][planes][blocks * 32]
+  float* scales;         // [rows][planes][blocks]
+  int32_t* corrections;  // [rows][planes][blocks]
   int blocks;
+  int planes;
 };
 
 // An RMSNorm in front of a product: row / sqrt(mean(row²) + epsilon) * weight [inputs].

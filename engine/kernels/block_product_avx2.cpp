@@ -13,11 +13,11 @@ STARLING_TARGET_BEGIN("avx2,fma,f16c")
 namespace starling {
 namespace {
 
-int32_t round_to_bytes(Vector x, int8_t* to) {
-  const __m256i whole = _mm256_cvtps_epi32(x.v);
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+int32_t store_bytes(Vector whole, int8_t* to) {
+  const __m256i numbers = _mm256_cvtps_epi32(whole.v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
-  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1));
   sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
   return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
 }
@@ -74,9 +74,14 @@ void multiply_rows(const PackedWeights& weights, const QuantizedRows& rows, int 
   __m256 first[Rows][2], second[Rows][2];
   multiply_tile<Rows>(weights, rows, row, pair, 0, first);
   multiply_tile<Rows>(weights, rows, row, pair, 1, second);
-  for (int r = 0; r < Rows; ++r) {
-    for (int half = 0; half < 2; ++half) {
-      finish(weights, epilogue, row + r, pair, half * 8, {first[r][half]}, {second[r][half]});
+  for (int half = 0; half < 2; ++half) {
+    if (weights.planes == 1) {
+      for (int r = 0; r < Rows; ++r) {
+        finish(weights, epilogue, row + r, pair, half * 8, {first[r][half]}, {second[r][half]});
+      }
+    } else if constexpr (Rows == 2) {
+      finish(weights, epilogue, row / 2, pair, half * 8, Vector{first[0][half]} + Vector{first[1][half]},
+             Vector{second[0][half]} + Vector{second[1][half]});
     }
   }
 }

@@ -13,13 +13,13 @@ STARLING_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")
 namespace starling {
 namespace {
 
-int32_t round_to_bytes(Vector x, int8_t* to) {
-  const __m512i whole = _mm512_cvtps_epi32(x.v);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(whole));
-  return _mm512_reduce_add_epi32(whole);
+int32_t store_bytes(Vector whole, int8_t* to) {
+  const __m512i numbers = _mm512_cvtps_epi32(whole.v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(numbers));
+  return _mm512_reduce_add_epi32(numbers);
 }
 
-// `Rows` rows from `row` against one pair of tiles: all sums stay in registers.
+// `Rows` rows (or planes of rows) from `row` against one pair of tiles: all sums stay in registers.
 template <int Rows>
 void multiply_rows(const PackedWeights& weights, const QuantizedRows& rows, int row, int pair,
                    const Epilogue& epilogue) {
@@ -55,7 +55,14 @@ void multiply_rows(const PackedWeights& weights, const QuantizedRows& rows, int 
     data += kPair * kBlock;
     scales += kPair;
   }
-  for (int r = 0; r < Rows; ++r) finish(weights, epilogue, row + r, pair, 0, {sums[r][0]}, {sums[r][1]});
+  if (weights.planes == 1) {
+    for (int r = 0; r < Rows; ++r) finish(weights, epilogue, row + r, pair, 0, {sums[r][0]}, {sums[r][1]});
+    return;
+  }
+  for (int r = 0; r + 1 < Rows; r += 2) {
+    const __m512 first = _mm512_add_ps(sums[r][0], sums[r + 1][0]), second = _mm512_add_ps(sums[r][1], sums[r + 1][1]);
+    finish(weights, epilogue, (row + r) / 2, pair, 0, {first}, {second});
+  }
 }
 
 }  // namespace

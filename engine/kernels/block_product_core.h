@@ -1,5 +1,5 @@
 // What stands before and behind the products: rounding the activations, finishing the sums. Included inside a target
-// region, behind vector_math.h; the file that includes it defines round_to_bytes and multiply_rows.
+// region, behind vector_math.h; the file that includes it defines store_bytes and multiply_rows.
 #pragma once
 
 namespace starling {
@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kBlockVectors = kBlock / Vector::width;
 
-// Store x, rounded to whole numbers, as Vector::width bytes, and return their sum.
-int32_t round_to_bytes(Vector x, int8_t* to);
+// Store whole numbers as Vector::width bytes, and return their sum.
+int32_t store_bytes(Vector whole, int8_t* to);
 
 inline float inverse_root_mean_square(const float* row, int inputs, float epsilon) {
   Vector sum = Vector::zero();
@@ -22,7 +22,6 @@ inline float inverse_root_mean_square(const float* row, int inputs, float epsilo
 inline void quantize(const float* row, int inputs, const Norm& norm, const QuantizedRows& out, int index) {
   const bool normed = norm.weight != nullptr;
   const Vector factor = Vector::all(normed ? inverse_root_mean_square(row, inputs, norm.epsilon) : 1.0f);
-  const size_t first = static_cast<size_t>(index) * out.blocks;
   for (int block = 0; block < out.blocks; ++block) {
     Vector x[kBlockVectors], greatest = Vector::zero();
     for (int i = 0; i < kBlockVectors; ++i) {
@@ -32,14 +31,21 @@ inline void quantize(const float* row, int inputs, const Norm& norm, const Quant
       if (normed) x[i] = x[i] * factor * Vector::load(norm.weight + at, mask);
       greatest = max(greatest, abs(x[i]));
     }
-    const float most = greatest.greatest();
-    const Vector inverse = Vector::all(most > 0 ? 127.0f / most : 0.0f);
-    int32_t sum = 0;
-    for (int i = 0; i < kBlockVectors; ++i) {
-      sum += round_to_bytes(x[i] * inverse, out.values + (first + block) * kBlock + i * Vector::width);
+    for (int plane = 0; plane < out.planes; ++plane) {
+      const size_t at = (static_cast<size_t>(index) * out.planes + plane) * out.blocks + block;
+      const float most = greatest.greatest(), scale = most / 127.0f;
+      const Vector inverse = Vector::all(most > 0 ? 127.0f / most : 0.0f);
+      int32_t sum = 0;
+      greatest = Vector::zero();
+      for (int i = 0; i < kBlockVectors; ++i) {
+        const Vector whole = rounded(x[i] * inverse);
+        sum += store_bytes(whole, out.values + at * kBlock + i * Vector::width);
+        x[i] = fnma(whole, Vector::all(scale), x[i]);
+        greatest = max(greatest, abs(x[i]));
+      }
+      out.scales[at] = scale;
+      out.corrections[at] = -128 * sum;
     }
-    out.scales[first + block] = most / 127.0f;
-    out.corrections[first + block] = -128 * sum;
   }
 }
 

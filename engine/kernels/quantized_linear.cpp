@@ -64,8 +64,10 @@ QuantizedLinear::QuantizedLinear(const NodeInfo& node) : kernels_(block_kernels(
   packed.inputs = static_cast<int>(node.integer("K"));
   packed.outputs = static_cast<int>(node.integer("N"));
   packed.gated = node.integer("gated") != 0;
+  packed.planes = static_cast<int>(node.integer("planes"));
   require(node.integer("block_size") == kBlock && node.integer("bits") == 8, "weights must have 8 bits in blocks of 32");
   require(packed.inputs > 0 && packed.outputs > 0 && (!packed.gated || packed.outputs % 2 == 0), "K or N is unusable");
+  require(packed.planes == 1 || packed.planes == 2, "planes must be 1 or 2");
   packed.blocks = divided(packed.inputs, kBlock);
   packed.pairs = packed.gated ? divided(packed.outputs / 2, kTile) : divided(packed.outputs, kPair);
   norm_.epsilon = node.real("epsilon");
@@ -97,9 +99,10 @@ void QuantizedLinear::compute(const Call& call) const {
   thread_local Array<int8_t> values;
   thread_local Array<float> scales;
   thread_local Array<int32_t> corrections;
-  const size_t blocks = static_cast<size_t>(rows) * weights_.blocks;
+  const int planes = weights_.planes;
+  const size_t blocks = static_cast<size_t>(rows) * planes * weights_.blocks;
   const QuantizedRows quantized{grown(values, blocks * kBlock), grown(scales, blocks), grown(corrections, blocks),
-                                weights_.blocks};
+                                weights_.blocks, planes};
   const auto round_row = [&](size_t row) { kernels_->quantize(x + row * inputs, inputs, norm, quantized, row); };
   constexpr int kSerialRows = 4;  // waking the other threads costs more than rounding this few
   if (rows <= kSerialRows) {
@@ -109,10 +112,10 @@ void QuantizedLinear::compute(const Call& call) const {
   }
 
   constexpr int kRowsOfTask = 96;  // so that there are enough tasks for many threads
-  const int groups = std::max(divided(rows, kRowsOfTask), 1);
+  const int groups = std::max(divided(rows * planes, kRowsOfTask), 1);
   call.parallel(static_cast<size_t>(weights_.pairs) * groups, [&](size_t task) {
     const int pair = static_cast<int>(task) / groups, first = static_cast<int>(task) % groups * kRowsOfTask;
-    kernels_->multiply(weights_, quantized, first, std::min(first + kRowsOfTask, rows), pair, epilogue);
+    kernels_->multiply(weights_, quantized, first, std::min(first + kRowsOfTask, rows * planes), pair, epilogue);
   });
 }
 

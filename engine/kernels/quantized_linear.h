@@ -9,7 +9,7 @@
 namespace starling {
 
 // y [..., N] = x [..., K] · weightsᵀ, N halved where the weights are gated. Attributes: K, N, bits (8), block_size (32),
-// gated, epsilon. The weights are packed when the kernel is made.
+// planes (1 or 2), gated, epsilon. The weights are packed when the kernel is made.
 class QuantizedLinear {
  public:
   static constexpr const char* name = "QuantizedLinear";
