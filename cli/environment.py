@@ -12,6 +12,7 @@ from typing import Any
 
 from starling.cli.extras import DISTRIBUTION, extra_packages
 from starling.engine.errors import BackendError
+from starling.engine.kernels import KernelsUnavailable, require_kernel_library
 from starling.engine.ort_backend import CUDA, import_onnxruntime
 from starling.engine.tensorrt.library import RUNTIMES, TITLES, RuntimeName, load_library
 from starling.profiling.machine import describe_machine
@@ -32,7 +33,7 @@ def describe_environment() -> dict[str, Any]:
     findings = [
         _inference(runtime),
         _cuda(runtime, gpus),
-        _int8(machine["isa"]),
+        _kernels(machine["isa"]),
         _export(export),
         *(_tensorrt(name, gpus) for name in RUNTIMES),
     ]
@@ -109,11 +110,15 @@ def _cuda(runtime: dict[str, Any], gpus: list[dict[str, str]]) -> dict[str, Any]
     return _finding(subject, False, "no GPU here; on a machine with one: pip install 'starling-llm[gpu]'")
 
 
-def _int8(flags: Iterable[str]) -> dict[str, Any]:
-    found = [flag for flag in flags if flag in INT8_FLAGS]
-    if found:
-        return _finding("fast int8", True, f"{', '.join(found)}: int8 and int4 bundles multiply in int8 at full rate")
-    return _finding("fast int8", False, "the processor has no VNNI or like: int8 and int4 save memory more than time")
+def _kernels(flags: Iterable[str]) -> dict[str, Any]:
+    """The engine's own CPU kernels, and how fast the processor multiplies int8."""
+    try:
+        library = require_kernel_library()
+    except KernelsUnavailable as error:
+        return _finding("CPU kernels", False, f"{error}; int8 bundles run on ONNX Runtime's own operators")
+    fast = any(flag in INT8_FLAGS for flag in flags)
+    rate = "at full rate" if fast else "without VNNI's fourfold rate"
+    return _finding("CPU kernels", True, f"{library.instruction_set}: int8 bundles run on our own operators, {rate}")
 
 
 def _export(packages: dict[str, str | None]) -> dict[str, Any]:

@@ -110,7 +110,6 @@ class OrtBackend:
         """With `profile_prefix` ONNX Runtime times every operator; `end_profiling` then gives the file."""
         self._ort = import_onnxruntime()
         kernels = kernel_library() if provider == CPU and bundle.kernel_graph is not None else None
-        #: Instruction set of our own operators that run the bundle (starling.engine.kernels), None where none do.
         self.kernels: str | None = None if kernels is None else kernels.instruction_set
         #: The file that was loaded.
         self.graph_path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)

@@ -1,7 +1,7 @@
 """A second graph over the same quantized weights, for the engine's own CPU kernels: few, large operators.
 
-Each MatMulNBits becomes a `starling::QuantizedLinear` (engine/kernels), which takes in what stands around it: the RMSNorm
-in front, the gated activation and the residual addition behind.
+Each MatMulNBits becomes a `starling::QuantizedLinear` (engine/kernels), which takes in what stands around it: the
+RMSNorm in front, the gated activation and the residual addition behind.
 """
 
 import onnx_ir as ir
@@ -100,8 +100,8 @@ def _replace(graph: ir.Graph, product: ir.Node) -> None:
             "N": product.attributes["N"].as_int(),
             "bits": _BITS,
             "block_size": _BLOCK_SIZE,
-            # The logits' own rounding costs most (a fifth of the mean KL) and is taken back for nothing: decode waits for
-            # the weights, and a prompt has one position here.
+            # The logits' own rounding costs most (a fifth of the mean KL), and costs nothing to take back: decode waits
+            # for the weights, and a prompt has one position here.
             "planes": 2 if output.is_graph_output() else 1,
             "gated": int(gated),
             "epsilon": epsilon,
@@ -176,5 +176,3 @@ def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
 def _present(value: ir.Value | None) -> ir.Value:
     assert value is not None
     return value
-
-

@@ -89,7 +89,9 @@ def quantize_rows(rows: Tensor, how: Quantization) -> tuple[Tensor, Tensor, Tens
 def _float16_above(scale: Tensor) -> Tensor:
     """The least float16 values not below `scale` (>= 0), as float32: rounded down, a block's ends would be cut off."""
     half = scale.half()
-    above = (half.view(torch.int16) + 1).view(torch.float16)  # the next one, as positive floats are ordered by their bits
+    above = (half.view(torch.int16) + 1).view(
+        torch.float16
+    )  # the next one, as positive floats are ordered by their bits
     return torch.where(half.float() < scale, above, half).float()
 
 

@@ -30,6 +30,7 @@ def profile_document(profile: Profile) -> dict[str, Any]:
             "backend": profile.backend,
             "provider": profile.provider,
             "note": profile.note,
+            "kernels": profile.kernels,
             "threads": profile.threads,
             "repeats": sweep.repeats,
             "warmup": sweep.warmup,

@@ -47,7 +47,10 @@ def precision(bundle: Mapping[str, Any]) -> str:
 def bundle_line(document: Mapping[str, Any]) -> str:
     """What was measured: model, precision, provider, threads."""
     bundle, run = document["bundle"], document["run"]
-    return f"{bundle['source'].get('name')} · {precision(bundle)} · {run['provider']} · {run['threads']} threads"
+    # Documents of before there were kernels have no such field.
+    kernels = f" with {run['kernels']} kernels" if run.get("kernels") else ""
+    provider = f"{run['provider']}{kernels}"
+    return f"{bundle['source'].get('name')} · {precision(bundle)} · {provider} · {run['threads']} threads"
 
 
 def run_line(document: Mapping[str, Any]) -> str:

@@ -59,6 +59,7 @@ class Profile:
     backend: str
     provider: str
     note: str | None
+    kernels: str | None
     speculation: str | None
     threads: int
     max_seq: int
@@ -105,6 +106,7 @@ def measure(
         backend=backend.name,
         provider=backend.provider,
         note=backend.note,
+        kernels=backend.kernels,
         speculation=options.speculation,
         threads=threads,
         max_seq=positions,

@@ -27,6 +27,7 @@ class RangedBackend:
             raise BackendError("--nvtx needs the package nvtx: pip install 'starling-llm[profiling]'") from error
         self._backend = backend
         self.name, self.provider, self.note = backend.name, backend.provider, backend.note
+        self.kernels = backend.kernels
         self.max_seq, self.max_batch, self.vocab_size = backend.max_seq, backend.max_batch, backend.vocab_size
         self.kv_cache_bytes = backend.kv_cache_bytes
         pipeline = backend.pipeline

@@ -1,4 +1,4 @@
-"""Operators of our own for ONNX Runtime on the CPU: a shared library in C++ that is built when the package is installed.
+"""Operators of our own for ONNX Runtime on the CPU: a library in C++ that is built when the package is installed.
 
 Where it is missing (no compiler, another processor, another system) the engine runs the bundle's plain graph with ONNX
 Runtime's own operators: same results within rounding, slower. `STARLING_CPU_KERNELS=0` asks for that.
@@ -48,7 +48,9 @@ def _load() -> KernelLibrary:
     folder = Path(__file__).parent
     path = next((file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_library{suffix}").is_file()), None)
     if path is None:
-        raise KernelsUnavailable("not built: they need x86-64 Linux and a C++17 compiler when starling-llm is installed")
+        raise KernelsUnavailable(
+            "not built: they need x86-64 Linux and a C++17 compiler when starling-llm is installed"
+        )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

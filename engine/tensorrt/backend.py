@@ -53,6 +53,7 @@ class TensorRTBackend:
         self.vocab_size = bundle.architecture.vocab_size
         self.model_seconds = 0.0
         self.note: str | None = None
+        self.kernels: str | None = None
         with ExitStack() as closing:
             self._memory = memory = DeviceMemory(device)
             closing.callback(memory.close)
