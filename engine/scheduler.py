@@ -159,7 +159,7 @@ class Scheduler:
 
     def _note_time(self, request: Request) -> None:
         sequence, now, model_s = request.sequence, perf_counter(), self._backend.model_seconds
-        if len(sequence.steps) == 1:
+        if len(sequence.tokens) == 1:
             sequence.ttft_s = now - request.submitted
         else:
             gap = now - request.newest
@@ -187,7 +187,7 @@ class Scheduler:
 
     def _fail(self, request: Request, error: Exception) -> None:
         sequence = request.sequence
-        request.error = RequestFailed(f"request {request.id} failed after {len(sequence.steps)} token(s): {error}")
+        request.error = RequestFailed(f"request {request.id} failed after {len(sequence.tokens)} token(s): {error}")
         request.error.__cause__ = error
         sequence.finish_reason = "failed"
         self._leave(request, "failed")
