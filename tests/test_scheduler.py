@@ -312,20 +312,3 @@ def test_settings_are_each_requests_own(served: Served) -> None:
     assert len({result.tokens for result in results}) == len(settings)
     assert results[2].logprobs is not None
     assert results[0].logprobs is None
-
-
-def test_the_pace_grows_to_what_fits_between_two_steps() -> None:
-    pace = PrefillPace(most=128, slowdown=2.5)
-    assert pace.chunk(pace.budget(decoding=False)) == 128
-    for _ in range(30):
-        pace.decoded(0.02)
-    budget = pace.budget(decoding=True)
-    assert budget == pytest.approx(0.03)
-    sizes = []
-    for _ in range(8):
-        size = max(pace.chunk(budget), GRAIN)
-        pace.prefilled(size, 0.008 + 0.0005 * size)
-        sizes.append(size)
-    assert sizes == [8, 16, 24, 32, 40, 40, 40, 40], "the most that takes 30 ms is 44 tokens"
-    pace.prefilled(64, 6.4)
-    assert pace.chunk(budget) == 0, "the caller then takes the smallest chunk"
