@@ -10,6 +10,8 @@ GRAIN = 8
 LEAST = 4
 #: Weight of the newest step or chunk in the running means.
 NEWEST = 0.25
+#: How much of the longest chunk's length is forgotten with each that is shorter.
+FORGOTTEN = 0.05
 #: Of the very first chunk's time, what is taken for its tokens' until lengths have varied. Little, so that longer ones
 #: are tried: each is at most twice as long as the ones before, so it cannot miss by much.
 FIRST_SHARE = 0.25
@@ -76,17 +78,18 @@ class ChunkCost:
         self._slope = 0.0
         #: Mean error of the predictions, in seconds.
         self._error = 0.0
-        self._newest = 0
+        #: Tokens of the longest chunk, forgotten slowly.
+        self._longest = 0.0
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A chunk of so many tokens took so long."""
-        if not self._newest:
+        if not self._longest:
             self._tokens, self._seconds, self._slope = tokens, seconds, FIRST_SHARE * seconds / tokens
         else:
             expected = self._predict(tokens)
             seconds = min(seconds, OUTLIER * expected)
             self._error += NEWEST * (abs(seconds - expected) - self._error)
-        self._newest = tokens
+        self._longest = max(tokens, (1 - FORGOTTEN) * self._longest)
         more, longer = tokens - self._tokens, seconds - self._seconds
         self._tokens += NEWEST * more
         self._seconds += NEWEST * longer
@@ -97,15 +100,15 @@ class ChunkCost:
         self._slope = min(max(slope, 0.0), self._seconds / self._tokens)
 
     def fitting(self, seconds: float) -> int:
-        """The most tokens of a chunk that is likely to take at most so long; at most twice as many as the newest ones
-        had, since what lies far from all that was observed is only guessed.
+        """The most tokens of a chunk that is likely to take at most so long; at most twice as many as the longest of
+        late, since what lies far from all that was observed is only guessed.
         """
-        if not self._newest:
+        if not self._longest:
             return 0
         left = seconds - self._error - self._predict(0)
         if left <= 0:
             return 0
-        most = max(2 * self._newest, int(2 * self._tokens), GRAIN)
+        most = max(int(2 * self._longest), GRAIN)
         return most if left >= most * self._slope else int(left / self._slope)
 
     def _predict(self, tokens: int) -> float:
