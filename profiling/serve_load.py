@@ -109,6 +109,7 @@ def _outcome(kind: str, wrong: str, answer: HTTPResponse, chance: random.Random)
         return _of_answer(kind, body)
     error = json.loads(body)["error"]
     if answer.status == 429 and error["code"] == "queue_full" and answer.headers["Retry-After"]:
+        time.sleep(float(answer.headers["Retry-After"]))  # as a client should
         return "busy"
     expected = {
         "refused": (400, None),
