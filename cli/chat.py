@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import bundle_argument, engine_options, engine_settings, sampling_options
+from starling.cli.options import bundle_argument, engine_options, engine_settings, sampling_options, speculation_option
 from starling.cli.options import sampling_params as params_of
 from starling.cli.output import decode_utf8, note
 from starling.cli.results import cache_figure, figures, note_backend
@@ -29,6 +29,7 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops a re
 @click.option("--template", help="Chat template by name, for example code.")
 @sampling_options
 @engine_options
+@speculation_option
 @click.option("--verbose", is_flag=True, help="Show figures for each reply: tokens reused and prefilled, TTFT, speed.")
 def command(bundle: Path, system: str | None, template: str | None, verbose: bool, **options: Any) -> None:
     """Talk with the model: each line of stdin is a turn, each reply streams to stdout.
@@ -45,7 +46,7 @@ def command(bundle: Path, system: str | None, template: str | None, verbose: boo
     params = params_of(options)
     from starling.engine.engine import Engine
 
-    with Engine(bundle, **engine_settings(options)) as engine:
+    with Engine(bundle, **engine_settings(options), speculation=options["speculation"]) as engine:
         note_backend(engine)
         interactive = sys.stdin.isatty()
         if interactive:

@@ -45,7 +45,11 @@ _ACTIVATION_OPTIONS = ("calibration", "calibration_tokens", "smoothing", "accept
 @click.option(
     "--block-size", type=int, help="Weights that share a scale.  [default: 32; tensorrt: a channel, int4 128]"
 )
-@click.option("--symmetric", is_flag=True, help="No zero points, dialect ort: smaller, less accurate.")
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="Whether zero is in the middle, dialect ort.  [default: symmetric for int8, which the CPU kernels want]",
+)
 @click.option("--accuracy-level", type=int, help="MatMulNBits' own, dialect ort: 4 multiplies in int8.  [default: 4]")
 @click.option("--quantize-head", is_flag=True, help="Quantize lm_head too, dialect tensorrt.")
 @click.option(
@@ -148,8 +152,8 @@ def _quantization(options: dict[str, Any]) -> Quantization | QdqQuantization | N
         )
     from starling.export.quantization import Quantization
 
-    given = {name: options[name] for name in ("block_size", "accuracy_level") if options[name] is not None}
-    return Quantization(options["quant"], symmetric=options["symmetric"], **given)
+    given = {name: options[name] for name in ("block_size", *_BLOCK_OPTIONS) if options[name] is not None}
+    return Quantization(options["quant"], **given)
 
 
 def _silence_libraries() -> None:

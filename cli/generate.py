@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import bundle_argument, engine_options, engine_settings, json_option, sampling_options
+from starling.cli.options import (
+    bundle_argument,
+    engine_options,
+    engine_settings,
+    json_option,
+    sampling_options,
+    speculation_option,
+)
 from starling.cli.options import sampling_params as params_of
 from starling.cli.output import note, print_json, read_text
 from starling.cli.results import batch_figures, figures, generation_json, logprob_lines, note_backend
@@ -35,6 +42,7 @@ INTERRUPTED = 130
 @sampling_options
 @click.option("--logprobs", type=int, help="Show log-probabilities of each token and of the N likeliest.")
 @engine_options
+@speculation_option
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
 @json_option
 @click.pass_context
@@ -50,6 +58,7 @@ def command(context: click.Context, /, bundle: Path, no_stream: bool, as_json: b
       starling generate smollm2 --raw "The capital of France is" --max-tokens 16
       starling generate smollm2 "Write a haiku." --temperature 0.8 --top-p 0.95 --seed 7
       starling generate starling-7b --template code - < task.txt
+      starling generate smollm2 --speculation prompt-lookup --prompt-file edit-this-code.txt
       starling generate smollm2 "First question?" "Second question?" --json
       starling generate smollm2 --ids 504,3575,282,4649,314
     """
@@ -57,7 +66,8 @@ def command(context: click.Context, /, bundle: Path, no_stream: bool, as_json: b
     params = params_of(options, options["logprobs"])
     from starling.engine.engine import Engine
 
-    with Engine(bundle, max_batch=len(prompts), **engine_settings(options)) as engine:
+    settings = {**engine_settings(options), "speculation": options["speculation"]}
+    with Engine(bundle, max_batch=len(prompts), **settings) as engine:
         note_backend(engine)
         chat = _wants_chat(engine, options)
         if len(prompts) == 1:
@@ -69,6 +79,8 @@ def command(context: click.Context, /, bundle: Path, no_stream: bool, as_json: b
             print_json(generation_json(results, engine))
         else:
             _print(results, engine, streamed=len(prompts) == 1 and not no_stream)
+            if options["speculation"] and len(prompts) > 1:
+                note("several prompts ran as one batch: without speculation, which is for one prompt at a time")
     if any(result.finish_reason == "interrupted" for result in results):
         context.exit(INTERRUPTED)
 

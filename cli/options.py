@@ -59,6 +59,17 @@ _SAMPLING = [
     click.option("--stop", multiple=True, help="End before this string; repeatable. $'\\n' is a line end in bash."),
     click.option("--ignore-eos", is_flag=True, help="Go on behind the model's end token."),
 ]
+_SPECULATION = [
+    click.option(
+        "--speculation",
+        type=click.Choice(("off", "prompt-lookup")),
+        default="off",
+        show_default=True,
+        callback=lambda context, option, value: None if value == "off" else value,
+        help="Draft tokens from what the text said before, and verify several at a time: the same answer, sooner where "
+        "it repeats the prompt. For one prompt at a time.",
+    )
+]
 _SERVING = [
     click.option("--slots", type=click.IntRange(1), default=4, show_default=True, help="Requests that run together."),
     click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait."),
@@ -83,6 +94,7 @@ backend_options = _stack(_BACKEND)
 engine_options = _stack([*_MAX_SEQ, *_BACKEND, *_VERIFY])
 max_seq_option = _MAX_SEQ[0]
 verify_option = _VERIFY[0]
+speculation_option = _SPECULATION[0]
 sampling_options = _stack(_SAMPLING)
 serving_options = _stack(_SERVING)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import backend_options, json_option
+from starling.cli.options import backend_options, json_option, speculation_option
 from starling.cli.output import note, print_json
 from starling.engine.errors import UserError
 
@@ -47,6 +47,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--warmup", type=int, default=1, show_default=True, help="Runs before them that do not count.")
 @click.option("--max-seq", type=int, help="Positions of the KV cache.  [default: as many as the longest run needs]")
 @backend_options
+@speculation_option
 @click.option("--operators", is_flag=True, help="Time every operator too, grouped by the part of the layer.")
 @click.option("--cold-start/--no-cold-start", default=True, show_default=True, help="Time a fresh process too.")
 @click.option("--nvtx", is_flag=True, help="Mark prefill and decode with NVTX ranges (package nvtx).")
@@ -78,6 +79,7 @@ def command(
       starling profile smollm2
       starling profile smollm2 --prompt-tokens 128,1024 --batch 1,4 --output a.json --html a.html
       starling profile smollm2 --operators --threads 2
+      starling profile smollm2 --speculation prompt-lookup --prompt-tokens 512
       starling profile --compare a.json b.json
     """
     if compare:
@@ -117,6 +119,8 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
     options = Options(**{name: value for name, value in settings.items() if name not in counts})
     with _progress() as progress:
         profile = measure(Bundle.open(folder), sweep, options, progress)
+    if options.speculation is not None and sweep.max_batch > 1:
+        note("batches of several rows ran without speculation, which is for one prompt at a time")
     if profile.note is not None:
         note(profile.note)
     if options.operators and profile.operators is None:

@@ -20,7 +20,7 @@ def note_backend(engine: Engine) -> None:
 
 
 def figures(result: GenerationResult, engine: Engine) -> str:
-    """Tokens, why it ended, TTFT, decode speed and the cache's memory, in one line."""
+    """Tokens, why it ended, TTFT, decode speed, accepted drafts and the cache's memory, in one line."""
     timings = result.timings
     prefilled = f"{timings.prefilled_tokens} of {timings.prompt_tokens}" if timings.reused_tokens else ""
     parts = [
@@ -29,6 +29,8 @@ def figures(result: GenerationResult, engine: Engine) -> str:
     ]
     if timings.itl_s:
         parts.append(f"{timings.tokens_per_second:.1f} tokens/s")
+    if timings.drafted_tokens:
+        parts.append(f"{timings.accepted_tokens} of {timings.drafted_tokens} drafted tokens accepted")
     return " · ".join([*parts, cache_figure(engine)])
 
 
@@ -103,5 +105,7 @@ def timings_json(timings: Timings) -> dict[str, Any]:
         "time_per_output_token_ms": timings.tpot_ms,
         "request_latency_ms": timings.total_s * 1e3,
         "tokens_per_second": timings.tokens_per_second,
+        "drafted_tokens": timings.drafted_tokens,
+        "accepted_tokens": timings.accepted_tokens,
         "host_us_per_token": timings.host_s_per_token * 1e6,
     }

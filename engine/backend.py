@@ -20,6 +20,8 @@ BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda", "tenso
 #: Tokens that one call of the graph prefills at most. Attention's scratch memory is chunk x length x heads; SmolLM2
 #: prefills 1024 tokens within 3 % as fast in chunks of 256 as of 512 (the best), and Ctrl-C waits for one chunk.
 PREFILL_CHUNK = 256
+#: Tokens that `Backend.verify` takes at most: the newest one and a draft behind it.
+MOST_VERIFIED = 17
 
 
 class Room(TypedDict):
@@ -109,6 +111,17 @@ class Backend(Protocol):
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
         """One step of the first k rows: token i of `tokens` [k] is written at `positions`[i] of row i."""
+        ...
+
+    def check_verifies(self) -> None:
+        """Raise BackendError, with the reason, where `verify` is not to be had."""
+        ...
+
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> StepOutput:
+        """Write `tokens` [n], n at most MOST_VERIFIED, at start..start+n of row `slot`, and choose behind each of them.
+
+        The output has n rows: row i is what follows tokens 0..i. Raises BackendError as `check_verifies` does.
+        """
         ...
 
     def clear(self, row: int) -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from starling.engine.backend import Backend, open_backend
 from starling.engine.bundle import Bundle
-from starling.engine.errors import PromptError, SamplingError, UserError
+from starling.engine.errors import PromptError, SamplingError, StarlingError, UserError
 from starling.engine.generation import GenerationStream, generate
 from starling.engine.prompts import Prompt, checked_ids, common_prefix, is_single
 from starling.engine.results import GenerationInterrupted, GenerationResult
 from starling.engine.sampling import SamplingParams
 from starling.engine.sequence import GenerationSequence, make_sequence
+from starling.engine.speculation import checked_speculation
 from starling.engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,12 +51,13 @@ class Engine:
         max_batch: int = 1,
         threads: int | None = None,
         verify: bool = False,
+        speculation: str | None = None,
     ) -> None:
         """Load a bundle. The KV cache gets `max_batch` rows of `max_seq` positions (default: 2048 or the model's).
 
         `backend` is one of `starling.engine.backend.BACKENDS`, `engine` names one of the bundle's TensorRT engines;
-        `verify` hashes the weights too. Raises BundleError, BackendError, PlanError where no TensorRT engine fits, or
-        PromptError where `max_seq` is beyond the model's positions.
+        `verify` hashes the weights too; for `speculation` see the property. Raises BundleError, BackendError, PlanError
+        where no TensorRT engine fits, or PromptError where `max_seq` is beyond the model's positions.
         """
         begin = perf_counter()
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
@@ -68,12 +70,30 @@ class Engine:
             self.bundle, name=backend, engine=engine, max_seq=self.max_seq, max_batch=max_batch, threads=threads
         )
         self.tokenizer = tokenizer()
+        try:
+            self.speculation = speculation
+        except StarlingError:
+            self.backend.close()
+            raise
         self._newest: GenerationStream | None = None
         self._first_row: GenerationSequence | None = None
         #: Who has the backend for itself, and how to end that.
         self._lent: tuple[object, Callable[[], None]] | None = None
         #: Seconds from opening the bundle to being ready.
         self.load_seconds = perf_counter() - begin
+
+    @property
+    def speculation(self) -> str | None:
+        """Where drafts come from that the model verifies several tokens at a time: "prompt-lookup", or None (off).
+
+        The tokens are the same. It is for one prompt at a time; static batches and serving loops run without. Setting
+        it raises UserError for an unknown name, BackendError where backend or bundle cannot verify drafts.
+        """
+        return self._speculation
+
+    @speculation.setter
+    def speculation(self, name: str | None) -> None:
+        self._speculation = checked_speculation(name, self.backend)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -234,7 +254,7 @@ class Engine:
         self._check_not_lent()
         self._end_newest()
         self._first_row = sequences[0]
-        self._newest = GenerationStream(generate(self.backend, sequences), sequences)
+        self._newest = GenerationStream(generate(self.backend, sequences, self._speculation), sequences)
         return self._newest
 
     def _check_not_lent(self) -> None:

@@ -13,13 +13,17 @@ from starling.engine.decode_ahead import decode_ahead
 from starling.engine.errors import UserError
 from starling.engine.results import GenerationChunk, GenerationResult
 from starling.engine.sequence import GenerationSequence, accept, interrupt, interrupted_chunk, next_chunk
+from starling.engine.speculation import Speculation, decode_drafts
 
 RowChunks = Generator[tuple[int, GenerationChunk], None, None]
 
 
-def generate(backend: Backend, sequences: list[GenerationSequence]) -> RowChunks:
+def generate(
+    backend: Backend, sequences: list[GenerationSequence], speculation: Speculation | None = None
+) -> RowChunks:
     """Run the sequences on rows 0, 1, … of the backend's cache; yields (row, chunk) for each token.
 
+    `speculation` needs a backend that verifies, and is for a single sequence: several are decoded without it.
     Ctrl-C ends every row with a last chunk ("interrupted") in place of the exception.
     """
     try:
@@ -30,6 +34,10 @@ def generate(backend: Backend, sequences: list[GenerationSequence]) -> RowChunks
             batch.add(sequence)
             yield row, next_chunk(sequence)
         batch.drop_finished()
+        if speculation is not None and len(sequences) == 1:
+            for _ in decode_drafts(backend, sequences[0]):
+                yield 0, next_chunk(sequences[0])
+            return
         if backend.pipeline is not None and not any(sequence.needs_logits for sequence in sequences):
             for rows in decode_ahead(backend, backend.pipeline, batch):
                 for row in rows:

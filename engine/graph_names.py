@@ -1,6 +1,8 @@
 """Names of graph inputs and outputs that the exporter writes and the backends bind."""
 
-#: int64 [batch, 1]: the next token, chosen in the graph.
+#: int64 [kept]: positions among the step's new tokens whose logits are computed; -1 is the last one.
+LOGITS_TO_KEEP = "logits_to_keep"
+#: int64 [batch, kept], or [batch, 1]: the next token behind each position kept, chosen in the graph.
 NEXT_TOKENS = "next_tokens"
 #: int64 [batch]: valid positions of each row behind the step; the next step's `past_lengths`.
 NEXT_LENGTHS = "next_lengths"

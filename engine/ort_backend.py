@@ -13,17 +13,19 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from starling.engine.backend import StepOutput, Tokens, check_room, chunk_length
+from starling.engine.backend import MOST_VERIFIED, StepOutput, Tokens, check_room, chunk_length
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
+from starling.engine.graph_names import LOGITS_TO_KEEP
 from starling.engine.huge_pages import huge_pages
+from starling.engine.kernels import KernelLibrary, kernel_library
 from starling.engine.ort_buffers import (
     OrtOutput,
     StepOutputs,
     allocate_cache,
     first_line,
 )
-from starling.engine.ort_inputs import INPUTS, StepWriter
+from starling.engine.ort_inputs import INPUTS, KeptPositions, StepWriter
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # What ONNX Runtime 1.32 has kernels for: MatMul on the CPU lacks bf16, GroupQueryAttention on CUDA lacks fp32.
@@ -82,6 +84,13 @@ class _Step:
     output: OrtOutput
 
 
+class _Verification(NamedTuple):
+    """All that verifying so many tokens of a row needs, made once."""
+
+    binding: Any
+    output: OrtOutput
+
+
 class OrtBackend:
     """Implements `starling.engine.backend.Backend` with ONNX Runtime on one device. Not thread-safe."""
 
@@ -102,7 +111,13 @@ class OrtBackend:
     ) -> None:
         """With `profile_prefix` ONNX Runtime times every operator; `end_profiling` then gives the file."""
         self._ort = import_onnxruntime()
-        self._session: Any = _open_session(self._ort, bundle, provider, threads, profile_prefix)
+        kernels = kernel_library() if provider == CPU and bundle.kernel_graph is not None else None
+        #: Instruction set of our own operators that run the bundle (starling.engine.kernels), None where none do.
+        self.kernels: str | None = None if kernels is None else kernels.instruction_set
+        #: The file that was loaded.
+        self.graph_path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)
+        options = _session_options(self._ort, bundle, threads, kernels, profile_prefix)
+        self._session: Any = _open_session(self._ort, self.graph_path, provider, options)
         self.provider: str = self._session.get_providers()[0]
         self._device = "cuda" if self.provider == CUDA else "cpu"
         self.threads, self.max_seq, self.max_batch = threads, max_seq, max_batch
@@ -111,8 +126,12 @@ class OrtBackend:
         self.model_seconds = 0.0
         self._chunk = min(prefill_chunk, max_seq)
         self._cache = allocate_cache(self._ort, bundle, self._device, max_batch, max_seq)
-        self._inputs = INPUTS[bundle.dialect](self._ort, self._device, max_batch, self._chunk, max_seq)
-        self._outputs = StepOutputs(bundle, max_batch)
+        longest = max(self._chunk, MOST_VERIFIED)
+        self._inputs = INPUTS[bundle.dialect](self._ort, self._device, max_batch, longest, max_seq)
+        self._why_no_verify = _why_no_verify(bundle)
+        self._kept = KeptPositions(self._ort, self._device, MOST_VERIFIED) if self._why_no_verify is None else None
+        self._outputs = StepOutputs(bundle, max(max_batch, MOST_VERIFIED))  # a page takes memory when it is written to
+        self._verifications: dict[tuple[int, int], _Verification] = {}
         self._row_bindings: dict[int, Any] = {}
         self._steps: dict[int, _Step] = {}
         self._row_output = self._outputs.output(1)
@@ -141,6 +160,20 @@ class OrtBackend:
         self._run(step.binding)
         return step.output
 
+    def check_verifies(self) -> None:
+        """Raise BackendError where the graph gives the last position's logits only."""
+        if self._why_no_verify is not None:
+            raise BackendError(self._why_no_verify)
+
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> StepOutput:
+        """Write `tokens` [n] at start..start+n of row `slot`; the output has a row for each."""
+        self.check_verifies()
+        check_room(self, slot, start + len(tokens) - 1)
+        found = self._verifications.get((slot, len(tokens))) or self._new_verification(slot, len(tokens))
+        self._inputs.write_chunk(tokens, start)
+        self._run(found.binding)
+        return found.output
+
     def clear(self, row: int) -> None:
         """Nothing to do: the operators read no position behind a row's end (tested on the CPU)."""
 
@@ -152,6 +185,7 @@ class OrtBackend:
         """Free the session, the cache and every binding."""
         self._row_bindings.clear()
         self._steps.clear()
+        self._verifications.clear()
         self._cache.clear()
         self._session = None
 
@@ -172,6 +206,14 @@ class OrtBackend:
         step = self._steps[rows] = _Step(binding, self._inputs.step_writer(rows), self._outputs.output(rows))
         return step
 
+    def _new_verification(self, slot: int, length: int) -> _Verification:
+        if not 1 <= length <= MOST_VERIFIED:
+            raise BackendError(f"{length} tokens are to be verified in one step: give 1 to {MOST_VERIFIED}")
+        binding = self._bind(slot, 1, kept=length)
+        self._inputs.bind(binding, 1, length)
+        made = self._verifications[slot, length] = _Verification(binding, self._outputs.output(length))
+        return made
+
     def _row_binding(self, slot: int, length: int) -> Any:
         binding = self._row_bindings.get(slot)
         if binding is None:
@@ -179,8 +221,11 @@ class OrtBackend:
         self._inputs.bind(binding, 1, length)
         return binding
 
-    def _bind(self, first: int, rows: int) -> Any:
-        """A binding whose past and present are the same memory: rows first..first+rows of the cache."""
+    def _bind(self, first: int, rows: int, kept: int = 1) -> Any:
+        """A binding whose past and present are the same memory: rows first..first+rows of the cache.
+
+        Its outputs are those of the last `kept` positions of each row.
+        """
         binding = self._session.io_binding()
         for name, buffer in self._cache.items():
             _, heads, positions, head_dim = buffer.shape()
@@ -188,11 +233,23 @@ class OrtBackend:
             pointer = buffer.data_ptr() + buffer.tensor_size_in_bytes() // self.max_batch * first
             binding.bind_input(f"past_key_values.{name}", self._device, 0, kind, shape, pointer)
             binding.bind_output(f"present.{name}", self._device, 0, kind, shape, pointer)
-        self._outputs.bind(binding, rows)
+        if self._kept is not None:
+            self._kept.bind(binding, kept)
+        self._outputs.bind(binding, rows, kept)
         return binding
 
 
-def _open_session(ort: Any, bundle: Bundle, provider: str, threads: int, profile_prefix: Path | None) -> Any:
+def _why_no_verify(bundle: Bundle) -> str | None:
+    """Why the graph cannot give logits behind several tokens of a row; None where it can."""
+    if any(spec.name == LOGITS_TO_KEEP for spec in bundle.graph.inputs):
+        return None
+    how = "export the model again" if bundle.dialect == "ort" else "export it with --dialect ort"
+    return f"{bundle.folder}: its graph gives the last token's logits only, so no draft can be verified: {how}"
+
+
+def _session_options(
+    ort: Any, bundle: Bundle, threads: int, kernels: KernelLibrary | None, profile_prefix: Path | None
+) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -203,13 +260,19 @@ def _open_session(ort: Any, bundle: Bundle, provider: str, threads: int, profile
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     if bundle.dialect == "tensorrt":  # else it multiplies quantized weights with activations that it rounds as it likes
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if kernels is not None:
+        options.register_custom_ops_library(str(kernels.path))
+    return options
+
+
+def _open_session(ort: Any, graph: Path, provider: str, options: Any) -> Any:
     if provider == CUDA:
         ort.preload_dlls()
     try:
         with huge_pages() if provider == CPU else nullcontext():
-            session = ort.InferenceSession(str(bundle.reference_path), options, providers=[provider])
+            session = ort.InferenceSession(str(graph), options, providers=[provider])
     except Exception as error:
-        raise BackendError(f"ONNX Runtime cannot load {bundle.reference_path}: {first_line(error)}") from error
+        raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error
     if session.get_providers()[0] != provider:
         raise BackendError(
             f"{provider} did not start on this machine; see `starling doctor`, or use --backend onnxruntime-cpu"

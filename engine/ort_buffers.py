@@ -50,9 +50,10 @@ class OrtOutput:
 
 
 class StepOutputs:
-    """Logits [max_batch, 1, vocab] and the greedy choice [max_batch, 1] in host memory, where ONNX Runtime writes them.
+    """Logits [rows, vocab] and the greedy choice [rows] in host memory, where ONNX Runtime writes them.
 
-    A graph without a choice of its own gets one from the logits.
+    A row is a row of the batch, or one of the positions kept of a single one. A graph without a choice of its own gets
+    one from the logits.
     """
 
     def __init__(self, bundle: Bundle, rows: int) -> None:
@@ -65,12 +66,12 @@ class StepOutputs:
         self._tokens = np.zeros((rows, 1), np.int64)
         self._chosen_in_graph = NEXT_TOKENS in kinds
 
-    def bind(self, binding: Any, rows: int) -> None:
-        """Bind the first `rows` rows as the graph's outputs."""
-        shape = [rows, 1, self._raw.shape[1]]
+    def bind(self, binding: Any, rows: int, kept: int = 1) -> None:
+        """Bind the first rows as the graph's outputs for `rows` rows of the batch, `kept` positions of each."""
+        shape = [rows, kept, self._raw.shape[1]]
         binding.bind_output("logits", "cpu", 0, ONNX_TYPES[self._kind], shape, self._raw.ctypes.data)
         if self._chosen_in_graph:
-            binding.bind_output(NEXT_TOKENS, "cpu", 0, ONNX_TYPES["int64"], [rows, 1], self._tokens.ctypes.data)
+            binding.bind_output(NEXT_TOKENS, "cpu", 0, ONNX_TYPES["int64"], [rows, kept], self._tokens.ctypes.data)
 
     def output(self, rows: int) -> OrtOutput:
         """What a step of the first `rows` rows leaves behind, made once.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 
 from starling.engine.backend import Tokens
-from starling.engine.graph_names import NOISE, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
+from starling.engine.graph_names import LOGITS_TO_KEEP, NOISE, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
 from starling.engine.ort_buffers import ONNX_TYPES
 
 #: Writes one decode step: tokens [rows], positions [rows], and their greatest.
@@ -52,7 +52,7 @@ class StepInputs:
         for name, buffer in self._per_row.items():
             _bind(binding, name, buffer, [rows])
 
-    def write_chunk(self, tokens: Tokens, start: int) -> None:
+    def write_chunk(self, tokens: Tokens | Sequence[int], start: int) -> None:
         """One row: `tokens` [n] go to positions start..start+n."""
         self._ids[: len(tokens)] = tokens
         self._place_chunk(start, start + len(tokens))
@@ -174,8 +174,23 @@ class TensorrtInputs(StepInputs):
         return place
 
 
+class KeptPositions:
+    """Which of a step's tokens get logits: so many of the last ones, at most `most`. Written once."""
+
+    def __init__(self, ort: Any, device: str, most: int) -> None:
+        self._input = _Input(ort, "int64", most, device)
+        self._input.host[:] = np.arange(-most, 0)
+        self._input.push()
+
+    def bind(self, binding: Any, kept: int) -> None:
+        """Keep the last `kept` positions in every run of the binding."""
+        _bind(binding, LOGITS_TO_KEEP, self._input, [kept], skip=len(self._input.host) - kept)
+
+
 INPUTS: dict[str, type[StepInputs]] = {"ort": OrtInputs, "canonical": CanonicalInputs, "tensorrt": TensorrtInputs}
 
 
-def _bind(binding: Any, name: str, buffer: _Input, shape: list[int]) -> None:
-    binding.bind_input(name, buffer.device, 0, buffer.kind, shape, buffer.value.data_ptr())
+def _bind(binding: Any, name: str, buffer: _Input, shape: list[int], skip: int = 0) -> None:
+    """Bind the buffer from its entry `skip` on."""
+    pointer = buffer.value.data_ptr() + skip * buffer.host.itemsize
+    binding.bind_input(name, buffer.device, 0, buffer.kind, shape, pointer)

@@ -24,6 +24,8 @@ class Timings:
     taken; `host_s` is then all but the wait for the device, which works on meanwhile: it adds nothing to the latency
     as long as it is shorter than a step of the device.
 
+    Of tokens that one run verified together, the first has the run's time and the others what taking them took.
+
     Of a served request `ttft_s` and `itl_s` are what its reader waits: the queue, and other requests' prefills between
     two tokens, are part of them.
     """
@@ -41,11 +43,19 @@ class Timings:
     host_s: tuple[float, ...]
     #: Of a served request: from the call to the start of its prefill; part of `ttft_s`.
     queue_s: float = 0.0
+    #: With speculation: tokens of drafts that the model verified, and how many of them it would have chosen itself.
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefilled_tokens(self) -> int:
         """Prompt tokens that this generation had to prefill."""
         return self.prompt_tokens - self.reused_tokens
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were accepted; None without any."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
 
     @property
     def ttft_ms(self) -> float:

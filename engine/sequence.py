@@ -53,6 +53,9 @@ class GenerationSequence:
     prefill_model_s: float = 0.0
     itl_s: list[float] = field(default_factory=list)
     host_s: list[float] = field(default_factory=list)
+    #: Tokens of drafts that were verified, and how many of them were taken.
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def needs_logits(self) -> bool:
@@ -88,6 +91,8 @@ class GenerationSequence:
             itl_s=tuple(self.itl_s),
             host_s=tuple(self.host_s),
             queue_s=self.queue_s,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )
 
 

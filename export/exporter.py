@@ -18,6 +18,8 @@ from starling.export.checkpoint import Checkpoint
 from starling.export.dialects import get_dialect
 from starling.export.genai import GRAPH_FILE as GENAI_GRAPH_FILE
 from starling.export.genai import genai_config, genai_graph
+from starling.export.kernel_graph import GRAPH_FILE as KERNEL_GRAPH_FILE
+from starling.export.kernel_graph import kernel_graph
 from starling.export.parity import Parity, require_fp32
 from starling.export.projections import write_projections
 from starling.export.qdq.prepare import Calibration, prepare
@@ -142,6 +144,8 @@ def _write_model(
     if options.dialect == "ort":
         ir.save(genai_graph(graph), folder / GENAI_GRAPH_FILE)
         write_json(folder / "genai_config.json", genai_config(arch, checkpoint))
+        if (for_kernels := kernel_graph(graph, blocks)) is not None:
+            ir.save(for_kernels, folder / KERNEL_GRAPH_FILE)
     elif options.dialect == "tensorrt":
         ir.save(reference_graph(graph), folder / REFERENCE_FILE)
     manifest = _manifest(checkpoint, arch, options, graph, total)
@@ -149,6 +153,7 @@ def _write_model(
         manifest["quantization"] = prepared.report
         manifest["notes"] += prepared.notes
     manifest["files"] = _files(folder, {WEIGHT_FILE: data})
+    manifest["kernel_graph"] = KERNEL_GRAPH_FILE if KERNEL_GRAPH_FILE in manifest["files"] else None
     write_json(folder / "bundle.json", manifest)
     return manifest, arch
 
@@ -187,6 +192,7 @@ def _manifest(
             "outputs": _tensor_specs(graph.graph.outputs),
         },
         "reference_graph": REFERENCE_FILE if options.dialect == "tensorrt" else None,
+        "kernel_graph": None,
         "kv_cache": {
             "dtype": _DTYPE_NAMES[options.dtype],
             "bytes_per_token": 2 * arch.layers * arch.kv_heads * arch.head_dim * width,

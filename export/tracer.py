@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from starling.engine.bundle import Architecture
 from starling.engine.errors import StarlingError, UnsupportedModelError
+from starling.engine.graph_names import LOGITS_TO_KEEP
 from starling.export.architecture import check_supported, head_dim_of, kv_heads_of
 from starling.export.dialects import Dialect, StepInput
 from starling.export.lowering import Lowering, Step, table_buffers
@@ -22,7 +23,7 @@ from starling.export.passes import simplify
 from starling.export.weights import Rows, Table, set_weight
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_BATCH, _SEQUENCE, _CACHE = 2, 5, 16  # example sizes; every one of them is a dynamic axis
+_BATCH, _SEQUENCE, _CACHE, _KEPT = 2, 5, 16, 3  # example sizes; every one of them is a dynamic axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class _TraceCache:
 
 
 class _Traced(nn.Module):
-    """The signature of the graph: ids, the dialect's step inputs and cache; the last logits, cache, further outputs."""
+    """The signature of the graph: ids, the dialect's step inputs and cache; logits, cache, further outputs."""
 
     def __init__(self, lowering: Lowering, step_inputs: list[StepInput]) -> None:
         super().__init__()
@@ -64,9 +65,15 @@ class _Traced(nn.Module):
         pairs = list(zip(past[0::2], past[1::2], strict=True))
         inputs = dict(zip(self._names, step, strict=True))
         lowering.step = Step(inputs, pairs)
-        output = self.model(
-            input_ids=input_ids, past_key_values=_TraceCache(), use_cache=True, logits_to_keep=1, return_dict=True
-        )
+        kept = inputs.get(LOGITS_TO_KEEP)
+        with _only(kept, self.model.get_output_embeddings()):  # type: ignore[no-untyped-call]
+            output = self.model(
+                input_ids=input_ids,
+                past_key_values=_TraceCache(),
+                use_cache=True,
+                logits_to_keep=1 if kept is None else 0,  # 0: all of them, less those that `_only` leaves out
+                return_dict=True,
+            )
         present = lowering.step.present
         missing = [i for i in range(len(pairs)) if i not in present]
         if missing:
@@ -75,6 +82,28 @@ class _Traced(nn.Module):
             )
         cache = (tensor for i in range(len(pairs)) for tensor in present[i])
         return (output.logits, *cache, *lowering.dialect.further_outputs(output.logits, inputs, input_ids.shape[1]))
+
+
+@contextmanager
+def _only(kept: Tensor | None, lm_head: nn.Module) -> Iterator[None]:
+    """Give lm_head only the positions `kept` [kept] (None: whatever comes).
+
+    transformers takes such a tensor as `logits_to_keep` too, but what becomes of that is six nodes.
+    """
+    if kept is None:
+        yield
+        return
+    hook = lm_head.register_forward_pre_hook(lambda module, inputs: (_gather(inputs[0], kept),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _gather(x: Tensor, kept: Tensor) -> Tensor:
+    """Positions `kept` [kept] of x [batch, sequence, hidden]; negative ones count from the end."""
+    shape = (x.shape[0], kept.shape[0], x.shape[2])
+    return torch.onnx.ops.symbolic("Gather", (x, kept), attrs={"axis": 1}, dtype=x.dtype, shape=shape, version=13)
 
 
 def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str) -> Trace:
@@ -151,7 +180,7 @@ def _tied_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _export(lowering: Lowering, dialect: Dialect, arch: Architecture, dtype: torch.dtype) -> ir.Model:
-    sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "cache": _CACHE}
+    sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "cache": _CACHE, "kept": _KEPT}
     steps = dialect.step_inputs()
     cache = (_BATCH, arch.kv_heads, _CACHE, arch.head_dim)
     names = [f"{i}.{side}" for i in range(arch.layers) for side in ("key", "value")]

@@ -62,9 +62,10 @@ def roofline(document: Document) -> str:
     peaks = document["machine_peaks"]
     peak, bandwidth = peaks["operations_per_second"], peaks["read_bytes_per_second"]
     phases = [
-        (phase, measured, measured[f"{phase}_roof"])
+        (phase, measured, roof)
         for measured in document["measurements"]
         for phase in ("prefill", "decode")
+        if (roof := measured[f"{phase}_roof"]) is not None
     ]
     intensities = [roof["operations"] / roof["bytes"] for _, _, roof in phases]
     reached = [roof["operations_per_second"] for _, _, roof in phases]

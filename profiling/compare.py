@@ -194,6 +194,7 @@ def _circumstances(document: Document) -> dict[str, Any]:
         "model": bundle["source"].get("name"),
         **{name: bundle[name] for name in ("dialect", "dtype", "quantization", "weights_sha256")},
         **{name: run[name] for name in ("backend", "provider", "threads")},
+        "speculation": run.get("speculation") or "off",
         "cpu": environment["machine"]["cpu"],
         "system": environment["system"],
         "python": environment["python"],

@@ -61,6 +61,17 @@ def run_line(document: Mapping[str, Any]) -> str:
     )
 
 
+def drafts(measured: Mapping[str, Any]) -> str | None:
+    """What speculation brought at one point; None where no draft was made."""
+    figures = measured.get("speculation")  # profiles written before there was any have no such field
+    if figures is None:
+        return None
+    return (
+        f"{figures['accepted_tokens']} of {figures['drafted_tokens']} drafted tokens accepted "
+        f"({figures['acceptance']:.0%}), {figures['tokens_per_run']:.2f} tokens a run of the model"
+    )
+
+
 def point_line(measured: Mapping[str, Any]) -> str:
     """One point of the sweep."""
     return f"{measured['prompt_tokens']} prompt tokens, {measured['new_tokens']} new tokens, batch {measured['batch']}"

@@ -12,6 +12,7 @@ from starling.profiling.figures import (
     LATENCIES,
     STATISTICS,
     bundle_line,
+    drafts,
     milliseconds,
     operations,
     point_line,
@@ -120,7 +121,9 @@ def _point(measured: Document) -> str:
         ]
     )
     gpu = "" if measured["gpu"] is None else _card(_gpu(measured["gpu"]))
-    return f"<h2>{escape(point_line(measured))}</h2>{_card(_table(['ms', *STATISTICS], rows))}{grid}{gpu}"
+    drafted = drafts(measured)
+    speculation = "" if drafted is None else f'<p class="quiet">speculation: {escape(drafted)}</p>'
+    return f"<h2>{escape(point_line(measured))}</h2>{speculation}{_card(_table(['ms', *STATISTICS], rows))}{grid}{gpu}"
 
 
 def _gpu(gpu: Document) -> str:
@@ -135,7 +138,8 @@ def _roofline(document: Document) -> str:
     rows = []
     for measured in document["measurements"]:
         for phase, colour in (("prefill", "f"), ("decode", "d")):
-            roof = measured[f"{phase}_roof"]
+            if (roof := measured[f"{phase}_roof"]) is None:
+                continue
             rows.append(
                 [
                     f'<i class="{colour}"></i>{phase} {measured["prompt_tokens"]}+{measured["new_tokens"]}'

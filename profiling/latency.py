@@ -18,6 +18,18 @@ Run = tuple[Timings, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Drafts:
+    """What came of speculation, over all runs of a point."""
+
+    drafted_tokens: int
+    accepted_tokens: int
+    #: accepted / drafted.
+    acceptance: float
+    #: Tokens that a run of the model gave behind the first token; 1 without speculation.
+    tokens_per_run: float
+
+
+@dataclass(frozen=True, slots=True)
 class Latencies:
     """What the measured `runs` of one point took; the `warmup` runs before them count nowhere.
 
@@ -65,6 +77,16 @@ class Latencies:
     def itl_by_position_ms(self) -> list[float]:
         """Median over the runs of the gap before each token, in their order."""
         return [median(gaps) * 1e3 for gaps in zip(*(run[0].itl_s for run in self.runs), strict=True)]
+
+    @property
+    def drafts(self) -> Drafts | None:
+        """Acceptance of drafts; None where none were made."""
+        rows = [row for run in self.runs for row in run]
+        drafted, accepted = sum(row.drafted_tokens for row in rows), sum(row.accepted_tokens for row in rows)
+        if not drafted:
+            return None
+        decoded = sum(len(row.itl_s) for row in rows)
+        return Drafts(drafted, accepted, accepted / drafted, decoded / (decoded - accepted))
 
     @property
     def prefill_model_s(self) -> float:

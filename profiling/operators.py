@@ -105,7 +105,7 @@ def profile_operators(bundle: Bundle, *, prompt: int, batch: int, threads: int, 
         finally:
             running.close()
     runs = _runs(events)
-    parts = LayerParts(read_nodes(bundle.reference_path))
+    parts = LayerParts(read_nodes(running.graph_path))
     return OperatorProfile(prompt, batch, group(runs[1:prefills], parts), group(runs[prefills + 1 :], parts))
 
 

@@ -34,11 +34,15 @@ class Options:
     cold_start: bool = True
     operators: bool = False
     nvtx: bool = False
+    speculation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One point: its latencies, and how near prefill and decode came to the machine's roof (None: it has no figure)."""
+    """One point: its latencies, and how near prefill and decode came to the machine's roof (None: it has no figure).
+
+    Decode has none where drafts were verified: there a run of the model is no decode step.
+    """
 
     latencies: Latencies
     prefill: Roof | None
@@ -55,6 +59,7 @@ class Profile:
     backend: str
     provider: str
     note: str | None
+    speculation: str | None
     threads: int
     max_seq: int
     load_s: float
@@ -84,6 +89,7 @@ def measure(
         max_seq=positions,
         max_batch=sweep.max_batch,
         threads=options.threads,
+        speculation=options.speculation,
     ) as engine:
         if options.nvtx:
             engine.backend = RangedBackend(engine.backend)
@@ -99,6 +105,7 @@ def measure(
         backend=backend.name,
         provider=backend.provider,
         note=backend.note,
+        speculation=options.speculation,
         threads=threads,
         max_seq=positions,
         load_s=load_s,
@@ -155,7 +162,7 @@ def _measurement(bundle: Bundle, latencies: Latencies, peaks: MachinePeaks | Non
     return Measurement(
         latencies,
         under_roof(prefill, latencies.prefill_model_s, **limits),
-        under_roof(decode, latencies.decode_model_s, **limits),
+        None if latencies.drafts is not None else under_roof(decode, latencies.decode_model_s, **limits),
     )
 
 

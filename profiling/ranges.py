@@ -17,7 +17,7 @@ DOMAIN = "starling"
 
 
 class RangedBackend:
-    """A backend whose every call is an NVTX range: "prefill 128 tokens", "decode 4 rows", "launch", "tokens"."""
+    """A backend whose every call is an NVTX range: "prefill 128 tokens", "decode 4 rows", "verify 9 tokens", …"""
 
     def __init__(self, backend: Backend) -> None:
         """Raises BackendError where the package nvtx is not installed."""
@@ -50,6 +50,15 @@ class RangedBackend:
         """As the backend's."""
         with self._annotate(f"decode {len(tokens)} rows", domain=DOMAIN, color="green"):
             return self._backend.decode(tokens, positions)
+
+    def check_verifies(self) -> None:
+        """As the backend's."""
+        self._backend.check_verifies()
+
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> StepOutput:
+        """As the backend's."""
+        with self._annotate(f"verify {len(tokens)} tokens", domain=DOMAIN, color="green"):
+            return self._backend.verify(slot, tokens, start)
 
     def clear(self, row: int) -> None:
         """As the backend's."""

@@ -14,6 +14,7 @@ from starling.profiling.figures import (
     LATENCIES,
     STATISTICS,
     bundle_line,
+    drafts,
     milliseconds,
     operations,
     point_line,
@@ -55,6 +56,8 @@ def _point_figures(measured: Document) -> Table:
         "host": f"{measured['host_us_per_step']['p50']:.0f} µs a step outside the model's run "
         f"(p99 {measured['host_us_per_step']['p99']:.0f})",
     }
+    if (drafted := drafts(measured)) is not None:
+        rows["speculation"] = drafted
     for phase in ("prefill", "decode"):
         if (roof := measured[f"{phase}_roof"]) is not None:
             rows[f"{phase} roof"] = _roof(roof)

@@ -3,18 +3,20 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from command_line import document, end, read_until, running, starling, succeed
 
 from starling.cli.export import DIALECTS, DTYPES, SCHEMES
 from starling.cli.main import COMMANDS
-from starling.cli.options import BACKENDS
-from starling.engine import backend
+from starling.cli.options import BACKENDS, speculation_option
+from starling.engine import backend, speculation
 from starling.export import dialects, tracer
 
 HEAVY = ("numpy", "onnxruntime", "torch", "transformers", "onnx", "tokenizers", "jinja2", "rich")
@@ -52,6 +54,8 @@ def test_choices_are_those_of_the_packages_behind_them() -> None:
     assert set(DTYPES) == set(tracer.DTYPES)
     assert set(SCHEMES) == {scheme for dialect in dialects.DIALECTS.values() for scheme in dialect().schemes}
     assert backend.BACKENDS == BACKENDS
+    [option] = speculation_option(lambda: None).__click_params__
+    assert option.type.choices == ("off", *get_args(speculation.Speculation))
 
 
 def test_tokenize_gives_the_model_cards_ids(tiny_bundle: Path) -> None:
@@ -143,6 +147,17 @@ def test_stop_strings_end_the_text(demo_bundle: Path) -> None:
     [result] = document("generate", demo_bundle, QUESTION, "--max-tokens", "24", "--stop", "France")["results"]
     assert result["finish_reason"] == "stop"
     assert result["text"] == "The capital of "
+
+
+def test_speculation_gives_the_same_answer_and_says_what_came_of_it(demo_bundle: Path) -> None:
+    asked = ("generate", demo_bundle, "--raw", "red, green, blue, red, green, blue, red, green,")
+    speculating = (*asked, "--max-tokens", "24", "--speculation", "prompt-lookup")
+    finished = starling(*speculating)
+    assert finished.returncode == 0
+    assert re.search(r"· \d+ of \d+ drafted tokens accepted ·", finished.stderr)
+    assert finished.stdout == succeed(*asked, "--max-tokens", "24")
+    timings = document(*speculating)["results"][0]["timings"]
+    assert 0 < timings["accepted_tokens"] <= timings["drafted_tokens"]
 
 
 def test_ignore_eos_goes_on_to_max_tokens(demo_bundle: Path) -> None:

@@ -49,7 +49,8 @@ def test_inputs_are_named_as_optimum_names_them(tiny_bundle: Path) -> None:
     ]
     presents = [f"present.{i}.{side}" for i in range(2) for side in ("key", "value")]
     assert outputs == ["logits", *presents, "next_tokens"]
-    assert graph["outputs"][0]["shape"] == ["batch", 1, 32002]
+    assert graph["outputs"][0]["shape"] == ["batch", "kept", 32002]
+    assert graph["outputs"][-1]["shape"] == ["batch", "kept"]
 
 
 def test_the_serving_graph_is_fused(demo_bundle: Path) -> None:

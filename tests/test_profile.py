@@ -123,6 +123,26 @@ def test_lists_make_a_sweep_over_all_combinations(tiny_bundle: Path) -> None:
     assert profile["cold_start"] is None
 
 
+def test_speculation_is_reported_by_its_acceptance(demo_bundle: Path, tmp_path: Path) -> None:
+    lengths = ("--prompt-tokens", "480", "--new-tokens", "24", "--batch", "1,2", "--repeats", "1", "--warmup", "0")
+    files = ("--output", tmp_path / "figures.json", "--html", tmp_path / "report.html")
+    text = succeed(
+        "profile", demo_bundle, *lengths, "--no-cold-start", "--speculation", "prompt-lookup", "--threads", "1", *files
+    )
+    profile = json.loads((tmp_path / "figures.json").read_text())
+    alone, batch = profile["measurements"]
+    figures, [[row]] = alone["speculation"], alone["runs"]
+    assert profile["run"]["speculation"] == "prompt-lookup"
+    assert (figures["drafted_tokens"], figures["accepted_tokens"]) == (row["drafted_tokens"], row["accepted_tokens"])
+    assert figures["acceptance"] == figures["accepted_tokens"] / figures["drafted_tokens"]
+    assert figures["tokens_per_run"] == 23 / (23 - figures["accepted_tokens"])
+    assert alone["decode_roof"] is None  # a run that verifies a draft is no decode step
+    assert batch["speculation"] is None
+    assert batch["decode_roof"] is not None
+    for place in (text, (tmp_path / "report.html").read_text()):
+        assert f"{figures['accepted_tokens']} of {figures['drafted_tokens']} drafted tokens accepted" in place
+
+
 def test_people_get_tables_and_programs_files(tiny_bundle: Path, tmp_path: Path) -> None:
     files = ("--output", tmp_path / "figures.json", "--html", tmp_path / "report.html")
     text = succeed("profile", tiny_bundle, *QUICK, *files)

@@ -171,6 +171,12 @@ def test_no_step_is_launched_behind_the_end_of_the_cache(gpu: Opened) -> None:
         gpu.backend.prefill(ROWS, tokens(3), 0)
 
 
+def test_drafts_are_refused(gpu: Opened) -> None:
+    for attempt in (gpu.backend.check_verifies, lambda: gpu.backend.verify(0, [5, 6], 3)):
+        with pytest.raises(BackendError, match="no draft can be verified: speculate with a bundle of --dialect ort"):
+            attempt()
+
+
 def test_two_steps_at_most_are_on_their_way(gpu: Opened) -> None:
     gpu.backend.prefill(0, tokens(3), 0)
     gpu.backend.launch(1)

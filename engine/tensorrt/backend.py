@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from time import perf_counter
+from typing import NoReturn
 
 import numpy as np
 
 from starling.engine.backend import Tokens, check_room
 from starling.engine.bundle import Bundle
 from starling.engine.device_choice import DeviceChoice
+from starling.engine.errors import BackendError
 from starling.engine.graph_names import NEXT_TOKENS, PAST_LENGTHS
 from starling.engine.tensorrt.choices import RowChoices
 from starling.engine.tensorrt.device import Device, address_of
@@ -110,6 +112,17 @@ class TensorRTBackend:
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin
         return DeviceOutput(chosen, self._logits, self._batch)
+
+    def check_verifies(self) -> NoReturn:
+        """Raise BackendError: the engines give logits behind a step's last token only."""
+        raise BackendError(
+            "TensorRT engines give the last token's logits only, so no draft can be verified: "
+            "speculate with a bundle of --dialect ort and --backend onnxruntime"
+        )
+
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> NoReturn:
+        """Raise BackendError, as `check_verifies` does."""
+        self.check_verifies()
 
     def clear(self, row: int) -> None:
         """Zero the row: masked positions enter a product with 0, which leaves NaN what it is."""

@@ -17,7 +17,8 @@ class StepInput:
     """A graph input that tells a step where it stands, beside input_ids and the KV cache.
 
     `axes` names the dynamic axes: () is a scalar, ("batch",) a vector, ("batch", "sequence") one value per new token,
-    ("batch", "cache") one per position of the KV cache.
+    ("batch", "cache") one per position of the KV cache. An input called LOGITS_TO_KEEP, ("kept",), says which of the
+    step's tokens get logits; without it the last one does.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Dialect(Protocol):
         ...
 
     def further_outputs(self, logits: Tensor, step: Mapping[str, Tensor], sequence: int) -> tuple[Tensor, ...]:
-        """What the graph gives beside logits and cache, from logits [batch, 1, vocab] and the step's token count."""
+        """What the graph gives beside logits and cache, from logits [batch, kept, vocab] and the step's token count."""
         ...
 
     def optimize(self, model: ir.Model) -> None:

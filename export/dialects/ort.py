@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.graph_names import NEXT_TOKENS
+from starling.engine.graph_names import LOGITS_TO_KEEP, NEXT_TOKENS
 from starling.export.dialects.base import AttentionCall, Attributes, StepInput
 from starling.export.passes import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
 
@@ -20,10 +20,14 @@ class OrtDialect:
     outputs: tuple[str, ...] = (NEXT_TOKENS,)
 
     def step_inputs(self) -> list[StepInput]:
-        """`seqlens_k`: valid tokens per row after the step, minus one; `total_sequence_length`: the longest row's."""
+        """`seqlens_k`: valid tokens per row after the step, minus one; `total_sequence_length`: the longest row's.
+
+        `logits_to_keep`: which of the new tokens get logits.
+        """
         return [
             StepInput("seqlens_k", torch.int32, ("batch",)),
             StepInput("total_sequence_length", torch.int32, ()),
+            StepInput(LOGITS_TO_KEEP, torch.int64, ("kept",)),
         ]
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -59,7 +63,7 @@ class OrtDialect:
         return output, present_key, present_value
 
     def further_outputs(self, logits: Tensor, step: Mapping[str, Tensor], sequence: int) -> tuple[Tensor, ...]:
-        """The greedy choice, int64 [batch, 1]: the token with the greatest logit, chosen where the logits are."""
+        """The greedy choice, int64 [batch, kept]: the token with the greatest logit, chosen where the logits are."""
         scores = logits.float() if logits.dtype is torch.bfloat16 else logits  # ArgMax has no kernel for bfloat16
         return (scores.argmax(dim=-1),)
 

@@ -1,0 +1,60 @@
+"""Operators of our own for ONNX Runtime on the CPU: a shared library in C++ that is built when the package is installed.
+
+Where it is missing (no compiler, another processor, another system) the engine runs the bundle's plain graph with ONNX
+Runtime's own operators: same results within rounding, slower. `STARLING_CPU_KERNELS=0` asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+SWITCH = "STARLING_CPU_KERNELS"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelLibrary:
+    """The library to register in a session, and the instruction set that it uses on this processor."""
+
+    path: Path
+    instruction_set: str
+
+
+class KernelsUnavailable(Exception):
+    """The library cannot be used here; the message says why, and what to do about it."""
+
+
+def kernel_library() -> KernelLibrary | None:
+    """The library, where it is built, fits the processor, and is not switched off."""
+    try:
+        return require_kernel_library()
+    except KernelsUnavailable:
+        return None
+
+
+def require_kernel_library() -> KernelLibrary:
+    """The library. Raises KernelsUnavailable where it cannot be used."""
+    if os.environ.get(SWITCH, "1") == "0":
+        raise KernelsUnavailable(f"switched off by {SWITCH}=0")
+    return _load()
+
+
+@cache
+def _load() -> KernelLibrary:
+    folder = Path(__file__).parent
+    path = next((file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_library{suffix}").is_file()), None)
+    if path is None:
+        raise KernelsUnavailable("not built: they need x86-64 Linux and a C++17 compiler when starling-llm is installed")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsUnavailable(f"{path.name} does not load ({error}); install starling-llm again") from error
+    library.starling_instruction_set.restype = ctypes.c_char_p
+    name = library.starling_instruction_set()
+    if name is None:
+        raise KernelsUnavailable("this processor has neither AVX2 nor AVX-512")
+    return KernelLibrary(path, name.decode())

@@ -1,0 +1,105 @@
+// What stands before and behind the products: rounding the activations, finishing the sums. Included inside a target
+// region, behind vector_math.h; the file that includes it defines round_to_bytes and multiply_rows.
+#pragma once
+
+namespace starling {
+namespace {
+
+constexpr int kBlockVectors = kBlock / Vector::width;
+
+// Store x, rounded to whole numbers, as Vector::width bytes, and return their sum.
+int32_t round_to_bytes(Vector x, int8_t* to);
+
+inline float inverse_root_mean_square(const float* row, int inputs, float epsilon) {
+  Vector sum = Vector::zero();
+  for (int i = 0; i < inputs; i += Vector::width) {
+    const Vector x = Vector::load(row + i, Vector::first(inputs - i));
+    sum = fma(x, x, sum);
+  }
+  return 1.0f / std::sqrt(sum.sum() / static_cast<float>(inputs) + epsilon);
+}
+
+inline void quantize(const float* row, int inputs, const Norm& norm, const QuantizedRows& out, int index) {
+  const bool normed = norm.weight != nullptr;
+  const Vector factor = Vector::all(normed ? inverse_root_mean_square(row, inputs, norm.epsilon) : 1.0f);
+  const size_t first = static_cast<size_t>(index) * out.blocks;
+  for (int block = 0; block < out.blocks; ++block) {
+    Vector x[kBlockVectors], greatest = Vector::zero();
+    for (int i = 0; i < kBlockVectors; ++i) {
+      const int at = block * kBlock + i * Vector::width;
+      const Vector::Mask mask = Vector::first(inputs - at);
+      x[i] = Vector::load(row + at, mask);
+      if (normed) x[i] = x[i] * factor * Vector::load(norm.weight + at, mask);
+      greatest = max(greatest, abs(x[i]));
+    }
+    const float most = greatest.greatest();
+    const Vector inverse = Vector::all(most > 0 ? 127.0f / most : 0.0f);
+    int32_t sum = 0;
+    for (int i = 0; i < kBlockVectors; ++i) {
+      sum += round_to_bytes(x[i] * inverse, out.values + (first + block) * kBlock + i * Vector::width);
+    }
+    out.scales[first + block] = most / 127.0f;
+    out.corrections[first + block] = -128 * sum;
+  }
+}
+
+inline Vector with_bias(const Epilogue& epilogue, int output, int outputs, Vector sum) {
+  if (epilogue.bias == nullptr) return sum;
+  return sum + Vector::load(epilogue.bias + output, Vector::first(outputs - output));
+}
+
+// Add the residual and store the columns from `column` on, as far as they exist.
+inline void store(const Epilogue& epilogue, int row, int width, int column, Vector sum) {
+  const Vector::Mask mask = Vector::first(width - column);
+  const size_t place = static_cast<size_t>(row) * width + column;
+  if (epilogue.residual != nullptr) sum = sum + Vector::load(epilogue.residual + place, mask);
+  sum.store(epilogue.result + place, mask);
+}
+
+// `first` and `second`: sums of the pair's two tiles, of the outputs from `lane` on.
+inline void finish(const PackedWeights& weights, const Epilogue& epilogue, int row, int pair, int lane, Vector first,
+                   Vector second) {
+  const int width = weights.width();
+  if (weights.gated) {
+    const int column = pair * kTile + lane;
+    const Vector gate = with_bias(epilogue, column, width, first);
+    const Vector value = with_bias(epilogue, width + column, weights.outputs, second);
+    store(epilogue, row, width, column, silu(gate) * value);
+    return;
+  }
+  const int column = pair * kPair + lane;
+  store(epilogue, row, width, column, with_bias(epilogue, column, width, first));
+  store(epilogue, row, width, column + kTile, with_bias(epilogue, column + kTile, width, second));
+}
+
+template <int Rows>
+void multiply_rows(const PackedWeights& weights, const QuantizedRows& rows, int row, int pair,
+                   const Epilogue& epilogue);
+
+// kMostRows at a time, then what is left.
+template <int Rows>
+inline void multiply_rest(int left, const PackedWeights& weights, const QuantizedRows& rows, int row, int pair,
+                          const Epilogue& epilogue) {
+  if constexpr (Rows > 0) {
+    if (left == Rows) return multiply_rows<Rows>(weights, rows, row, pair, epilogue);
+    multiply_rest<Rows - 1>(left, weights, rows, row, pair, epilogue);
+  }
+}
+
+template <int MostRows>
+inline void multiply(const PackedWeights& weights, const QuantizedRows& rows, int first, int last, int pair,
+                     const Epilogue& epilogue) {
+  int row = first;
+  for (; last - row >= MostRows; row += MostRows) multiply_rows<MostRows>(weights, rows, row, pair, epilogue);
+  multiply_rest<MostRows - 1>(last - row, weights, rows, row, pair, epilogue);
+}
+
+// Four neighbouring activations of a row.
+inline int32_t four_of(const int8_t* values) {
+  int32_t four;
+  std::memcpy(&four, values, sizeof four);
+  return four;
+}
+
+}  // namespace
+}  // namespace starling

@@ -1,0 +1,31 @@
+// The way in for ONNX Runtime: `SessionOptions.register_custom_ops_library` calls RegisterCustomOps.
+#include "group_query_attention.h"
+#include "op.h"
+#include "quantized_linear.h"
+
+namespace {
+
+constexpr const char* kDomain = "starling";
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) starling::ort::Status* RegisterCustomOps(
+    starling::ort::SessionOptions* options, const starling::ort::ApiBase* base) {
+  using namespace starling;
+  static const Op<QuantizedLinear> linear;
+  static const Op<GroupQueryAttention> attention;
+  const void* const* table = base->get_api(ort::kApiVersion);
+  if (table == nullptr) return nullptr;  // older than 1.17: the session then says that it does not know the operators
+  const ort::Api api(table);
+  ort::CustomOpDomain* domain = nullptr;  // kept for the life of the process, as sessions refer to it
+  if (ort::Status* status = api.create_domain(kDomain, &domain)) return status;
+  if (ort::Status* status = api.add_op(domain, &linear)) return status;
+  if (ort::Status* status = api.add_op(domain, &attention)) return status;
+  return api.add_domain(options, domain);
+}
+
+// What the kernels use on this processor; nullptr where they cannot run.
+extern "C" __attribute__((visibility("default"))) const char* starling_instruction_set() {
+  const starling::BlockKernels* kernels = starling::block_kernels();
+  return kernels == nullptr ? nullptr : kernels->name;
+}

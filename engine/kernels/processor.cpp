@@ -1,0 +1,41 @@
+// Which kernels the processor at hand can run.
+#include <cstdlib>
+#include <cstring>
+
+#include "attention_kernels.h"
+#include "block_product.h"
+
+namespace starling {
+namespace {
+
+// STARLING_CPU_ISA=avx2 takes what an older processor would, for tests and comparisons.
+bool is_allowed(const char* name) {
+  const char* most = std::getenv("STARLING_CPU_ISA");
+  return most == nullptr || std::strcmp(most, "avx2") != 0 || std::strcmp(name, "avx2") == 0;
+}
+
+bool has_avx512() {
+  __builtin_cpu_init();
+  return is_allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+
+bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+}  // namespace
+
+const BlockKernels* block_kernels() {
+  if (has_avx512() && __builtin_cpu_supports("avx512vnni")) return &kAvx512Vnni;
+  return has_avx2() ? &kAvx2 : nullptr;
+}
+
+const AttentionKernels* attention_kernels(bool reduced) {
+  if (reduced && has_avx512() && __builtin_cpu_supports("avx512bf16")) return &kAttentionBf16;
+  if (has_avx512()) return &kAttentionAvx512;
+  return has_avx2() ? &kAttentionAvx2 : nullptr;
+}
+
+}  // namespace starling

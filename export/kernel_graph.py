@@ -1,0 +1,177 @@
+"""A second graph over the same quantized weights, for the engine's own CPU kernels: few, large operators.
+
+Each MatMulNBits becomes a `starling::QuantizedLinear` (engine/kernels), which takes in what stands around it: the RMSNorm
+in front, the gated activation and the residual addition behind.
+"""
+
+import onnx_ir as ir
+from onnx_ir.passes import common as common_passes
+
+from starling.export.passes import STARLING, take_over
+from starling.export.quantization import Quantization
+
+GRAPH_FILE = "model_kernels.onnx"
+_BLOCK_SIZE, _BITS, _INT8_ACTIVATIONS = 32, 8, 4
+
+
+def kernel_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
+    """The graph rewritten, or None where the kernels have nothing to offer for it.
+
+    They are for symmetric int8 in blocks of 32 that is multiplied in int8, and float32 between the products.
+    """
+    products = [node for node in model.graph if node.op_type == "MatMulNBits"]
+    if how is None or not how.is_symmetric or not products or not all(_is_supported(node) for node in products):
+        return None
+    twin = model.clone()
+    graph = twin.graph
+    for node in list(graph):
+        if node.op_type == "SkipSimplifiedLayerNormalization":
+            _separate_residual(graph, node)
+    for node in list(graph):
+        if node.op_type == "MatMulNBits":
+            _replace(graph, node)
+        elif node.op_type == "GroupQueryAttention" and _has_kernel(node):
+            _take_attention(graph, node)
+    common_passes.RemoveUnusedNodesPass()(twin)
+    twin.opset_imports[STARLING] = 1
+    return twin
+
+
+def _is_supported(node: ir.Node) -> bool:
+    attributes = [node.attributes[name].as_int() for name in ("bits", "block_size", "accuracy_level")]
+    scales = node.inputs[2]
+    is_float = scales is not None and scales.dtype == ir.DataType.FLOAT
+    return attributes == [_BITS, _BLOCK_SIZE, _INT8_ACTIVATIONS] and is_float
+
+
+def _has_kernel(attention: ir.Node) -> bool:
+    """Heads of whole vectors, and nothing but what the kernel knows."""
+    past = attention.inputs[3]
+    known = {"num_heads", "kv_num_heads", "scale", "local_window_size", "do_rotary", "rotary_interleaved"}
+    if past is None or past.shape is None or past.dtype != ir.DataType.FLOAT or len(attention.inputs) > 9:
+        return False
+    head_dim = past.shape[3]
+    return isinstance(head_dim, int) and head_dim % 16 == 0 and head_dim <= 256 and set(attention.attributes) <= known
+
+
+def _take_attention(graph: ir.Graph, node: ir.Node) -> None:
+    """The same operator in our domain, with every attribute written out."""
+    # bfloat16 leaves of a score about what the int8 products around it do: mean KL is the same within its noise.
+    defaults = {"local_window_size": -1, "do_rotary": 0, "rotary_interleaved": 0, "reduced_precision": 1}
+    attributes = defaults | {name: attribute.value for name, attribute in node.attributes.items()}
+    inputs = [*node.inputs, *[None] * (9 - len(node.inputs))]
+    ours = ir.node("GroupQueryAttention", inputs, attributes=attributes, num_outputs=3, domain=STARLING, version=1)
+    graph.insert_before(node, ours)
+    for old, new in zip(node.outputs, ours.outputs, strict=True):
+        take_over(old, new)
+    graph.remove(node, safe=True)
+
+
+def _separate_residual(graph: ir.Graph, node: ir.Node) -> None:
+    """Addition and norm as two nodes, which go to the product behind the one and to that in front of the other."""
+    first, second, weight = node.inputs[:3]
+    add = _insert(graph, node, ir.node("Add", [first, second]))
+    attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].as_float(), "stash_type": 1}
+    norm = _insert(graph, node, ir.node("SimplifiedLayerNormalization", [add, weight], attributes=attributes))
+    take_over(node.outputs[3], add)
+    take_over(node.outputs[0], norm)
+    graph.remove(node, safe=True)
+
+
+def _replace(graph: ir.Graph, product: ir.Node) -> None:
+    x, data, scales = product.inputs[:3]
+    bias = product.inputs[5] if len(product.inputs) > 5 else None
+    assert x is not None
+    output, last, gated = product.outputs[0], product, False
+    if (activation := _gated_activation(output)) is not None:
+        output, last, gated = activation.outputs[0], activation, True
+    residual = None
+    if (addition := _residual_addition(output)) is not None:
+        residual = next(value for value in addition.inputs if value is not output)
+        output, last = addition.outputs[0], addition
+    norm_weight, epsilon = None, 0.0
+    if (norm := _norm_before(graph, x)) is not None:
+        x, norm_weight, epsilon = norm
+    linear = ir.node(
+        "QuantizedLinear",
+        [x, data, scales, norm_weight, bias, residual],
+        attributes={
+            "K": product.attributes["K"].as_int(),
+            "N": product.attributes["N"].as_int(),
+            "bits": _BITS,
+            "block_size": _BLOCK_SIZE,
+            "gated": int(gated),
+            "epsilon": epsilon,
+        },
+        domain=STARLING,
+        version=1,
+    )
+    # Where the last of the nodes stood all inputs exist, the residual's among them.
+    graph.insert_before(last, linear)
+    take_over(output, linear.outputs[0])
+
+
+def _norm_before(graph: ir.Graph, x: ir.Value) -> tuple[ir.Value, ir.Value, float] | None:
+    """(input, weight, epsilon) of the norm whose result x is, or some positions of whose result it is."""
+    producer = x.producer()
+    if producer is not None and producer.op_type == "Gather" and producer.attributes["axis"].as_int() == 1:
+        found = _norm_before(graph, _present(producer.inputs[0]))
+        if found is None:
+            return None
+        value, weight, epsilon = found
+        # Positions are normed one by one, so those that are left can be chosen before.
+        chosen = ir.node("Gather", [value, producer.inputs[1]], attributes={"axis": 1})
+        chosen.outputs[0].type, chosen.outputs[0].shape = x.type, x.shape
+        return _insert(graph, producer, chosen), weight, epsilon
+    if producer is None or producer.op_type != "SimplifiedLayerNormalization":
+        return None
+    weight, epsilon = _present(producer.inputs[1]), producer.attributes["epsilon"].as_float()
+    return _present(producer.inputs[0]), weight, epsilon
+
+
+def _gated_activation(product: ir.Value) -> ir.Node | None:
+    """The last node of silu(gate) * value, where product is [gate, value] and nothing else uses the pieces."""
+    split = _only_user(product)
+    if split is None or split.op_type != "Split" or len(split.outputs) != 2:
+        return None
+    gate, value = split.outputs
+    if gate.shape is None or value.shape is None or gate.shape[-1] != value.shape[-1]:
+        return None
+    users = [use.node for use in gate.uses()]
+    sigmoid = next((node for node in users if node.op_type == "Sigmoid"), None)
+    if sigmoid is None or len(users) != 2:
+        return None
+    silu = _only_user(sigmoid.outputs[0])
+    if silu is None or silu.op_type != "Mul" or gate not in silu.inputs:
+        return None
+    product_of_both = _only_user(silu.outputs[0])
+    if product_of_both is None or product_of_both.op_type != "Mul" or _only_user(value) is not product_of_both:
+        return None
+    return product_of_both
+
+
+def _residual_addition(value: ir.Value) -> ir.Node | None:
+    """The addition of another tensor of the same shape, where nothing else uses value."""
+    add = _only_user(value)
+    if add is None or add.op_type != "Add" or add.inputs[0] is add.inputs[1]:
+        return None
+    other = next(side for side in add.inputs if side is not value)
+    same = other is not None and other.shape is not None and value.shape is not None and other.shape == value.shape
+    return add if same else None
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    uses = value.uses()
+    return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _present(value: ir.Value | None) -> ir.Value:
+    assert value is not None
+    return value
+
+
