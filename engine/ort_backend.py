@@ -84,7 +84,8 @@ class _Step:
     output: OrtOutput
 
 
-class _Verification(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Verification:
     """All that verifying so many tokens of a row needs, made once."""
 
     binding: Any
