@@ -27,13 +27,13 @@ class DecodeBatch:
         """Take the next row, prefilled and with its first token chosen."""
         self.tokens.append(sequence.prompt[-1])
         self.positions.append(len(sequence.prompt) - 1)
-        self.advance(len(self.tokens) - 1, sequence.steps[-1].token)
+        self.advance(len(self.tokens) - 1, sequence.tokens[-1])
 
     def advance(self, row: int, token: int) -> None:
         """`token` is the row's newest. Where the cache has no room for it, what stands at the end is written again."""
-        if self.positions[row] + 1 < self.max_seq:
-            self.tokens[row] = token
-            self.positions[row] += 1
+        position = self.positions[row] + 1
+        if position < self.max_seq:
+            self.tokens[row], self.positions[row] = token, position
 
     def drop_finished(self) -> None:
         """Find out which rows are left; a finished one between others writes its newest token again and again."""
@@ -44,16 +44,21 @@ class DecodeBatch:
 
     def accept(self, chosen: list[int], logits: Logits | None) -> None:
         """Take a step's tokens into the unfinished rows; `logits` [rows, vocab] where one of them needs them."""
-        finished = False
+        finished, tokens, positions = False, self.tokens, self.positions
         for row in self.live:
             sequence = self.sequences[row]
-            self.advance(row, accept(sequence, chosen[row], None if logits is None else logits[row]))
-            finished = finished or sequence.finish_reason is not None
+            token = accept(sequence, chosen[row], None if logits is None else logits[row])
+            position = positions[row] + 1
+            if position < self.max_seq:  # as in `advance`: a call for each token would take 3 µs, with cold caches
+                tokens[row], positions[row] = token, position
+            if sequence.finish_reason is not None:
+                finished = True
         if finished:
             self.drop_finished()
 
     def record(self, rows: list[int], seconds: float, model_s: float) -> None:
         """Note how long the step took that gave `rows` their newest tokens, and how long of it the model."""
         for row in rows:
-            self.sequences[row].itl_s.append(seconds)
-            self.sequences[row].host_s.append(seconds - model_s)
+            sequence = self.sequences[row]
+            sequence.itl_s.append(seconds)
+            sequence.host_s.append(seconds - model_s)

@@ -38,6 +38,6 @@ def rows_behind(batch: DecodeBatch, ahead: int) -> int:
     """Rows of the step behind `ahead` launched ones, up to the last one that may still go on; 0 for no step."""
     for row in reversed(batch.live):
         sequence = batch.sequences[row]
-        if len(sequence.steps) + ahead < sequence.limit:
+        if len(sequence.tokens) + ahead < sequence.limit:
             return row + 1
     return 0

@@ -85,6 +85,8 @@ class _ByteLevel:
     `pieces` has whole characters as str, other bytes as bytes, None for special ids and gaps.
     """
 
+    __slots__ = ("_incomplete", "_pieces", "_utf8")
+
     def __init__(self, pieces: Sequence[str | bytes | None], tail: Sequence[int]) -> None:
         self._pieces = pieces
         # Python and the library alike put one U+FFFD for each maximal part of a character (Unicode, section 3.9).
@@ -94,7 +96,10 @@ class _ByteLevel:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        piece = self._pieces[token_id] if token_id < len(self._pieces) else None
+        try:
+            piece = self._pieces[token_id]
+        except IndexError:
+            return ""
         if piece is None:
             return ""
         if isinstance(piece, str):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 from starling.engine.backend import MOST_VERIFIED, StepOutput, Tokens, check_room, chunk_length
 from starling.engine.bundle import Bundle
@@ -74,7 +75,8 @@ def _check_runnable(bundle: Bundle, provider: str) -> None:
         raise BackendError(f"{bundle.folder}: ONNX Runtime's {provider} cannot run this bundle: {reason}")
 
 
-class _Step(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Step:
     """All that a decode step of so many rows needs, made once."""
 
     binding: Any
@@ -82,7 +84,8 @@ class _Step(NamedTuple):
     output: OrtOutput
 
 
-class _Verification(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Verification:
     """All that verifying so many tokens of a row needs, made once."""
 
     binding: Any
@@ -150,7 +153,8 @@ class OrtBackend:
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
         """One token for each of the first k rows."""
         rows, longest = len(tokens), max(positions)
-        check_room(self, rows - 1, longest)
+        if longest >= self.max_seq or rows > self.max_batch:
+            check_room(self, rows - 1, longest)
         step = self._steps.get(rows) or self._new_step(rows)
         step.write(tokens, positions, longest)
         self._run(step.binding)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,8 @@ def allocate_cache(ort: Any, bundle: Bundle, device: str, rows: int, positions: 
         ) from error
 
 
-class OrtOutput(NamedTuple):
+@dataclass(slots=True, eq=False)
+class OrtOutput:
     """Implements `starling.engine.backend.StepOutput` over the buffers' first rows."""
 
     next_tokens: Callable[[], list[int]]
@@ -77,20 +79,21 @@ class StepOutputs:
         It reads through memoryviews: behind a run of the model the caches are cold, and NumPy's paths are long.
         """
         logits = logits_reader(self._raw[:rows], self._float32[:rows], self._kind)
-        tokens, values = self._tokens.reshape(-1)[:rows].data, self._raw.reshape(-1).data
-        vocab, is_finite = self._raw.shape[1], FINITE_TESTS[self._kind]
-
-        def choices() -> list[int]:
-            chosen: list[int] = tokens.tolist() if self._chosen_in_graph else logits().argmax(axis=-1).tolist()
-            for row, token in enumerate(chosen):
-                if not is_finite(values[row * vocab + token]):
-                    chosen[row] = -1
-            return chosen
+        values, vocab, is_finite = self._raw.reshape(-1).data, self._raw.shape[1], FINITE_TESTS[self._kind]
+        in_graph = self._tokens.reshape(-1)[:rows].data
+        likeliest: Callable[[], list[int]] = (
+            in_graph.tolist if self._chosen_in_graph else lambda: logits().argmax(axis=-1).tolist()
+        )
 
         def next_tokens() -> list[int]:
-            chosen = choices()
-            if -1 in chosen:
-                check_finite(logits()[chosen.index(-1)].max())
+            chosen, start = likeliest(), 0
+            for token in chosen:
+                if not is_finite(values[start + token]):
+                    check_finite(logits()[start // vocab].max())
+                start += vocab
             return chosen
+
+        def choices() -> list[int]:
+            return [token if is_finite(values[row * vocab + token]) else -1 for row, token in enumerate(likeliest())]
 
         return OrtOutput(next_tokens, choices, logits)

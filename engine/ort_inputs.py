@@ -68,8 +68,8 @@ class StepInputs:
         ids, place, on_device = self._ids.data, self._placer(rows), self._on_device
 
         def write(tokens: Sequence[int], positions: Sequence[int], longest: int) -> None:
-            for row in range(rows):
-                ids[row] = tokens[row]
+            for row, token in enumerate(tokens):
+                ids[row] = token
             place(positions, longest)
             if on_device:
                 self._push()
@@ -112,8 +112,8 @@ class OrtInputs(StepInputs):
         lengths, total = self._lengths.data, self._total.host.data
 
         def place(positions: Sequence[int], longest: int) -> None:
-            for row in range(rows):
-                lengths[row] = positions[row]
+            for row, position in enumerate(positions):
+                lengths[row] = position
             total[0] = longest + 1
 
         return place

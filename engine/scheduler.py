@@ -12,7 +12,7 @@ import numpy as np
 from starling.engine.backend import Backend, chunk_length
 from starling.engine.errors import RequestFailed
 from starling.engine.logits import Logits
-from starling.engine.prefill_pace import GRAIN, PrefillPace
+from starling.engine.prefill_pace import LEAST, PrefillPace
 from starling.engine.request import Request
 from starling.engine.results import FinishReason, GenerationChunk
 from starling.engine.sampling import check_finite
@@ -38,6 +38,7 @@ class Scheduler:
         #: Requests that have a row and are not wholly prefilled, in the order in which they came.
         self._prefilling: deque[Request] = deque()
         self._slots = SlotTable(backend.max_batch)
+        self._chunk_before_step = False
 
     @property
     def idle(self) -> bool:
@@ -95,11 +96,12 @@ class Scheduler:
         for request in requests:
             row = request.slot
             self._take_token(request, chosen[row], None if logits is None else logits[row])
-        self._pace.decoded(perf_counter() - begin)
+        self._pace.decoded(len(requests), perf_counter() - begin, behind_chunk=self._chunk_before_step)
 
     def _prefill(self) -> None:
         """Chunks of the oldest prompts until the time for them is used up, at least one."""
-        begin, budget, least = perf_counter(), self._pace.budget(decoding=bool(self._slots.live)), GRAIN
+        begin, budget, least = perf_counter(), self._pace.budget(len(self._slots.live)), LEAST
+        self._chunk_before_step = bool(self._prefilling)
         while self._prefilling:
             most = max(self._pace.chunk(budget - (perf_counter() - begin)), least)
             if most == 0:
@@ -159,7 +161,7 @@ class Scheduler:
 
     def _note_time(self, request: Request) -> None:
         sequence, now, model_s = request.sequence, perf_counter(), self._backend.model_seconds
-        if len(sequence.steps) == 1:
+        if len(sequence.tokens) == 1:
             sequence.ttft_s = now - request.submitted
         else:
             gap = now - request.newest
@@ -187,7 +189,7 @@ class Scheduler:
 
     def _fail(self, request: Request, error: Exception) -> None:
         sequence = request.sequence
-        request.error = RequestFailed(f"request {request.id} failed after {len(sequence.steps)} token(s): {error}")
+        request.error = RequestFailed(f"request {request.id} failed after {len(sequence.tokens)} token(s): {error}")
         request.error.__cause__ = error
         sequence.finish_reason = "failed"
         self._leave(request, "failed")

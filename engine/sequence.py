@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from starling.engine.detokenizer import Detokenizer
 from starling.engine.device_choice import GREEDY, DeviceChoice, device_choice
@@ -15,14 +14,6 @@ from starling.engine.tokenizer import Tokenizer
 
 _STOP: FinishReason = "stop"
 _LENGTH: FinishReason = "length"
-
-
-class Step(NamedTuple):
-    """One chosen token, and the text that became certain with it."""
-
-    token: int
-    text: str
-    logprob: TokenLogprob | None
 
 
 @dataclass(slots=True)
@@ -45,7 +36,13 @@ class GenerationSequence:
     encode_s: float = 0.0
     #: What a backend that chooses tokens itself is told; where `sample` is set its choice is not taken.
     choice: DeviceChoice = GREEDY
-    steps: list[Step] = field(default_factory=list)
+    #: The answer. A token belongs to it once it is in `tokens`, which comes last: of one that Ctrl-C fell into, `texts`
+    #: may already have the text.
+    tokens: list[int] = field(default_factory=list)
+    #: The text that became certain with each token.
+    texts: list[str] = field(default_factory=list)
+    #: Of each token, where they were asked for; else none.
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     #: True once the last chunk was handed out.
     closed: bool = False
@@ -69,16 +66,16 @@ class GenerationSequence:
         """Ids that the row's cache surely holds. The newest token is not among them: decoding it writes it."""
         if not self.prefilled:
             return self.prompt[: self.reused]
-        return self.prompt + tuple(step.token for step in self.steps[:-1])
+        return self.prompt + tuple(self.tokens[:-1])
 
     def result(self) -> GenerationResult:
         """The answer so far; "interrupted" where it had not come to its end."""
-        logprobs_ = tuple(step.logprob for step in self.steps if step.logprob is not None)
+        count = len(self.tokens)
         return GenerationResult(
-            text="".join(step.text for step in self.steps),
-            tokens=tuple(step.token for step in self.steps),
+            text="".join(self.texts[:count]),
+            tokens=tuple(self.tokens),
             finish_reason=self.finish_reason or "interrupted",
-            logprobs=None if self.top_logprobs is None else logprobs_,
+            logprobs=None if self.top_logprobs is None else tuple(self.logprobs[:count]),
             prompt_tokens=self.prompt,
             timings=self.timings(),
         )
@@ -87,7 +84,7 @@ class GenerationSequence:
         """Timings so far."""
         return Timings(
             prompt_tokens=len(self.prompt),
-            new_tokens=len(self.steps),
+            new_tokens=len(self.tokens),
             reused_tokens=self.reused,
             ttft_s=self.ttft_s,
             prefill_model_s=self.prefill_model_s,
@@ -134,27 +131,25 @@ def accept(sequence: GenerationSequence, token: int, logits: Logits | None) -> i
 
     Returns the token taken. `logits` may be None where the sequence needs none.
     """
-    logprob = None
     if logits is not None and sequence.needs_logits:
         if sequence.sample is not None:
             token = sequence.sample(logits)
         if sequence.top_logprobs is not None:
-            logprob = logprobs(logits, token, sequence.top_logprobs)
+            sequence.logprobs.append(logprobs(logits, token, sequence.top_logprobs))
     text, reason = "", None
     if token in sequence.stop_ids:
         reason = _STOP
     else:
-        text, stopped = sequence.detokenizer.push(token), False
+        text = sequence.detokenizer.push(token)
         if sequence.stops is not None:
             text, stopped = sequence.stops.push(text)
-        if stopped:
-            reason = _STOP
-        elif len(sequence.steps) + 1 >= sequence.limit:
+            reason = _STOP if stopped else None
+        if reason is None and len(sequence.tokens) + 1 >= sequence.limit:
             reason = _LENGTH
     if reason is not None:
         text, reason = _with_held_back(sequence, text, reason)
-    # One append commits the token, so that Ctrl-C finds either all of it or nothing.
-    sequence.steps.append(Step(token, text, logprob))
+    sequence.texts.append(text)
+    sequence.tokens.append(token)
     sequence.finish_reason = reason
     return token
 
@@ -170,17 +165,18 @@ def _with_held_back(sequence: GenerationSequence, text: str, reason: FinishReaso
 
 def next_chunk(sequence: GenerationSequence) -> GenerationChunk:
     """The newest token as a chunk; the last one carries the reason and the timings."""
-    step = sequence.steps[-1]
-    sequence.handed_out = len(sequence.steps)
+    sequence.handed_out = len(sequence.tokens)
+    logprob = None if sequence.top_logprobs is None else sequence.logprobs[-1]
     if sequence.finish_reason is None:
-        return GenerationChunk(step.text, step.token, step.logprob)
+        return GenerationChunk(sequence.texts[-1], sequence.tokens[-1], logprob)
     sequence.closed = True
-    return GenerationChunk(step.text, step.token, step.logprob, sequence.finish_reason, sequence.timings())
+    timings = sequence.timings()
+    return GenerationChunk(sequence.texts[-1], sequence.tokens[-1], logprob, sequence.finish_reason, timings)
 
 
 def interrupted_chunk(sequence: GenerationSequence, reason: FinishReason = "interrupted") -> GenerationChunk:
     """The last chunk of a row that is ended early: text that was held back or not handed out yet."""
-    text = "".join(step.text for step in sequence.steps[sequence.handed_out :])
+    text = "".join(sequence.texts[sequence.handed_out : len(sequence.tokens)])
     text += interrupt(sequence, reason)
     sequence.closed = True
     return GenerationChunk(text, None, None, sequence.finish_reason, sequence.timings())
@@ -191,7 +187,7 @@ def interrupt(sequence: GenerationSequence, reason: FinishReason = "interrupted"
     if sequence.finish_reason is not None:
         return ""
     tail, sequence.finish_reason = _with_held_back(sequence, "", reason)
-    if not sequence.steps:
+    if not sequence.tokens:
         return ""
-    sequence.steps[-1] = sequence.steps[-1]._replace(text=sequence.steps[-1].text + tail)
+    sequence.texts[len(sequence.tokens) - 1] += tail
     return tail

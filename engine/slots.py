@@ -56,8 +56,8 @@ class SlotTable:
     def advance(self, request: Request, token: int) -> None:
         """`token` is the newest of a request that goes on; the sequence's limit keeps it inside the cache."""
         row, sequence = request.slot, request.sequence
-        self._tokens[row], self._positions[row] = token, len(sequence.prompt) + len(sequence.steps) - 1
-        if len(sequence.steps) == 1:
+        self._tokens[row], self._positions[row] = token, len(sequence.prompt) + len(sequence.tokens) - 1
+        if len(sequence.tokens) == 1:
             insort(self.live, row)
 
     def release(self, request: Request) -> None:

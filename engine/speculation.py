@@ -37,11 +37,11 @@ def decode_drafts(backend: Backend, sequence: GenerationSequence) -> Iterator[No
 
     Tokens of one run are taken one by one as they are asked for: whoever stops reading ends the sequence there.
     """
-    lookup = PromptLookup([*sequence.prompt, sequence.steps[-1].token])
+    lookup = PromptLookup([*sequence.prompt, sequence.tokens[-1]])
     while sequence.finish_reason is None:
         begin, model_begin = perf_counter(), backend.model_seconds
         # A draft never reaches behind the last token that may come, so neither behind the end of the cache.
-        draft = lookup.draft(sequence.limit - len(sequence.steps) - 1)
+        draft = lookup.draft(sequence.limit - len(sequence.tokens) - 1)
         output = _run(backend, sequence, draft)
         sequence.drafted += len(draft)
         accepted = 0
@@ -58,7 +58,7 @@ def decode_drafts(backend: Backend, sequence: GenerationSequence) -> Iterator[No
 
 def _run(backend: Backend, sequence: GenerationSequence, draft: list[int]) -> StepOutput:
     """Write the newest token, and the draft behind it."""
-    newest, position = sequence.steps[-1].token, len(sequence.prompt) + len(sequence.steps) - 1
+    newest, position = sequence.tokens[-1], len(sequence.prompt) + len(sequence.tokens) - 1
     return backend.verify(0, [newest, *draft], position) if draft else backend.decode((newest,), (position,))
 
 

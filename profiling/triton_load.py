@@ -3,7 +3,7 @@
     python -m starling.profiling.triton_load --http 127.0.0.1:8000 --metrics 127.0.0.1:8002 --pid PID
 
 Every request must end in an answer, a disconnect of ours, or a refusal that names the field; afterwards slots, metrics
-and memory must come out even. Only the standard library and HTTP are used: clients of the server, nothing of ours.
+and memory must come out even. The clients are the standard library's, nothing of ours.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import json
 import random
 import sys
 import time
-import urllib.request
 from argparse import ArgumentParser
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPResponse
-from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 120.0
+from starling.profiling.server_state import TIMEOUT_S, counted, resident_mb
+
 #: How often each kind comes, per 20 requests.
 KINDS = {"answered": 6, "streamed": 6, "disconnected": 5, "refused": 3}
 #: A bad field, and what the refusal must name.
@@ -109,37 +108,6 @@ def idle_stats(http: str) -> dict[str, Any]:
             raise TimeoutError(f"requests have not ended: {figures}")
         time.sleep(0.1)
     return figures
-
-
-def counted(metrics: str) -> dict[str, float]:
-    """Generated tokens and ended requests by the metrics page: its counters, and its histograms of requests."""
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=TIMEOUT_S) as answer:
-        lines = answer.read().decode().splitlines()
-    samples = [(name, float(value)) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")]
-    totals = {
-        "tokens": "vllm:generation_tokens_total",
-        "ended": "vllm:request_success_total",
-        "observed": "vllm:request_generation_tokens_count",
-        "observed_tokens": "vllm:request_generation_tokens_sum",
-    }
-    return {key: sum(value for name, value in samples if name.startswith(total)) for key, total in totals.items()}
-
-
-def resident_mb(pid: int) -> float:
-    """Resident memory of a process and its descendants, in MB."""
-    return sum(_status_kb(one) for one in _tree(pid)) / 1e3
-
-
-def _tree(pid: int) -> Iterator[int]:
-    yield pid
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield from _tree(int(child))
-
-
-def _status_kb(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -163,7 +163,7 @@ def interrupting(row: GenerationSequence, *, at_token: int) -> GenerationSequenc
     choose = make_sampler(SamplingParams())
 
     def choose_interrupted(logits: np.ndarray) -> int:
-        if len(row.steps) == at_token:
+        if len(row.tokens) == at_token:
             signal.raise_signal(signal.SIGINT)
         return choose(logits)
 

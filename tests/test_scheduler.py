@@ -94,15 +94,15 @@ def test_requests_that_join_and_leave_answer_as_alone(served: Served) -> None:
 def test_a_long_prompt_is_prefilled_between_the_steps_of_the_others(served: Served) -> None:
     expected = served.alone(tokens=30), served.alone(LONG, 5)
     running, handle = served.submit(tokens=30)
-    while not running.sequence.steps:
+    while not running.sequence.tokens:
         served.scheduler.step()
     long, long_handle = served.submit(LONG, 5)
-    before = len(running.sequence.steps)
-    while not long.sequence.steps:
-        tokens = len(running.sequence.steps)
+    before = len(running.sequence.tokens)
+    while not long.sequence.tokens:
+        tokens = len(running.sequence.tokens)
         served.scheduler.step()
-        assert len(running.sequence.steps) == tokens + 1, "every step gives the running request a token"
-    assert len(running.sequence.steps) - before >= 3, "the prompt came in several chunks"
+        assert len(running.sequence.tokens) == tokens + 1, "every step gives the running request a token"
+    assert len(running.sequence.tokens) - before >= 3, "the prompt came in several chunks"
     served.run()
     assert (handle.result(0).tokens, long_handle.result(0).tokens) == (expected[0].tokens, expected[1].tokens)
 
@@ -125,7 +125,7 @@ def test_a_decode_step_leaves_a_half_prefilled_row_below_it_right(
     monkeypatch.setattr(served.engine.backend, "decode", recorded)
     long, handle = served.submit(LONG, 6)
     held = []
-    while not long.sequence.steps:
+    while not long.sequence.tokens:
         held.append(long.written)
         served.scheduler.step()
     assert long.slot == 0, "the lowest free row, below the one that decodes"
@@ -158,7 +158,7 @@ def test_how_a_prompt_is_cut_does_not_show(engine: Engine) -> None:
         seen: list[np.ndarray] = []
         request, handle = served.submit(prompt, 1, logprobs=5)
         served.run()
-        assert request.sequence.steps[0].token == whole.argmax()
+        assert request.sequence.tokens[0] == whole.argmax()
         result = handle.result(0)
         assert result.logprobs is not None
         seen.append(np.array([value for _, value in result.logprobs[0].top]))
@@ -178,7 +178,7 @@ def test_first_come_first_served(served: Served) -> None:
 def test_cancelling_takes_effect_within_one_step(served: Served) -> None:
     requests = [served.submit(tokens=80, prompt=LONG[:9])[0] for _ in range(ROWS)]
     prefilling_or_waiting = [served.submit(LONG)[0] for _ in range(2)]
-    while not all(request.sequence.steps for request in requests):
+    while not all(request.sequence.tokens for request in requests):
         served.scheduler.step()
     for request in [requests[1], *prefilling_or_waiting]:
         request.cancelled = True
@@ -198,7 +198,7 @@ def test_cancelling_takes_effect_within_one_step(served: Served) -> None:
 
 def test_what_is_late_ends_where_it_is_and_waiting_counts(served: Served) -> None:
     running, handle = served.submit(tokens=80)
-    while len(running.sequence.steps) < 3:
+    while len(running.sequence.tokens) < 3:
         served.scheduler.step()
     for _ in range(ROWS):
         served.submit(tokens=60)
@@ -240,7 +240,7 @@ def test_a_request_that_fails_fails_alone(served: Served, broken: str) -> None:
 def test_numbers_that_are_not_finite_end_their_own_row_and_stay_there(served: Served) -> None:
     expected = served.alone(tokens=20).tokens, served.alone(LONG, 9).tokens
     good, (bad, bad_handle) = served.submit(tokens=20)[1], served.submit(LONG, 20)
-    while len(bad.sequence.steps) < 2:
+    while len(bad.sequence.tokens) < 2:
         served.scheduler.step()
     backend = served.engine.backend
     assert isinstance(backend, OrtBackend)
@@ -262,7 +262,7 @@ def test_a_step_of_the_model_that_fails_ends_those_in_it_and_the_loop_goes_on(
     expected = served.alone(LONG, 5).tokens
     running = [served.submit(tokens=60) for _ in range(ROWS)]
     waiting = served.submit(LONG, 5)[1]
-    while not all(request.sequence.steps for request, _ in running):
+    while not all(request.sequence.tokens for request, _ in running):
         served.scheduler.step()
     with monkeypatch.context() as patch:
         patch.setattr(served.engine.backend, "_session", None)  # what is left of a session that broke
@@ -279,7 +279,7 @@ def test_a_step_of_the_model_that_fails_ends_those_in_it_and_the_loop_goes_on(
 def test_a_prefill_that_fails_ends_its_own_request(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = served.alone(tokens=20).tokens
     running, handle = served.submit(tokens=20)
-    while not running.sequence.steps:
+    while not running.sequence.tokens:
         served.scheduler.step()
     prefill = served.engine.backend.prefill
 
@@ -312,20 +312,3 @@ def test_settings_are_each_requests_own(served: Served) -> None:
     assert len({result.tokens for result in results}) == len(settings)
     assert results[2].logprobs is not None
     assert results[0].logprobs is None
-
-
-def test_the_pace_grows_to_what_fits_between_two_steps() -> None:
-    pace = PrefillPace(most=128, slowdown=2.5)
-    assert pace.chunk(pace.budget(decoding=False)) == 128
-    for _ in range(30):
-        pace.decoded(0.02)
-    budget = pace.budget(decoding=True)
-    assert budget == pytest.approx(0.03)
-    sizes = []
-    for _ in range(8):
-        size = max(pace.chunk(budget), GRAIN)
-        pace.prefilled(size, 0.008 + 0.0005 * size)
-        sizes.append(size)
-    assert sizes == [8, 16, 24, 32, 40, 40, 40, 40], "the most that takes 30 ms is 44 tokens"
-    pace.prefilled(64, 6.4)
-    assert pace.chunk(budget) == 0, "the caller then takes the smallest chunk"

@@ -160,7 +160,7 @@ def test_ctrl_c_inside_a_draft_keeps_the_text_so_far(engine: Engine, copied: Gen
     choose = make_sampler(SamplingParams())
 
     def choose_interrupted(logits: Any) -> int:
-        if len(sequence.steps) == at_token:
+        if len(sequence.tokens) == at_token:
             signal.raise_signal(signal.SIGINT)
         return choose(logits)
 
