@@ -52,13 +52,18 @@ def load_average() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured: `rounds`, each with fresh processes, and `repeats` of every prompt length within one."""
+    """How much is measured: `rounds`, each with fresh processes, and `repeats` of every prompt length within one.
+
+    `quality` is measured on the first `quality_tokens` of the text (None: on all).
+    """
 
     lengths: tuple[int, ...]
     new_tokens: int
     threads: int
     rounds: int
     repeats: int
+    quality: bool
+    quality_tokens: int | None
 
 
 @dataclass(slots=True)
@@ -93,13 +98,13 @@ def _lengths(context: click.Context, option: click.Parameter, value: str) -> tup
 @click.option("--rounds", default=5, type=click.IntRange(1), help="Times that all contenders are started afresh.")
 @click.option("--repeats", default=1, type=click.IntRange(1), help="Runs of each contender on each length in a round.")
 @click.option("--quality/--no-quality", default=True, help="Measure everybody's KL to the model at fp32, too.")
+@click.option("--quality-tokens", type=click.IntRange(2), help="Read no more of the text for it.  [default: all]")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="JSON file; a chart (.svg) beside it.")
 def main(
     bundles: tuple[Path, ...],
     folder: Path,
     only: str | None,
     bundle_in_peer: bool,
-    quality: bool,
     output: Path | None,
     **plan: Any,
 ) -> None:
@@ -117,7 +122,7 @@ def main(
         if output is not None and not output.absolute().parent.is_dir():
             raise UserError(f"{output.parent} is no folder; choose another --output")
         ours = [Bundle.open(bundle) for bundle in bundles]
-        document = compare(ours, read_peers(folder), only, Plan(**plan), quality=quality, bundle_in_peer=bundle_in_peer)
+        document = compare(ours, read_peers(folder), only, Plan(**plan), bundle_in_peer=bundle_in_peer)
     except StarlingError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -132,8 +137,7 @@ def compare(
     only: str | None,
     plan: Plan,
     *,
-    quality: bool,
-    bundle_in_peer: bool,
+    bundle_in_peer: bool = False,
 ) -> dict[str, Any]:
     """Run the comparison, print its tables, and give the whole of it as a JSON document. Raises StarlingError."""
     ours = our_contenders(bundles, peers[0].device if peers else "cpu")
@@ -144,11 +148,11 @@ def compare(
         click.echo(f"The machine is busy (load {about['load_average']}): ratios may be off, times are.", err=True)
     with Console(stderr=True).status("loading") as status:
         found = _measure(bundles[0], groups, plan, status.update)
-        if quality and (reference := reference_of(ours, peers)) is not None:
+        if plan.quality and (reference := reference_of(ours, peers)) is not None:
             everybody = [contender for group in groups.values() for contender in group]
             found.reference = reference.name
             found.qualities, found.unscored = measure_divergence(
-                bundles[0], everybody, reference, plan.threads, status.update
+                bundles[0], everybody, reference, plan.threads, status.update, plan.quality_tokens
             )
     summaries = summarize(found.runs, {precision: [one.name for one in group] for precision, group in groups.items()})
     _print(summaries, found, f"{bundles[0].source['name']} on {about['machine']['cpu']}, {_settings(plan)}")

@@ -33,24 +33,27 @@ def measure_divergence(
     reference: Contender,
     threads: int,
     progress: Callable[[str], None],
-    options: Options | None = None,
+    most: int | None = None,
 ) -> tuple[dict[str, Quality], dict[str, str]]:
     """The quality of each contender by its name, and for each that could not give it one line that says why.
 
-    `bundle` reads the text into tokens, the same for all; `options` give the windows. One process runs at a time.
+    `bundle` reads the text into tokens, the same for all, no more than `most`. One process runs at a time.
     Raises BackendError where the reference fails.
     """
-    options = options or Options()
+    options = Options(max_tokens=most)
     tokens = bundle_windows(bundle, built_in_text(), options)
+    context = min(options.context, tokens.shape[1] - 1)
     qualities: dict[str, Quality] = {}
     failures: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         progress(f"quality: {reference.name}, the reference")
-        theirs = _logits(reference, tokens, options.context, threads, Path(folder) / "reference.npz")
+        theirs = _logits(reference, tokens, context, threads, Path(folder) / "reference.npz")
         for contender in contenders:
             progress(f"quality: {contender.name}")
             try:
-                logits = _logits(contender, tokens, options.context, threads, Path(folder) / "logits.npz")
+                same = contender == reference
+                file = Path(folder) / "logits.npz"
+                logits = theirs if same else _logits(contender, tokens, context, threads, file)
                 qualities[contender.name] = score(logits, theirs)
             except StarlingError as error:
                 failures[contender.name] = str(error)
