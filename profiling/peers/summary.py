@@ -103,7 +103,7 @@ def _table(title: str, rows: Sequence[Summary], qualities: Mapping[str, Quality]
         view.add_row(
             row.contender,
             f"{row.ttft_ms:.1f}",
-            f"{row.itl_p50_ms:.2f}/{row.itl_p99_ms:.1f}",
+            f"{row.itl_p50_ms:.1f}/{row.itl_p99_ms:.0f}",
             f"{row.decode_tokens_per_s:.1f}",
             f"{row.decode_ratio:.2f}x",
             f"{row.ttft_ratio:.2f}x",
