@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from starling.engine.bundle import Bundle
 from starling.engine.errors import StarlingError, UserError
 from starling.engine.tokenizer import Tokenizer
 from starling.export.checkpoint import Checkpoint
@@ -32,9 +31,10 @@ from starling.profiling.stored_logits import StoredLogits
 FOLDER = os.environ.get("STARLING_PEERS")
 NAMES = [recipe for peer in PEERS["cpu"] for recipe in (f"{peer.name} {one.name}" for one in peer.recipes)]
 #: What a precision may cost in mean KL on this small model, in nats: an upside-down scale or mask costs whole nats.
-#: Plain dynamic INT8 with per-tensor activations really is that far.
+#: Plain dynamic INT8 with per-tensor activations really is that far, and OpenVINO's own choice for fp32 is bfloat16.
 BOUNDS = {"fp32": 1e-3, "int8": 0.02, "int4": 1.0}
-FAR = {"optimum-onnx int8": 1.0}
+FAR = {"optimum-onnx int8": 1.0, "openvino fp32 default": 0.02}
+VOCABULARY = 49152
 PROMPT, ANSWER, END = "What is the capital of France?", 24, 2
 
 
@@ -66,13 +66,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_checkpoint_folder_holds_the_same_weights_and_tokens(
     tiny_folder: Path, tiny_checkpoint: Checkpoint
 ) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ids = [1, 5, 900, 31, 7]
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder / "checkpoint", local_files_only=True)
+    ids, folder = [1, 5, 900, 31, 7], tiny_folder / "checkpoint"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     expected = reference_logits(load_reference(tiny_checkpoint.config, tiny_checkpoint.tensors), ids).numpy()
     assert np.abs(reference_logits(model, ids).numpy() - expected).max() < 1e-4
-    theirs = AutoTokenizer.from_pretrained(tiny_folder / "checkpoint", local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert theirs("0: no debugging 14", add_special_tokens=False)["input_ids"] == _raw_ids(
         tiny_checkpoint, "0: no debugging 14"
     )
@@ -112,6 +113,7 @@ class TestTransformersAndUs:
         assert divergence.mean_kl < 1e-8
         assert divergence.top1_agreement == 1.0
 
+    @pytest.mark.skipif(FOLDER is None, reason="compiling takes most of a minute; set STARLING_PEERS to try it")
     def test_the_compiled_one_over_a_static_cache_gives_them_too(self, tiny_folder: Path) -> None:
         eager, _ = ask(transformers_here(tiny_folder), 16, *self.REQUESTS)
         # The second run begins with the cache of the first: it must have been cleared.
@@ -191,11 +193,10 @@ def peers() -> dict[str, Contender]:
 
 
 @pytest.fixture(scope="module")
-def truth(peers: dict[str, Contender], demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+def truth(peers: dict[str, Contender], tmp_path_factory: pytest.TempPathFactory) -> Truth:
     if "transformers fp32" not in peers:
         pytest.skip("transformers is not set up in STARLING_PEERS")
-    bundle = Bundle.open(demo_bundle)
-    tokenizer = Tokenizer.load(demo_bundle, bundle.architecture.vocab_size)
+    tokenizer = Tokenizer.load(peers["transformers fp32"].model, VOCABULARY)
     turn = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer.encode(turn)
     text = tokenizer.encode("A lighthouse keeper counts the ships that pass in the night. In 1911 he wrote it down.")

@@ -16,15 +16,14 @@ ROW, HEADING, GAP = 24, 54, 18
 DECODE_X, TTFT_X, BAR, KL_X = 190, 480, 200, WIDTH - MARGIN
 
 STYLE = """
-svg { color-scheme: light dark; --page: #ffffff; --ink: #1b2430; --quiet: #5d6b7c; --ours: #2563c9; --theirs: #b3bdc9; }
+text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #1b2430; }
+.page { fill: #ffffff; } .title { font-size: 17px; font-weight: 600; } .group { font-size: 14px; font-weight: 600; }
+.quiet { fill: #5d6b7c; font-size: 12px; } text.us { font-weight: 600; }
+.bar { fill: #b3bdc9; } .bar.us { fill: #2563c9; }
 @media (prefers-color-scheme: dark) {
-  svg { --page: #11161d; --ink: #e6ebf1; --quiet: #93a1b1; --ours: #6ea3f7; --theirs: #4a5665; }
+  text { fill: #e6ebf1; } .page { fill: #11161d; } .quiet { fill: #93a1b1; }
+  .bar { fill: #4a5665; } .bar.us { fill: #6ea3f7; }
 }
-.page { fill: var(--page); }
-text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--ink); }
-.title { font-size: 17px; font-weight: 600; } .group { font-size: 14px; font-weight: 600; }
-.quiet { fill: var(--quiet); font-size: 12px; } .us { font-weight: 600; }
-.bar { fill: var(--theirs); } .bar.us { fill: var(--ours); }
 """
 
 
