@@ -96,7 +96,7 @@ class Backend(Protocol):
     model_seconds: float
     #: Why it was not another backend that "auto" took; None where there is nothing to say.
     note: str | None
-    #: Instruction set of the engine's own CPU kernels, where they run the bundle ("avx512-vnni", "avx2"); None elsewhere.
+    #: Instruction set of the engine's own CPU kernels where they run the bundle ("avx512-vnni", "avx2"), else None.
     kernels: str | None
 
     @property

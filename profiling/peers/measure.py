@@ -14,6 +14,7 @@ from starling.profiling.peers.process import WorkerProcess
 
 #: Thread pools go on spinning for some 50 ms behind a run; the next contender starts when they have gone to sleep.
 SETTLE_S = 0.25
+#: Enough for a compiled peer to record its graphs, too.
 WARM_UP_TOKENS = 8
 
 
@@ -45,16 +46,17 @@ def measure(
 ) -> list[Run]:
     """Every contender on every prompt length, once for each of `repeats`, after one warm-up run of each.
 
-    `prompts(length, repeat)` gives the token ids, the same for all contenders. Raises BackendError when a worker
-    fails, or gives fewer or more tokens than were asked for.
+    `prompts(length, start)` gives the token ids, the same for all contenders, with no beginning shared between
+    starts: a peer that caches prefixes must find none. Raises BackendError when a worker fails, or gives fewer or more
+    tokens than were asked for.
     """
     runs = []
-    for length in lengths:
+    for index, length in enumerate(lengths):
         for worker in workers:
             progress(f"warming up {worker.name} on {length} tokens")
-            worker.request(op="run", prompt=prompts(length, -1), new_tokens=WARM_UP_TOKENS)
+            worker.request(op="run", prompt=prompts(length, -1 - index), new_tokens=WARM_UP_TOKENS)
         for repeat in repeats:
-            prompt = prompts(length, repeat)
+            prompt = prompts(length, repeat * len(lengths) + index)
             for worker in turns(workers, repeat):
                 progress(f"{length} prompt tokens, repeat {repeat + 1} of {repeats.stop}: {worker.name}")
                 runs.append(_run(worker, workers, prompt, new_tokens, repeat))

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-_MATRIX_OPS = ("MatMul", "Gemm", "MatMulNBits")
+_MATRIX_OPS = ("MatMul", "Gemm", "MatMulInteger", "MatMulNBits")
 _EMBEDDING_OPS = ("Gather", "GatherBlockQuantized")
 
 
@@ -44,7 +44,16 @@ def _label(node: Any, weights: dict[str, str]) -> str | None:
     return label + (f" accuracy_level {attributes['accuracy_level']}" if "accuracy_level" in attributes else "")
 
 
-def decoder_path(folder: Path) -> Path:
-    """The ONNX file of a folder of onnxruntime-genai."""
-    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    return folder / str(config["model"]["decoder"]["filename"])
+def onnx_graph(folder: Path) -> Path | None:
+    """The ONNX file that a model's folder is run by: named in bundle.json or genai_config.json, or its only one.
+
+    None where there is none: the runtime has another form. (A bundle has both files; bundle.json names its own.)
+    """
+    for name, keys in (("bundle.json", ("graph", "file")), ("genai_config.json", ("model", "decoder", "filename"))):
+        if (folder / name).is_file():
+            value = json.loads((folder / name).read_text(encoding="utf-8"))
+            for key in keys:
+                value = value[key]
+            return folder / str(value)
+    files = list(folder.glob("*.onnx"))
+    return files[0] if len(files) == 1 else None

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -28,11 +29,13 @@ class WorkerProcess:
         self.name = name
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         # A peer's environment is its own: nothing of ours may enter it, and no bytecode of its Python our folder.
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        environment = {
+            key: value for key, value in os.environ.items() if key != "PYTHONPATH" or python == sys.executable
+        }
+        environment |= {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         try:
             self._process = subprocess.Popen(
-                [python, str(Path(__file__).with_name("worker.py")), module],
+                [python, str(Path(__file__).parent / "workers" / "worker.py"), module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
