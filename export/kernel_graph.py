@@ -1,7 +1,8 @@
-"""A second graph over the same quantized weights, for the engine's own CPU kernels: few, large operators.
+"""A second graph over the same weights, for the engine's own CPU kernels: few, large operators.
 
-Each MatMulNBits becomes a `starling::QuantizedLinear` (engine/kernels), which takes in what stands around it: the
-RMSNorm in front, the gated activation and the residual addition behind.
+GroupQueryAttention becomes ours (engine/kernels). So does each MatMulNBits of the int8 that the kernels are for, as a
+`starling::QuantizedLinear`, which takes in what stands around it: the RMSNorm in front, the gated activation and the
+residual addition behind.
 """
 
 import onnx_ir as ir
@@ -17,21 +18,25 @@ _BLOCK_SIZE, _BITS, _INT8_ACTIVATIONS = 32, 8, 4
 def kernel_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
     """The graph rewritten, or None where the kernels have nothing to offer for it.
 
-    They are for symmetric int8 in blocks of 32 that is multiplied in int8, and float32 between the products.
+    They are for float32 between the products, and products in symmetric int8 in blocks of 32, multiplied in int8.
     """
     products = [node for node in model.graph if node.op_type == "MatMulNBits"]
-    if how is None or not how.is_symmetric or not products or not all(_is_supported(node) for node in products):
+    takes_products = how is not None and how.is_symmetric and all(_is_supported(node) for node in products)
+    takes_attention = all(_has_kernel(node) for node in model.graph if node.op_type == "GroupQueryAttention")
+    if not takes_products and not takes_attention:
         return None
     twin = model.clone()
     graph = twin.graph
+    if takes_products:
+        for node in list(graph):
+            if node.op_type == "SkipSimplifiedLayerNormalization":
+                _separate_residual(graph, node)
     for node in list(graph):
-        if node.op_type == "SkipSimplifiedLayerNormalization":
-            _separate_residual(graph, node)
-    for node in list(graph):
-        if node.op_type == "MatMulNBits":
+        if takes_products and node.op_type == "MatMulNBits":
             _replace(graph, node)
-        elif node.op_type == "GroupQueryAttention" and _has_kernel(node):
-            _take_attention(graph, node)
+        elif takes_attention and node.op_type == "GroupQueryAttention":
+            # bfloat16 leaves of a score about what int8 products leave of it: mean KL is the same within its noise.
+            _take_attention(graph, node, reduced_precision=bool(products) and takes_products)
     common_passes.RemoveUnusedNodesPass()(twin)
     twin.opset_imports[STARLING] = 1
     return twin
@@ -54,11 +59,11 @@ def _has_kernel(attention: ir.Node) -> bool:
     return isinstance(head_dim, int) and head_dim % 16 == 0 and head_dim <= 256 and set(attention.attributes) <= known
 
 
-def _take_attention(graph: ir.Graph, node: ir.Node) -> None:
+def _take_attention(graph: ir.Graph, node: ir.Node, *, reduced_precision: bool) -> None:
     """The same operator in our domain, with every attribute written out."""
-    # bfloat16 leaves of a score about what the int8 products around it do: mean KL is the same within its noise.
-    defaults = {"local_window_size": -1, "do_rotary": 0, "rotary_interleaved": 0, "reduced_precision": 1}
+    defaults = {"local_window_size": -1, "do_rotary": 0, "rotary_interleaved": 0}
     attributes = defaults | {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes["reduced_precision"] = int(reduced_precision)
     inputs = [*node.inputs, *[None] * (9 - len(node.inputs))]
     ours = ir.node("GroupQueryAttention", inputs, attributes=attributes, num_outputs=3, domain=STARLING, version=1)
     graph.insert_before(node, ours)
