@@ -26,8 +26,8 @@ struct PackedWeights {
   int pairs = 0;
   int planes = 1;   // of the activations that they are multiplied with
   bool gated = false;
-  Array<uint8_t> data;     // [pairs][blocks][8][2][16][4]
-  Array<uint16_t> scales;  // float16 [pairs][blocks][2][16]
+  Weights<uint8_t> data;     // [pairs][blocks][8][2][16][4]
+  Weights<uint16_t> scales;  // float16 [pairs][blocks][2][16]
 
   // Columns of the product's result.
   int width() const { return gated ? outputs / 2 : outputs; }

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <new>
-#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -15,27 +15,68 @@
 
 namespace starling {
 
-// Owns `size` values of T; not initialized. A decode step reads every weight once: on 4 KiB pages it would miss the
-// TLB every 4 KiB, so large arrays start on a huge page and ask for them before they are written.
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Bytes that start on a huge page and ask for more of them before they are written: a decode step reads every weight
+// once, and on 4 KiB pages it would miss the TLB every 4 KiB.
+inline std::shared_ptr<uint8_t> huge_bytes(size_t bytes) {
+  const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  auto* data = static_cast<uint8_t*>(std::aligned_alloc(kHugePage, size));
+  if (data == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(data, size, MADV_HUGEPAGE);
+#endif
+  return {data, [](uint8_t* memory) { std::free(memory); }};
+}
+
+// Bytes on huge pages that the weights of many operators share, since those of one seldom fill a page. Memory goes back
+// when the last array in a piece of it is gone.
+inline std::shared_ptr<uint8_t> pooled_bytes(size_t bytes) {
+  constexpr size_t kPiece = 16 * kHugePage;  // what is not written to is not taken from the system
+  static std::mutex mutex;
+  static std::weak_ptr<uint8_t> newest;
+  static size_t used = 0;
+  bytes = (bytes + 63) / 64 * 64;
+  if (bytes > kPiece / 4) return huge_bytes(bytes);
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<uint8_t> piece = newest.lock();
+  if (piece == nullptr || used + bytes > kPiece) {
+    piece = huge_bytes(kPiece);
+    newest = piece;
+    used = 0;
+  }
+  uint8_t* place = piece.get() + used;
+  used += bytes;
+  return {piece, place};
+}
+
+// `size` values of T for weights; not initialized.
+template <typename T>
+class Weights {
+ public:
+  Weights() = default;
+  explicit Weights(size_t size) : bytes_(pooled_bytes(size * sizeof(T))) {}
+
+  T* data() const { return reinterpret_cast<T*>(bytes_.get()); }
+
+ private:
+  std::shared_ptr<uint8_t> bytes_;
+};
+
+// `size` values of T for scratch; not initialized.
 template <typename T>
 class Array {
  public:
   Array() = default;
-  explicit Array(size_t size) : size_(size) {
-    const size_t bytes = size * sizeof(T);
-    const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
-    data_.reset(static_cast<T*>(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment)));
+  explicit Array(size_t size)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64))), size_(size) {
     if (data_ == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-    if (bytes >= kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
-#endif
   }
 
   T* data() const { return data_.get(); }
   size_t size() const { return size_; }
 
  private:
-  static constexpr size_t kHugePage = size_t{2} << 20;
   struct Free {
     void operator()(T* data) const { std::free(data); }
   };

@@ -79,8 +79,8 @@ QuantizedLinear::QuantizedLinear(const NodeInfo& node) : kernels_(block_kernels(
   require(shape_of(node.api, data).elements() == blocks * kBlock && shape_of(node.api, scales).elements() == blocks,
           "the weights do not have the shapes that K and N say");
   const size_t places = static_cast<size_t>(packed.pairs) * packed.blocks * kPair;
-  packed.data = Array<uint8_t>(places * kBlock);
-  packed.scales = Array<uint16_t>(places);
+  packed.data = Weights<uint8_t>(places * kBlock);
+  packed.scales = Weights<uint16_t>(places);
   const auto* bytes = data_of<const uint8_t>(node.api, data);
   const auto* factors = data_of<const float>(node.api, scales);
   for (int pair = 0; pair < packed.pairs; ++pair) pack_pair(packed, pair, bytes, factors);
