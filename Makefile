@@ -22,6 +22,7 @@ check: lint types
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror engine/kernels/*.h engine/kernels/*.cpp
 
 # mypy knows packages by their folders; build/types shows it ours under the names that they install as.
 types: install

@@ -1,5 +1,5 @@
-// AVX-512 with BF16: vdpbf16ps multiplies 32 pairs of bfloat16 and adds neighbours into 16 float32, at twice the rate of
-// float32. A score keeps eight bits of each factor, about what products of bytes around it leave of them.
+// AVX-512 with BF16: vdpbf16ps multiplies 32 pairs of bfloat16 and adds neighbours into 16 float32, at twice the rate
+// of float32. A score keeps eight bits of each factor, about what products of bytes around it leave of them.
 #include "attention_kernels.h"
 #include "instruction_set.h"
 
@@ -24,10 +24,11 @@ struct BFloat16 {
   }
   // out [count][head_dim / 2]: neighbouring dimensions of each row.
   static const float* queries(const float* rows, int count, int head_dim, float* out) {
-    for (int i = 0; i < count * head_dim; i += 2 * Vector::width) {  // head_dim is a multiple of 16, a pair's vectors too
-      const Vector::Mask mask = Vector::first(count * head_dim - i - Vector::width);
+    const int numbers_in_all = count * head_dim;  // a multiple of 16, so a last single vector may be left
+    for (int i = 0; i < numbers_in_all; i += 2 * Vector::width) {
+      const Vector::Mask mask = Vector::first(numbers_in_all - i - Vector::width);
       const __m512i words = words_of(Vector::load(rows + i), Vector::load(rows + i + Vector::width, mask));
-      _mm512_mask_storeu_epi32(out + i / 2, Vector::first((count * head_dim - i) / 2), words);
+      _mm512_mask_storeu_epi32(out + i / 2, Vector::first((numbers_in_all - i) / 2), words);
     }
     return out;
   }

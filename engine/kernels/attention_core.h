@@ -2,19 +2,19 @@
 // vector_math.h: the same text for every instruction set.
 //
 // Keys are taken in blocks (kKeys), and blocks in chunks (kChunk positions from a multiple of it), each chunk with a
-// softmax of its own; chunks are joined in order (Dao et al., FlashAttention; Milakov & Gimelshein, online softmax). All
-// sums of a row are in the order of positions, so a row's bits depend neither on its neighbours nor on who computes it.
+// softmax of its own; chunks are joined in order (Dao et al., FlashAttention; Milakov & Gimelshein, online softmax).
+// All sums of a row are in the order of positions, so its bits depend neither on its neighbours nor on who computes it.
 //
 // A `Product` says how numbers are multiplied: in float32, or in pairs of bfloat16. What it multiplies are 32-bit words
-// of `Product::numbers` neighbouring numbers: of a head's dimensions in queries and keys, of keys in weights and values.
+// of `Product::numbers` neighbours: of a head's dimensions in queries and keys, of keys in weights and values.
 #pragma once
 
 namespace starling {
 namespace {
 
-constexpr int kVectors = 4;                                 // of a row's scores that are in registers
-constexpr int kKeys = kVectors * Vector::width;             // of a block
-constexpr int kRows = Vector::width == 16 ? 6 : 3;          // that are in registers together
+constexpr int kVectors = 4;                         // of a row's scores that are in registers
+constexpr int kKeys = kVectors * Vector::width;     // of a block
+constexpr int kRows = Vector::width == 16 ? 6 : 3;  // that are in registers together
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 static_assert(kChunk % kKeys == 0 && kKeys <= kMostKeys);
@@ -50,8 +50,8 @@ struct Float32 {
   }
 };
 
-// out = x [head_dim] with its pairs rotated by a position's angles, times scale. Pairs are (i, i + half), or (2 i, 2 i + 1)
-// if interleaved; what is behind them is only scaled.
+// out = x [head_dim] with its pairs rotated by a position's angles, times scale. Pairs are (i, i + half), if
+// interleaved (2 i, 2 i + 1); what is behind them is only scaled.
 inline void rotate(const float* x, const Angles& angles, bool interleaved, int head_dim, float scale, float* out) {
   const int half = angles.count;
   int i = 0;

@@ -24,7 +24,7 @@ struct PackedWeights {
   int outputs = 0;  // rows of the weight matrix
   int blocks = 0;   // of a row
   int pairs = 0;
-  int planes = 1;   // of the activations that they are multiplied with
+  int planes = 1;  // of the activations that they are multiplied with
   bool gated = false;
   Weights<uint8_t> data;     // [pairs][blocks][8][2][16][4]
   Weights<uint16_t> scales;  // float16 [pairs][blocks][2][16]
@@ -33,8 +33,8 @@ struct PackedWeights {
   int width() const { return gated ? outputs / 2 : outputs; }
 };
 
-// Rows of activations, rounded; the planes of one are neighbours. `corrections` is -128 times the sum of a block's values: what 128 too much in every byte
-// of the weights adds to a product.
+// Rows of activations, rounded; the planes of one are neighbours. `corrections` is -128 times the sum of a block's
+// values: what 128 too much in every byte of the weights adds to a product.
 struct QuantizedRows {
   int8_t* values;        // [rows][planes][blocks * 32]
   float* scales;         // [rows][planes][blocks]

@@ -130,8 +130,14 @@ void GroupQueryAttention::write_token(const Step& step, size_t index) const {
 
 AttentionRows GroupQueryAttention::rows_of(const Step& step, int row, int head, int token, int tokens) const {
   const size_t cache = step.cache_place(row, kv_heads_, head, 0);
-  return {step.queries_at(row, kv_heads_, head, token), step.past_key + cache, step.past_value + cache,
-          tokens * step.group, step.head_dim, step.group, step.start(row) + token, window_};
+  return {step.queries_at(row, kv_heads_, head, token),
+          step.past_key + cache,
+          step.past_value + cache,
+          tokens * step.group,
+          step.head_dim,
+          step.group,
+          step.start(row) + token,
+          window_};
 }
 
 // One tile of tokens against all chunks, one behind the other.

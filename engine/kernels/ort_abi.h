@@ -98,7 +98,7 @@ class Api {
   }
   Status* output(KernelContext* context, size_t index, const int64_t* shape, size_t rank, Value** value) const {
     return at<Status* (*)(KernelContext*, size_t, const int64_t*, size_t, Value**)>(91)(context, index, shape, rank,
-                                                                                       value);
+                                                                                        value);
   }
   void release(Status* status) const { at<void (*)(Status*)>(93)(status); }
   void release(ShapeInfo* info) const { at<void (*)(ShapeInfo*)>(99)(info); }

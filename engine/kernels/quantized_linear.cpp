@@ -1,4 +1,4 @@
-// QuantizedLinear: [RMSNorm ->] product with block-quantized weights [-> + bias] [-> silu(gate) * value] [-> + residual].
+// QuantizedLinear: RMSNorm, product with block-quantized weights, + bias, silu(gate) * value, + residual.
 #include "quantized_linear.h"
 
 #include <algorithm>
@@ -20,8 +20,7 @@ uint16_t half_bits(float value) {
   require((bits >> 31) == 0 && exponent <= 15 && dropped < 24 && (mantissa & ((1u << dropped) - 1)) == 0,
           "a scale is not a positive float16: export the model again");
   const uint32_t kept = mantissa >> dropped;
-  return static_cast<uint16_t>(exponent >= -14 ? (static_cast<uint32_t>(exponent + 15) << 10) | (kept & 0x3ffu)
-                                               : kept);
+  return static_cast<uint16_t>(exponent >= -14 ? (static_cast<uint32_t>(exponent + 15) << 10) | (kept & 0x3ffu) : kept);
 }
 
 // The row of the weight matrix that `lane` of `tile` (0 or 1) of a pair computes; outputs where there is none.
@@ -65,7 +64,8 @@ QuantizedLinear::QuantizedLinear(const NodeInfo& node) : kernels_(block_kernels(
   packed.outputs = static_cast<int>(node.integer("N"));
   packed.gated = node.integer("gated") != 0;
   packed.planes = static_cast<int>(node.integer("planes"));
-  require(node.integer("block_size") == kBlock && node.integer("bits") == 8, "weights must have 8 bits in blocks of 32");
+  require(node.integer("block_size") == kBlock && node.integer("bits") == 8,
+          "weights must have 8 bits in blocks of 32");
   require(packed.inputs > 0 && packed.outputs > 0 && (!packed.gated || packed.outputs % 2 == 0), "K or N is unusable");
   require(packed.planes == 1 || packed.planes == 2, "planes must be 1 or 2");
   packed.blocks = divided(packed.inputs, kBlock);

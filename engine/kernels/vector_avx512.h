@@ -63,8 +63,10 @@ inline void transpose(const float* from, size_t from_stride, float* to, size_t t
   }
   // a[4 i + j] holds column 4 c + j of rows 4 i … 4 i + 3 in its quarter c.
   for (int j = 0; j < 4; ++j) {
-    const __m512 upper = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x44), upper2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x44);
-    const __m512 lower = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xEE), lower2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xEE);
+    const __m512 upper = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x44),
+                 upper2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x44);
+    const __m512 lower = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xEE),
+                 lower2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xEE);
     _mm512_storeu_ps(to + (j)*to_stride, _mm512_shuffle_f32x4(upper, upper2, 0x88));
     _mm512_storeu_ps(to + (j + 4) * to_stride, _mm512_shuffle_f32x4(upper, upper2, 0xDD));
     _mm512_storeu_ps(to + (j + 8) * to_stride, _mm512_shuffle_f32x4(lower, lower2, 0x88));
