@@ -115,10 +115,11 @@ def _kernels(flags: Iterable[str]) -> dict[str, Any]:
     try:
         library = require_kernel_library()
     except KernelsUnavailable as error:
-        return _finding("CPU kernels", False, f"{error}; int8 bundles run on ONNX Runtime's own operators")
+        return _finding("CPU kernels", False, f"{error}; ONNX Runtime's own operators run everything")
     fast = any(flag in INT8_FLAGS for flag in flags)
     rate = "at full rate" if fast else "without VNNI's fourfold rate"
-    return _finding("CPU kernels", True, f"{library.instruction_set}: int8 bundles run on our own operators, {rate}")
+    text = f"{library.instruction_set}: our own operators for int8, {rate}, and for attention"
+    return _finding("CPU kernels", True, text)
 
 
 def _export(packages: dict[str, str | None]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ residual addition behind.
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
-from starling.export.passes import STARLING, take_over
+from starling.engine.graph_names import LOGITS_TO_KEEP
+from starling.export.passes import STARLING, equal_shapes, take_over
 from starling.export.quantization import Quantization
 
 GRAPH_FILE = "model_kernels.onnx"
@@ -94,6 +95,7 @@ def _replace(graph: ir.Graph, product: ir.Node) -> None:
     if (addition := _residual_addition(output)) is not None:
         residual = next(value for value in addition.inputs if value is not output)
         output, last = addition.outputs[0], addition
+    is_head = _kept_positions(x) is not None
     norm_weight, epsilon = None, 0.0
     if (norm := _norm_before(graph, x)) is not None:
         x, norm_weight, epsilon = norm
@@ -107,7 +109,7 @@ def _replace(graph: ir.Graph, product: ir.Node) -> None:
             "block_size": _BLOCK_SIZE,
             # The logits' own rounding costs most (a fifth of the mean KL), and costs nothing to take back: decode waits
             # for the weights, and a prompt has one position here.
-            "planes": 2 if output.is_graph_output() else 1,
+            "planes": 2 if is_head else 1,
             "gated": int(gated),
             "epsilon": epsilon,
         },
@@ -121,20 +123,28 @@ def _replace(graph: ir.Graph, product: ir.Node) -> None:
 
 def _norm_before(graph: ir.Graph, x: ir.Value) -> tuple[ir.Value, ir.Value, float] | None:
     """(input, weight, epsilon) of the norm whose result x is, or some positions of whose result it is."""
-    producer = x.producer()
-    if producer is not None and producer.op_type == "Gather" and producer.attributes["axis"].as_int() == 1:
-        found = _norm_before(graph, _present(producer.inputs[0]))
+    if (kept := _kept_positions(x)) is not None:
+        found = _norm_before(graph, _present(kept.inputs[0]))
         if found is None:
             return None
         value, weight, epsilon = found
         # Positions are normed one by one, so those that are left can be chosen before.
-        chosen = ir.node("Gather", [value, producer.inputs[1]], attributes={"axis": 1})
+        chosen = ir.node("Gather", [value, kept.inputs[1]], attributes={"axis": 1})
         chosen.outputs[0].type, chosen.outputs[0].shape = x.type, x.shape
-        return _insert(graph, producer, chosen), weight, epsilon
+        return _insert(graph, kept, chosen), weight, epsilon
+    producer = x.producer()
     if producer is None or producer.op_type != "SimplifiedLayerNormalization":
         return None
     weight, epsilon = _present(producer.inputs[1]), producer.attributes["epsilon"].as_float()
     return _present(producer.inputs[0]), weight, epsilon
+
+
+def _kept_positions(x: ir.Value) -> ir.Node | None:
+    """The node that chose the positions that get logits, where x is what it chose: x then goes into lm_head."""
+    gather = x.producer()
+    if gather is None or gather.op_type != "Gather" or gather.inputs[1] is None:
+        return None
+    return gather if gather.inputs[1].name == LOGITS_TO_KEEP else None
 
 
 def _gated_activation(product: ir.Value) -> ir.Node | None:
@@ -143,7 +153,10 @@ def _gated_activation(product: ir.Value) -> ir.Node | None:
     if split is None or split.op_type != "Split" or len(split.outputs) != 2:
         return None
     gate, value = split.outputs
-    if gate.shape is None or value.shape is None or gate.shape[-1] != value.shape[-1]:
+    if product.shape is None or gate.shape is None or value.shape is None:
+        return None
+    width = product.shape[-1]
+    if not isinstance(width, int) or any(2 * int(piece.shape[-1]) != width for piece in (gate, value)):  # type: ignore[index,arg-type]
         return None
     users = [use.node for use in gate.uses()]
     sigmoid = next((node for node in users if node.op_type == "Sigmoid"), None)
@@ -164,8 +177,7 @@ def _residual_addition(value: ir.Value) -> ir.Node | None:
     if add is None or add.op_type != "Add" or add.inputs[0] is add.inputs[1]:
         return None
     other = next(side for side in add.inputs if side is not value)
-    same = other is not None and other.shape is not None and value.shape is not None and other.shape == value.shape
-    return add if same else None
+    return add if other is not None and equal_shapes(other, value) else None
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:

@@ -22,7 +22,8 @@ class Parity:
     """How far a bundle is from PyTorch in float32, over `positions` next-token distributions.
 
     `max_abs_logit_diff` in logits; `mean_kl`, `max_kl` KL(PyTorch || bundle) in nats; `top1_agreement` in 0 … 1;
-    `layers` how many of the model's layers were compared; `perplexity`, `reference_perplexity` on the passage.
+    `layers` how many of the model's layers were compared; `perplexity`, `reference_perplexity` on the passage;
+    `kernels` the instruction set of the engine's own CPU kernels, None where ONNX Runtime's operators ran the bundle.
     """
 
     positions: int
@@ -33,14 +34,15 @@ class Parity:
     top1_agreement: float
     perplexity: float
     reference_perplexity: float
+    kernels: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The `parity` object of bundle.json."""
         return asdict(self)
 
 
-def bundle_logits(folder: Path, rows: list[list[int]]) -> NDArray[np.float32]:
-    """Logits [rows * positions, vocab] of the bundle behind the tokens of `compared_positions` of each row.
+def bundle_logits(folder: Path, rows: list[list[int]]) -> tuple[NDArray[np.float32], str | None]:
+    """Logits [rows * positions, vocab] of the bundle behind the tokens of `compared_positions` of each row; kernels.
 
     `rows` are of one length. Each is prefilled on its own; then all are decoded together, token by token.
     """
@@ -57,7 +59,7 @@ def bundle_logits(folder: Path, rows: list[list[int]]) -> NDArray[np.float32]:
             found.append(backend.decode([int(t) for t in tokens[:, at]], [at] * len(rows)).logits().copy())
     finally:
         backend.close()
-    return np.stack(found, axis=1).reshape(-1, found[0].shape[-1])
+    return np.stack(found, axis=1).reshape(-1, found[0].shape[-1]), backend.kernels
 
 
 def compared_positions(count: int) -> list[int]:
@@ -65,14 +67,20 @@ def compared_positions(count: int) -> list[int]:
     return [_FIRST - 1, *range(_FIRST + _CHUNK - 1, count)]
 
 
-def compare(reference: NDArray[np.float32], ours: NDArray[np.float32], next_ids: list[int], layers: int) -> Parity:
+def compare(
+    reference: NDArray[np.float32], ours: NDArray[np.float32], next_ids: list[int], layers: int, kernels: str | None
+) -> Parity:
     """Measure `ours` [positions, vocab] against `reference`; `next_ids` is the text's own next token per position."""
     totals = QualityTotals()
     totals.add(ours, next_ids, reference)
     quality = totals.quality()
     assert quality.divergence is not None  # a reference was given
     return Parity(
-        positions=quality.positions, layers=layers, perplexity=quality.perplexity, **asdict(quality.divergence)
+        positions=quality.positions,
+        layers=layers,
+        perplexity=quality.perplexity,
+        kernels=kernels,
+        **asdict(quality.divergence),
     )
 
 

@@ -60,7 +60,7 @@ def fuse_residual_norms(model: ir.Model) -> None:
             continue
         x, weight = _required(norm.inputs[0]), norm.inputs[1]
         add = x.producer()
-        if add is None or add.op_type != "Add" or any(_required(i).shape != x.shape for i in add.inputs):
+        if add is None or add.op_type != "Add" or not all(equal_shapes(_required(i), x) for i in add.inputs):
             continue
         fused = ir.Node(
             MICROSOFT,
@@ -189,16 +189,16 @@ def _same_tensor(node: ir.Node) -> ir.Value | None:
             if [first[axis] for axis in second] == list(range(len(first))):
                 return inner.inputs[0]
         return None
-    if _equal_shapes(x, node.outputs[0]):
+    if equal_shapes(x, node.outputs[0]):
         return x
     if node.op_type == "Reshape" and inner is not None and inner.op_type == "Reshape":
         source = inner.inputs[0]
-        if source is not None and _equal_shapes(source, node.outputs[0]):
+        if source is not None and equal_shapes(source, node.outputs[0]):
             return source
     return None
 
 
-def _equal_shapes(a: ir.Value, b: ir.Value) -> bool:
+def equal_shapes(a: ir.Value, b: ir.Value) -> bool:
     """Whether both shapes are known, dynamic axes by name, and equal."""
     if a.shape is None or b.shape is None:
         return False

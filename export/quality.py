@@ -28,7 +28,8 @@ def measure(checkpoint: Checkpoint, folder: Path, layers: int) -> Parity:
     reference = np.concatenate([reference_logits(model, row)[positions].numpy() for row in rows])
     del model  # the bundle is loaded next: the two need not fit at once
     next_ids = [text[p + 1] for text in texts for p in positions]
-    return compare(reference, bundle_logits(folder, rows), next_ids, layers)
+    logits, kernels = bundle_logits(folder, rows)
+    return compare(reference, logits, next_ids, layers, kernels)
 
 
 def memory_needed(arch: Architecture, layers: int) -> int:

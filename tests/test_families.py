@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from families import Family, random_folder
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from starling.engine.backend import open_backend
 from starling.engine.bundle import Bundle
 from starling.engine.errors import UnsupportedModelError
+from starling.engine.kernels import kernel_library
 from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
+from starling.export.quantization import Quantization
 
 TOKENS = 40  # well beyond every window below
 WINDOW = 9
@@ -55,7 +58,9 @@ FAMILIES = [
 
 @pytest.mark.parametrize("dialect", ["ort", "canonical", "tensorrt"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-def test_logits_are_pytorchs(family: Family, dialect: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_logits_are_pytorchs(
+    family: Family, dialect: str, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
     export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", ExportOptions(dialect=dialect, check=False))
     ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(1))
@@ -63,19 +68,45 @@ def test_logits_are_pytorchs(family: Family, dialect: str, tiny_checkpoint: Chec
     with torch.inference_mode():
         expected = reference(ids).logits[0].numpy()
 
-    backend = open_backend(Bundle.open(tmp_path / "bundle"), name="onnxruntime-cpu", max_seq=64, max_batch=1)
-    tokens = ids[0].numpy()
+    for kernels in ("1", "0") if dialect == "ort" else ("1",):
+        monkeypatch.setenv("STARLING_CPU_KERNELS", kernels)
+        for at, logits in steps_of(tmp_path / "bundle", ids[0].numpy()).items():
+            assert np.abs(logits - expected[at]).max() < 1e-3, f"position {at}, kernels {kernels}"
+    assert expected.std() > 0.05  # the comparison is of something
+
+
+@pytest.mark.skipif(kernel_library() is None, reason="the CPU kernels are not built on this machine")
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_int8_on_the_kernels_is_as_near_to_pytorch_as_on_onnx_runtimes_operators(
+    family: Family, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
+    options = ExportOptions(quantization=Quantization("int8"), check=False)
+    export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", options)
+    ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = reference(ids).logits[0].numpy()
+    errors = []
+    for kernels in ("1", "0"):
+        monkeypatch.setenv("STARLING_CPU_KERNELS", kernels)
+        steps = steps_of(tmp_path / "bundle", ids[0].numpy())
+        errors.append(np.sqrt(np.mean([np.square(logits - expected[at]).mean() for at, logits in steps.items()])))
+    assert errors[0] < 1.2 * errors[1]
+    assert errors[0] < 0.2 * expected.std()
+
+
+def steps_of(bundle: Path, tokens: NDArray[np.int64]) -> dict[int, NDArray[np.float32]]:
+    """Logits by position: of a prefill, of a chunk behind another, of decode steps behind that."""
+    backend = open_backend(Bundle.open(bundle), name="onnxruntime-cpu", max_seq=64, max_batch=1)
     whole = backend.prefill(0, tokens, 0).logits()[0].copy()
-    steps = {TOKENS - 1: whole, 11: backend.prefill(0, tokens[:12], 0).logits()[0].copy()}
+    steps = {11: backend.prefill(0, tokens[:12], 0).logits()[0].copy()}
     steps[19] = backend.prefill(0, tokens[12:20], 12).logits()[0].copy()
-    for at in range(20, TOKENS):
+    for at in range(20, len(tokens)):
         steps[at] = backend.decode([int(tokens[at])], [at]).logits()[0].copy()
     backend.close()
-
-    assert np.abs(whole - expected[-1]).max() < 1e-3
-    for at, logits in steps.items():
-        assert np.abs(logits - expected[at]).max() < 1e-3, f"position {at}"
-    assert expected.std() > 0.05  # the comparison is of something
+    np.testing.assert_allclose(whole, steps[len(tokens) - 1], atol=1e-2 * float(np.abs(whole).max()))
+    return steps
 
 
 def test_the_window_matters(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -144,6 +144,25 @@ class TestQuantizedLinear:
         for row in range(13):
             np.testing.assert_array_equal(linear(x[row : row + 1]), together[row : row + 1])
 
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("planes", [1, 2])
+    @pytest.mark.parametrize("normed", [False, True])
+    def test_a_value_that_is_not_finite_makes_its_own_row_none(self, normed: bool, planes: int, bad: float) -> None:
+        options = {"norm_weight": np.ones(64, np.float32)} if normed else {}
+        linear = Linear.random(32, 64, planes=planes, **options)
+        x = _random(64, 1, 64)
+        clean = linear(x)
+        for row in range(0, 64, 2):  # at every other channel, in a row of its own
+            x[row, 0, row] = bad
+        dirty = linear(x)
+        assert np.isnan(dirty[::2]).all()
+        np.testing.assert_array_equal(dirty[1::2], clean[1::2])
+
+    @pytest.mark.parametrize("planes", [1, 2])
+    def test_magnitudes_too_small_to_divide_by_are_zero(self, planes: int) -> None:
+        y = Linear.random(32, 64, planes=planes)(np.full((1, 1, 64), 1e-38, np.float32))
+        assert np.abs(y).max() < 1e-35
+
     def test_zeros_give_zeros(self) -> None:
         assert not Linear.random(32, 64)(np.zeros((1, 2, 64), np.float32)).any()
 
@@ -176,9 +195,18 @@ class Attention:
     interleaved: bool = False
 
     def outputs(
-        self, domain: str, steps: list[tuple[int, list[int]]], *, reduced: bool = False, threads: int = 2
+        self,
+        domain: str,
+        steps: list[tuple[int, list[int]]],
+        *,
+        reduced: bool = False,
+        threads: int = 2,
+        spoil: tuple[int, int, slice] | None = None,
     ) -> list[Floats]:
-        """Outputs of steps of (tokens, positions before them by row), one after the other on one cache."""
+        """Outputs of steps of (tokens, positions before them by row), one after the other on one cache.
+
+        `spoil`: step, row and columns of its input that are not a number.
+        """
         rows = len(steps[0][1])
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         half = (self.rotated or self.head_dim) // 2
@@ -205,9 +233,11 @@ class Attention:
             "GroupQueryAttention", domain, names, outputs, fed=fed, weights=weights, threads=threads, **attributes
         )
         found = []
-        for tokens, before in steps:
+        for index, (tokens, before) in enumerate(steps):
             ends = np.array(before, np.int32) + tokens
             query = np.stack([_token_rows(start, tokens, width) for start in before])
+            if spoil is not None and spoil[0] == index:
+                query[spoil[1], :, spoil[2]] = np.nan
             step = {"query": query, "lengths": ends - 1, "total": np.array(ends.max(), np.int32)}
             found.append(run_in_place(running, step, cache))
         return found
@@ -260,6 +290,27 @@ class TestGroupQueryAttention:
         ):
             assert np.abs(ours - exact).max() < 0.05
             assert np.abs(ours - exact).mean() < 0.004
+
+    @pytest.mark.parametrize("reduced", [False, True])
+    @pytest.mark.parametrize("part", ["query", "key", "value"])
+    def test_a_token_that_is_not_finite_shows_and_harms_no_other_sequence(self, part: str, reduced: bool) -> None:
+        shape = SHAPES[0]
+        head = {"query": 0, "key": shape.heads, "value": shape.heads + shape.kv_heads}[part]
+        columns = slice(head * shape.head_dim, head * shape.head_dim + shape.head_dim)
+        steps = [(1, [i, i]) for i in range(3)]
+        clean = shape.outputs("starling", steps, reduced=reduced)
+        dirty = shape.outputs("starling", steps, reduced=reduced, spoil=(2, 0, columns))
+        assert np.isnan(dirty[2][0, 0, : shape.head_dim]).all()
+        np.testing.assert_array_equal(dirty[2][1], clean[2][1])
+
+    def test_a_chunk_without_any_finite_score_is_not_passed_over(self) -> None:
+        shape = Attention(heads=1, kv_heads=1, head_dim=16)
+        keys = slice(shape.head_dim, 2 * shape.head_dim)
+        steps = [(128, [0]), (128, [128]), (20, [256]), (1, [276])]
+        first, _, third, last = shape.outputs("starling", steps, spoil=(1, 0, keys))
+        assert np.isfinite(first).all()
+        assert np.isnan(third).all()
+        assert np.isnan(last).all()
 
     def test_refuses_positions_outside_the_cache(self) -> None:
         with pytest.raises(Exception, match="seqlens_k lies outside the cache"):

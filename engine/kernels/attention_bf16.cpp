@@ -34,7 +34,7 @@ struct BFloat16 {
   }
   // out [head_dim / 2][kKeys]
   static void keys(const float* rows, int head_dim, int count, float* out) {
-    alignas(64) float words[kKeys * 128];
+    alignas(64) float words[kKeys * kMostHeadDim / numbers];
     transpose_words(queries(rows, count, head_dim, words), head_dim / 2, count, out);
   }
   // out [kKeys / 2][head_dim]: two neighbouring keys' values; one that does not exist is zero.

@@ -4,6 +4,8 @@
 // Keys are taken in blocks (kKeys), and blocks in chunks (kChunk positions from a multiple of it), each chunk with a
 // softmax of its own; chunks are joined in order (Dao et al., FlashAttention; Milakov & Gimelshein, online softmax).
 // All sums of a row are in the order of positions, so its bits depend neither on its neighbours nor on who computes it.
+// A key that a row does not see has weight 0 in it: one that is not finite reaches the rows of its own sequence that
+// share its block, and no other sequence.
 //
 // A `Product` says how numbers are multiplied: in float32, or in pairs of bfloat16. What it multiplies are 32-bit words
 // of `Product::numbers` neighbours: of a head's dimensions in queries and keys, of keys in weights and values.
@@ -12,9 +14,10 @@
 namespace starling {
 namespace {
 
-constexpr int kVectors = 4;                         // of a row's scores that are in registers
-constexpr int kKeys = kVectors * Vector::width;     // of a block
-constexpr int kRows = Vector::width == 16 ? 6 : 3;  // that are in registers together
+// Scores that are in registers together: of kRows rows with the kKeys keys of a block, in kVectors vectors each.
+constexpr int kVectors = 4;
+constexpr int kKeys = kVectors * Vector::width;
+constexpr int kRows = Vector::width == 16 ? 6 : 3;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 static_assert(kChunk % kKeys == 0 && kKeys <= kMostKeys);
@@ -195,7 +198,7 @@ void attend_chunk(const AttentionRows& rows, int begin, int end, float* scratch,
 // into = into joined with the later chunk `next`, for all rows.
 inline void join(const AttentionRows& rows, const Partial& next, const Partial& into) {
   for (int row = 0; row < rows.count; ++row) {
-    if (next.greatest[row] == kNothing) continue;
+    if (next.totals[row] == 0) continue;  // it saw none of the keys
     const float most = std::max(into.greatest[row], next.greatest[row]);
     const float keep = into.greatest[row] == kNothing ? 0.0f : std::exp(into.greatest[row] - most);
     const float add = std::exp(next.greatest[row] - most);

@@ -36,7 +36,9 @@ struct Angles {
   int count;  // half of the rotated dimensions; 0: nothing is rotated
 };
 
-// The functions of one instruction set. Head dimensions are multiples of 16.
+constexpr int kMostHeadDim = 256;
+
+// The functions of one instruction set. Head dimensions are multiples of 16 up to kMostHeadDim.
 struct AttentionKernels {
   void (*rotate)(const float* x, const Angles& angles, bool interleaved, int head_dim, float scale, float* out);
   // Attention over positions [begin, end) of one chunk; `scratch` holds attend_scratch(rows.count, head_dim) floats.

@@ -6,6 +6,7 @@ namespace starling {
 namespace {
 
 constexpr int kBlockVectors = kBlock / Vector::width;
+constexpr float kLeastMagnitude = 1e-36f;  // 127 / less would be infinite; a block of less is zero
 
 // Store whole numbers as Vector::width bytes, and return their sum.
 int32_t store_bytes(Vector whole, int8_t* to);
@@ -29,19 +30,22 @@ inline void quantize(const float* row, int inputs, const Norm& norm, const Quant
       const Vector::Mask mask = Vector::first(inputs - at);
       x[i] = Vector::load(row + at, mask);
       if (normed) x[i] = x[i] * factor * Vector::load(norm.weight + at, mask);
-      greatest = max(greatest, abs(x[i]));
+      greatest = max_magnitude(greatest, x[i]);
     }
     for (int plane = 0; plane < out.planes; ++plane) {
       const size_t at = (static_cast<size_t>(index) * out.planes + plane) * out.blocks + block;
-      const float most = greatest.greatest(), scale = most / 127.0f;
-      const Vector inverse = Vector::all(most > 0 ? 127.0f / most : 0.0f);
+      const float most = greatest.greatest_magnitude();
+      const bool is_finite = most <= std::numeric_limits<float>::max();
+      // A value that is not finite makes the whole row none, as in float32 it would.
+      const float scale = is_finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
+      const Vector inverse = Vector::all(most > kLeastMagnitude && is_finite ? 127.0f / most : 0.0f);
       int32_t sum = 0;
       greatest = Vector::zero();
       for (int i = 0; i < kBlockVectors; ++i) {
-        const Vector whole = rounded(x[i] * inverse);
+        const Vector whole = is_finite ? rounded(x[i] * inverse) : Vector::zero();
         sum += store_bytes(whole, out.values + at * kBlock + i * Vector::width);
         x[i] = fnma(whole, Vector::all(scale), x[i]);
-        greatest = max(greatest, abs(x[i]));
+        greatest = max_magnitude(greatest, x[i]);
       }
       out.scales[at] = scale;
       out.corrections[at] = -128 * sum;

@@ -1,6 +1,7 @@
 #include "group_query_attention.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "memory.h"
 
@@ -26,7 +27,8 @@ struct GroupQueryAttention::Step {
   const float *query, *key, *value, *cos, *sin;
   float *past_key, *past_value, *output, *queries;
   const int32_t* lengths;
-  int batch, tokens, head_dim, positions, half;
+  int batch, tokens, head_dim, positions;
+  int half, angles;                 // pairs that are rotated; positions of the rotary tables
   size_t query_stride, key_stride;  // from one token to the next
   int group, tile, tiles;           // query heads of a key head; tokens of a tile; tiles of a row
 
@@ -54,14 +56,17 @@ GroupQueryAttention::GroupQueryAttention(const NodeInfo& node)
 
 void GroupQueryAttention::compute(const Call& call) const {
   Shape shape = call.input_shape(kQuery);
-  const Shape cache = call.input_shape(kPastKey);
+  const Shape cache = call.input_shape(kPastKey), lengths = call.input_shape(kLengths);
+  require(shape.rank == 3 && cache.rank == 4 && lengths.elements() == shape[0], "query, cache and lengths do not fit");
+  require(cache[0] == shape[0] && cache[1] == kv_heads_, "past_key has other rows or heads");
+  require(call.input_shape(kPastValue).elements() == cache.elements(), "past_value has another shape than past_key");
   Step step{};
   step.batch = static_cast<int>(shape[0]);
   step.tokens = static_cast<int>(shape[1]);
   step.positions = static_cast<int>(cache[2]);
   step.head_dim = static_cast<int>(cache[3]);
   step.group = heads_ / kv_heads_;
-  require(step.head_dim % 16 == 0 && step.head_dim <= 256, "head_dim is not a multiple of 16 up to 256");
+  require(step.head_dim % 16 == 0 && step.head_dim <= kMostHeadDim, "head_dim is not a multiple of 16 up to 256");
   step.query = call.input_data<float>(kQuery);
   step.key = call.input_data<float>(kKey);
   step.value = call.input_data<float>(kValue);
@@ -69,6 +74,12 @@ void GroupQueryAttention::compute(const Call& call) const {
   const size_t query_width = static_cast<size_t>(heads_) * step.head_dim;
   const size_t key_width = static_cast<size_t>(kv_heads_) * step.head_dim;
   require(static_cast<size_t>(shape.back()) == query_width + (packed ? 2 * key_width : 0), "query has another width");
+  if (!packed) {
+    const int64_t elements = shape[0] * shape[1] * static_cast<int64_t>(key_width);
+    require(step.value != nullptr && call.input_shape(kKey).elements() == elements &&
+                call.input_shape(kValue).elements() == elements,
+            "key or value has another shape");
+  }
   step.query_stride = static_cast<size_t>(shape.back());
   step.key_stride = packed ? step.query_stride : key_width;
   if (packed) {
@@ -79,11 +90,17 @@ void GroupQueryAttention::compute(const Call& call) const {
     step.cos = call.input_data<float>(kCos);
     step.sin = call.input_data<float>(kSin);
     require(step.cos != nullptr && step.sin != nullptr, "do_rotary without its tables");
-    step.half = static_cast<int>(call.input_shape(kCos)[1]);
+    const Shape angles = call.input_shape(kCos);
+    require(
+        angles.rank == 2 && call.input_shape(kSin).elements() == angles.elements() && 2 * angles[1] <= step.head_dim,
+        "cos and sin do not fit the heads");
+    step.half = static_cast<int>(angles[1]);
+    step.angles = static_cast<int>(angles[0]);
   }
   step.lengths = call.input_data<int32_t>(kLengths);
   for (int row = 0; row < step.batch; ++row) {
     require(step.start(row) >= 0 && step.lengths[row] < step.positions, "seqlens_k lies outside the cache");
+    require(!rotates_ || step.lengths[row] < step.angles, "seqlens_k lies outside the rotary tables");
   }
   shape.dims[2] = static_cast<int64_t>(query_width);
   step.output = call.output<float>(0, shape);

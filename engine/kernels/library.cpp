@@ -1,4 +1,6 @@
 // The way in for ONNX Runtime: `SessionOptions.register_custom_ops_library` calls RegisterCustomOps.
+#include <mutex>
+
 #include "group_query_attention.h"
 #include "op.h"
 #include "quantized_linear.h"
@@ -17,10 +19,17 @@ extern "C" __attribute__((visibility("default"))) starling::ort::Status* Registe
   const void* const* table = base->get_api(ort::kApiVersion);
   if (table == nullptr) return nullptr;  // older than 1.17: the session then says that it does not know the operators
   const ort::Api api(table);
-  ort::CustomOpDomain* domain = nullptr;  // kept for the life of the process, as sessions refer to it
-  if (ort::Status* status = api.create_domain(kDomain, &domain)) return status;
-  if (ort::Status* status = api.add_op(domain, &linear)) return status;
-  if (ort::Status* status = api.add_op(domain, &attention)) return status;
+  // One domain for the life of the process, as sessions refer to it.
+  static std::mutex mutex;
+  static ort::CustomOpDomain* domain = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (domain == nullptr) {
+    ort::CustomOpDomain* made = nullptr;
+    if (ort::Status* status = api.create_domain(kDomain, &made)) return status;
+    if (ort::Status* status = api.add_op(made, &linear)) return status;
+    if (ort::Status* status = api.add_op(made, &attention)) return status;
+    domain = made;
+  }
   return api.add_domain(options, domain);
 }
 

@@ -91,8 +91,7 @@ T* grown(Array<T>& scratch, size_t size) {
   return scratch.data();
 }
 
-// Tell the system that these bytes, which were read from a mapped file, are not needed soon. Loses nothing: what is
-// read again comes from the file again.
+// Tell the system that these bytes are not needed soon. Loses nothing: what was mapped from a file comes from it again.
 inline void let_go(const void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_PAGEOUT)
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

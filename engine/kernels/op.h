@@ -2,11 +2,10 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
-#include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "ort_abi.h"
 
@@ -14,11 +13,12 @@ namespace starling {
 
 inline void check(const ort::Api& api, ort::Status* status, const char* what) {
   if (status == nullptr) return;
+  const std::string reason = api.message(status);
   api.release(status);
-  throw std::runtime_error(std::string("ONNX Runtime refused: ") + what);
+  throw std::runtime_error(std::string("ONNX Runtime refused ") + what + ": " + reason);
 }
 
-inline void require(bool holds, const std::string& message) {
+inline void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
@@ -77,16 +77,12 @@ class NodeInfo {
     check(api, api.float_attribute(info_, name, &value), name);
     return value;
   }
-  // The initializer at `index`; nullptr where the node has no such input. Throws where it is not constant.
-  const ort::Value* initializer(size_t index, const char* name) const {
+  // The initializer at `index`. Throws where the node has none there.
+  const ort::Value* initializer(size_t index, const char* message) const {
     int is_constant = 0;
     const ort::Value* value = nullptr;
-    ort::Status* status = api.constant_input(info_, index, &is_constant, &value);
-    if (status != nullptr) {
-      api.release(status);
-      return nullptr;
-    }
-    require(is_constant != 0 && value != nullptr, std::string(name) + " must be an initializer");
+    check(api, api.constant_input(info_, index, &is_constant, &value), "an initializer");
+    require(is_constant != 0 && value != nullptr, message);
     return value;
   }
 
@@ -119,12 +115,24 @@ class Call {
     check(api, api.output(context_, index, shape.dims.data(), shape.rank, &value), "an output");
     return data_of<T>(api, value);
   }
-  // task(0) … task(count - 1) on the session's own threads, in contiguous pieces.
+  // task(0) … task(count - 1) on the session's own threads. Throws where one of them has thrown.
   template <typename Task>
   void parallel(size_t count, const Task& task) const {
     if (count == 1) return task(size_t{0});
-    const auto run = [](void* state, size_t index) { (*static_cast<const Task*>(state))(index); };
-    check(api, api.parallel_for(context_, run, count, 0, const_cast<Task*>(&task)), "a parallel loop");
+    struct Loop {
+      const Task& task;
+      std::atomic<bool> has_failed{false};
+    } loop{task};
+    const auto run = [](void* state, size_t index) {
+      auto* of = static_cast<Loop*>(state);
+      try {
+        of->task(index);
+      } catch (...) {  // nothing may leave a thread of the pool
+        of->has_failed = true;
+      }
+    };
+    check(api, api.parallel_for(context_, run, count, 0, &loop), "a parallel loop");
+    if (loop.has_failed) throw std::runtime_error("out of memory");
   }
 
   const ort::Api& api;

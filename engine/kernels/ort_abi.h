@@ -21,8 +21,8 @@ struct ShapeInferContext;
 // Version 17 is the first with KernelContext_ParallelFor (onnxruntime 1.17).
 constexpr uint32_t kApiVersion = 17;
 
-enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
-enum ElementType { kUndefined = 0, kFloat = 1, kUInt8 = 2, kInt32 = 6, kInt64 = 7 };
+enum ErrorCode { kInvalidArgument = 2 };
+enum ElementType { kFloat = 1, kUInt8 = 2, kInt32 = 6 };
 enum Presence { kRequired = 0, kOptional = 1 };
 
 struct ApiBase {
@@ -68,6 +68,7 @@ class Api {
   Status* create_status(ErrorCode code, const char* message) const {
     return at<Status* (*)(ErrorCode, const char*)>(0)(code, message);
   }
+  const char* message(const Status* status) const { return at<const char* (*)(const Status*)>(2)(status); }
   Status* create_domain(const char* name, CustomOpDomain** domain) const {
     return at<Status* (*)(const char*, CustomOpDomain**)>(26)(name, domain);
   }

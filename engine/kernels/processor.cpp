@@ -8,21 +8,17 @@
 namespace starling {
 namespace {
 
-// STARLING_CPU_ISA=avx2 takes what an older processor would, for tests and comparisons.
-bool is_allowed(const char* name) {
-  const char* most = std::getenv("STARLING_CPU_ISA");
-  return most == nullptr || std::strcmp(most, "avx2") != 0 || std::strcmp(name, "avx2") == 0;
-}
-
-bool has_avx512() {
-  __builtin_cpu_init();
-  return is_allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-
 bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+// STARLING_CPU_ISA=avx2 takes what a processor without AVX-512 would, for tests and comparisons.
+bool has_avx512() {
+  const char* most = std::getenv("STARLING_CPU_ISA");
+  if (most != nullptr && std::strcmp(most, "avx2") == 0) return false;
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
 }  // namespace

@@ -72,9 +72,8 @@ QuantizedLinear::QuantizedLinear(const NodeInfo& node) : kernels_(block_kernels(
   packed.pairs = packed.gated ? divided(packed.outputs / 2, kTile) : divided(packed.outputs, kPair);
   norm_.epsilon = node.real("epsilon");
 
-  const ort::Value* data = node.initializer(kData, "the weights");
-  const ort::Value* scales = node.initializer(kScales, "the scales");
-  require(data != nullptr && scales != nullptr, "the weights are not in the graph");
+  const ort::Value* data = node.initializer(kData, "the weights are no initializer");
+  const ort::Value* scales = node.initializer(kScales, "the scales are no initializer");
   const int64_t blocks = int64_t{packed.outputs} * packed.blocks;
   require(shape_of(node.api, data).elements() == blocks * kBlock && shape_of(node.api, scales).elements() == blocks,
           "the weights do not have the shapes that K and N say");
@@ -85,12 +84,19 @@ QuantizedLinear::QuantizedLinear(const NodeInfo& node) : kernels_(block_kernels(
   const auto* factors = data_of<const float>(node.api, scales);
   for (int pair = 0; pair < packed.pairs; ++pair) pack_pair(packed, pair, bytes, factors);
   let_go(bytes, static_cast<size_t>(blocks) * kBlock);
+  let_go(factors, static_cast<size_t>(blocks) * sizeof(float));
 }
 
 void QuantizedLinear::compute(const Call& call) const {
   Shape shape = call.input_shape(kX);
   const int inputs = weights_.inputs, rows = static_cast<int>(shape.elements() / std::max(inputs, 1));
-  require(shape.back() == inputs, "x's last axis is not K");
+  require(shape.rank > 0 && shape.back() == inputs, "x's last axis is not K");
+  const auto has = [&](size_t input, int64_t elements) {
+    const ort::Value* value = call.input(input);
+    return value == nullptr || shape_of(call.api, value).elements() == elements;
+  };
+  require(has(kNormWeight, inputs) && has(kBias, weights_.outputs), "the norm's weight or the bias has another length");
+  require(has(kResidual, int64_t{rows} * weights_.width()), "the residual has another shape");
   shape.dims[shape.rank - 1] = weights_.width();
   const auto* x = call.input_data<float>(kX);
   Epilogue epilogue{call.input_data<float>(kBias), call.input_data<float>(kResidual), call.output<float>(0, shape)};

@@ -13,7 +13,7 @@ namespace starling {
 class QuantizedLinear {
  public:
   static constexpr const char* name = "QuantizedLinear";
-  // x [..., K], data [N, K/32, 32], scales [N, K/32], norm_weight [K], bias [N], residual [..., N]
+  // x [..., K], data [N, ceil(K / 32), 32], scales [N, ceil(K / 32)], norm_weight [K], bias [N], residual [..., N]
   static constexpr std::array<InputSpec, 6> inputs = {
       {{ort::kFloat}, {ort::kUInt8}, {ort::kFloat}, {ort::kFloat, true}, {ort::kFloat, true}, {ort::kFloat, true}}};
   static constexpr size_t outputs = 1;

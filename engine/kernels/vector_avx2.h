@@ -22,7 +22,6 @@ struct Vector {
   static Mask first(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
-  static Mask both(Mask a, Mask b) { return _mm256_and_si256(a, b); }
   static Mask not_in(Mask a, Mask b) { return _mm256_andnot_si256(b, a); }
   // x in the lanes of `mask`, `other` in the rest.
   static Vector select(Mask mask, Vector x, Vector other) {
@@ -39,15 +38,28 @@ struct Vector {
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
   }
+  // Of numbers that are not negative: not a number where any of them is none.
+  float greatest_magnitude() const {
+    const __m256i bits = _mm256_castps_si256(v);
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xB1))));
+  }
 };
 
 inline Vector operator+(Vector a, Vector b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vector operator-(Vector a, Vector b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vector operator*(Vector a, Vector b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vector operator/(Vector a, Vector b) { return {_mm256_div_ps(a.v, b.v)}; }
+// b where either is not a number.
 inline Vector max(Vector a, Vector b) { return {_mm256_max_ps(a.v, b.v)}; }
+// Of a and |b|, for a that is not negative: bits of floats are in the order of their magnitudes, and what is not a
+// number is above all.
+inline Vector max_magnitude(Vector a, Vector b) {
+  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), b.v);
+  return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(magnitude)))};
+}
 inline Vector min(Vector a, Vector b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline Vector abs(Vector a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 // a * b + c in one rounding, and c - a * b.
 inline Vector fma(Vector a, Vector b, Vector c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vector fnma(Vector a, Vector b, Vector c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }

@@ -23,22 +23,33 @@ struct Vector {
     if (count >= width) return 0xFFFF;
     return count <= 0 ? 0 : static_cast<Mask>((1u << count) - 1);
   }
-  static Mask both(Mask a, Mask b) { return a & b; }
   static Mask not_in(Mask a, Mask b) { return static_cast<Mask>(a & ~b); }
   // x in the lanes of `mask`, `other` in the rest.
   static Vector select(Mask mask, Vector x, Vector other) { return {_mm512_mask_blend_ps(mask, other.v, x.v)}; }
 
   float sum() const { return _mm512_reduce_add_ps(v); }
   float greatest() const { return _mm512_reduce_max_ps(v); }
+  // Of numbers that are not negative: not a number where any of them is none.
+  float greatest_magnitude() const {
+    const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(v));
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    return magnitude;
+  }
 };
 
 inline Vector operator+(Vector a, Vector b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vector operator-(Vector a, Vector b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vector operator*(Vector a, Vector b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vector operator/(Vector a, Vector b) { return {_mm512_div_ps(a.v, b.v)}; }
+// b where either is not a number.
 inline Vector max(Vector a, Vector b) { return {_mm512_max_ps(a.v, b.v)}; }
+// Of a and |b|, for a that is not negative: bits of floats are in the order of their magnitudes, and what is not a
+// number is above all.
+inline Vector max_magnitude(Vector a, Vector b) {
+  return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(_mm512_abs_ps(b.v))))};
+}
 inline Vector min(Vector a, Vector b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline Vector abs(Vector a) { return {_mm512_abs_ps(a.v)}; }
 // a * b + c in one rounding, and c - a * b.
 inline Vector fma(Vector a, Vector b, Vector c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vector fnma(Vector a, Vector b, Vector c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
@@ -63,14 +74,14 @@ inline void transpose(const float* from, size_t from_stride, float* to, size_t t
   }
   // a[4 i + j] holds column 4 c + j of rows 4 i … 4 i + 3 in its quarter c.
   for (int j = 0; j < 4; ++j) {
-    const __m512 upper = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x44),
-                 upper2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x44);
-    const __m512 lower = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xEE),
-                 lower2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xEE);
-    _mm512_storeu_ps(to + (j)*to_stride, _mm512_shuffle_f32x4(upper, upper2, 0x88));
-    _mm512_storeu_ps(to + (j + 4) * to_stride, _mm512_shuffle_f32x4(upper, upper2, 0xDD));
-    _mm512_storeu_ps(to + (j + 8) * to_stride, _mm512_shuffle_f32x4(lower, lower2, 0x88));
-    _mm512_storeu_ps(to + (j + 12) * to_stride, _mm512_shuffle_f32x4(lower, lower2, 0xDD));
+    const __m512 left = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x44),
+                 right = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x44);
+    const __m512 left2 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xEE);
+    const __m512 right2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xEE);
+    _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(left, right, 0x88));
+    _mm512_storeu_ps(to + (j + 4) * to_stride, _mm512_shuffle_f32x4(left, right, 0xDD));
+    _mm512_storeu_ps(to + (j + 8) * to_stride, _mm512_shuffle_f32x4(left2, right2, 0x88));
+    _mm512_storeu_ps(to + (j + 12) * to_stride, _mm512_shuffle_f32x4(left2, right2, 0xDD));
   }
 }
 
