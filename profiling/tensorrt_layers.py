@@ -70,7 +70,7 @@ class TensorRTLayers:
             match = pattern.match(name)
             if match is not None:
                 return match[1]
-        return re.sub(r"\d+", "", name)
+        return re.sub(r"_?\d+", "", name)
 
     def _region_part(self, first: str, last: str) -> str:
         begins, ends = self._found(first), self._found(last)
