@@ -123,8 +123,6 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
         note("batches of several rows ran without speculation, which is for one prompt at a time")
     if profile.note is not None:
         note(profile.note)
-    if options.operators and profile.operators is None:
-        note(f"operators are timed with ONNX Runtime only, not with {profile.backend}")
     return profile_document(profile)
 
 

@@ -157,7 +157,7 @@ def _operators(operators: OperatorProfile | None) -> dict[str, Any] | None:
     if operators is None:
         return None
     return {
-        "profiler": "ONNX Runtime",
+        "profiler": operators.profiler,
         "prompt_tokens": operators.prompt_tokens,
         "batch": operators.batch,
         "prefill": _phase(operators.prefill),

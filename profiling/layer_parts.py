@@ -8,7 +8,7 @@ it, a reshape to its attention, and whatever only follows the logits to the choi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from starling.profiling.graph_nodes import Node
 
@@ -32,6 +32,7 @@ _NORMS = frozenset(
 _ATTENTIONS = frozenset(
     {"GroupQueryAttention", "MultiHeadAttention", "Attention", "TRT_Attention", "RotaryEmbedding", "TensorScatter"}
 )
+_DEQUANTIZE = "DequantizeLinear"
 _GATHERS = frozenset({"Gather", "GatherBlockQuantized"})
 #: What a weight's name says, in the order of asking; a layer's number stands before each.
 _WEIGHTS = (
@@ -68,7 +69,12 @@ class LayerParts:
 
     def _classify(self, nodes: Sequence[Node]) -> dict[str, str]:
         written = {value for node in nodes for value in node.outputs}
-        own = {index: _own_part(node, written) for index, node in enumerate(nodes)}
+        stored = {
+            node.outputs[0]: node.inputs[0]
+            for node in nodes
+            if node.operator == _DEQUANTIZE and node.inputs[0] not in written
+        }
+        own = {index: _own_part(node, written - stored.keys(), stored) for index, node in enumerate(nodes)}
         after_logits = {_LOGITS}
         for index, node in enumerate(nodes):
             if own[index] is None and any(value in after_logits for value in node.inputs):
@@ -88,15 +94,19 @@ class LayerParts:
         return parts
 
 
-def _own_part(node: Node, written: set[str]) -> str | None:
-    """What the node says itself: by its operator, or by the name of its weight; None where it says nothing."""
+def _own_part(node: Node, computed: set[str], stored: Mapping[str, str]) -> str | None:
+    """What the node says itself: by its operator, or by the name of its weight; None where it says nothing.
+
+    `stored` gives the weight that was dequantized to a value; `computed` are all other values that a node wrote.
+    """
     if node.operator in _NORMS:
         return NORM
     if node.operator in _ATTENTIONS:
         return ATTENTION
     if node.operator in _CONSTANTS:
         return None
-    names = [value for value in node.inputs if "." in value and value not in written]
+    weights = (stored.get(value, value) for value in node.inputs if value not in computed)
+    names = [name for name in weights if "." in name]
     part = _first(next((part for pattern, part in _WEIGHTS if pattern.search(name)), None) for name in names)
     return EMBEDDING if part == LM_HEAD and node.operator in _GATHERS else part
 

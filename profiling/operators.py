@@ -1,29 +1,18 @@
 """Where a step's time goes: the time of every operator, by the part of the layer that it belongs to.
 
-From ONNX Runtime's own profiler. What TensorRT's IProfiler reports, (layer name, milliseconds) for each step, can be
-grouped by the same `group`; its backend does not offer it yet.
+A profiler of the runtime times the kernels; what is here runs both phases and adds the kernels up.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import numpy as np
-
-from starling.engine.backend import PREFILL_CHUNK
-from starling.engine.bundle import Bundle
-from starling.engine.ort_backend import OrtBackend, choose_provider
-from starling.engine.tokenizer import Tokenizer
-from starling.profiling.graph_nodes import read_nodes
-from starling.profiling.layer_parts import PARTS, LayerParts
-from starling.profiling.prompts import prompt_tokens
+from starling.engine.backend import Backend, Tokens
+from starling.profiling.layer_parts import PARTS
 
 #: Runs of each phase behind one that does not count.
 PREFILLS, DECODES = 3, 24
@@ -35,6 +24,19 @@ class Kernel(NamedTuple):
     name: str
     operator: str
     us: float
+
+
+class ProfiledRun(NamedTuple):
+    """One run of the model: milliseconds as the profiler saw it, and its kernels."""
+
+    ms: float
+    kernels: list[Kernel]
+
+
+class KernelParts(Protocol):
+    """Says to which of PARTS a kernel belongs, by the name that a profiler gives it."""
+
+    def part(self, kernel: str, operator: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,65 +72,35 @@ class PhaseTime:
 
 @dataclass(frozen=True, slots=True)
 class OperatorProfile:
-    """Prefill of one row's `prompt_tokens` tokens in one chunk, and decode of `batch` rows behind them."""
+    """Prefill of one row's `prompt_tokens` tokens in one run, and decode of `batch` rows behind them."""
 
+    profiler: str
     prompt_tokens: int
     batch: int
     prefill: PhaseTime
     decode: PhaseTime
 
 
-def profile_operators(bundle: Bundle, *, prompt: int, batch: int, threads: int, backend: str) -> OperatorProfile:
-    """Open the bundle in a session of its own with ONNX Runtime's profiler on, and run both phases.
+def run_phases(backend: Backend, tokens: Tokens, batch: int) -> int:
+    """Prefill `tokens` int64 [n], one run each, then decode `batch` rows behind them; how many runs were prefills.
 
-    The prompt is cut to one chunk, so that a prefill is one run of the graph. Raises BackendError as opening does.
+    Each phase's first run does not count. Behind the cache's end a row stays at its last position.
     """
-    prompt = min(prompt, PREFILL_CHUNK)
-    tokens = np.array(prompt_tokens(Tokenizer.load(bundle.folder, bundle.architecture.vocab_size), prompt, 0), np.int64)
-    with TemporaryDirectory(prefix="starling-profile-") as folder:
-        running = OrtBackend(
-            bundle,
-            provider=choose_provider(bundle, backend),
-            threads=threads,
-            max_seq=prompt + DECODES + 1,
-            max_batch=batch,
-            prefill_chunk=prompt,
-            profile_prefix=Path(folder) / "run",
-        )
-        try:
-            for row in range(max(batch, PREFILLS + 1)):
-                running.prefill(row % batch, tokens, 0)
-            prefills = max(batch, PREFILLS + 1)
-            for step in range(DECODES + 1):
-                running.decode([int(tokens[step % prompt])] * batch, [prompt + step] * batch)
-            events = json.loads(running.end_profiling().read_text())
-        finally:
-            running.close()
-    runs = _runs(events)
-    parts = LayerParts(read_nodes(running.graph_path))
-    return OperatorProfile(prompt, batch, group(runs[1:prefills], parts), group(runs[prefills + 1 :], parts))
+    prefills = max(batch, PREFILLS + 1)
+    for row in range(prefills):
+        backend.prefill(row % batch, tokens, 0)
+    for step in range(DECODES + 1):
+        position = min(len(tokens) + step, backend.max_seq - 1)
+        backend.decode([int(tokens[step % len(tokens)])] * batch, [position] * batch)
+    return prefills
 
 
-class _ProfiledRun(NamedTuple):
-    ms: float
-    kernels: list[Kernel]
+def by_phase(runs: Sequence[ProfiledRun], prefills: int, parts: KernelParts) -> tuple[PhaseTime, PhaseTime]:
+    """Prefill and decode of what `run_phases` ran."""
+    return group(runs[1:prefills], parts), group(runs[prefills + 1 :], parts)
 
 
-def _runs(events: list[dict[str, object]]) -> list[_ProfiledRun]:
-    """The runs of the model in a file of ONNX Runtime's profiler (Chrome's trace format), in their order."""
-    runs: list[_ProfiledRun] = []
-    kernels: list[Kernel] = []
-    for event in events:
-        name, args = str(event["name"]), event.get("args")
-        if event.get("cat") == "Node" and name.endswith("_kernel_time") and isinstance(args, dict):
-            kernels.append(Kernel(name.removesuffix("_kernel_time"), str(args["op_name"]), float(str(event["dur"]))))
-        elif name == "model_run":  # written when the run is over, behind its kernels
-            runs.append(_ProfiledRun(float(str(event["dur"])) / 1e3, kernels))
-            kernels = []
-    return runs
-
-
-def group(runs: Iterable[tuple[float, list[Kernel]]], parts: LayerParts) -> PhaseTime:
+def group(runs: Iterable[tuple[float, list[Kernel]]], parts: KernelParts) -> PhaseTime:
     """The median over the runs, each (milliseconds, kernels), of every operator's time in every part."""
     listed = list(runs)
     times: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * len(listed))

@@ -6,18 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from starling.engine.backend import PREFILL_CHUNK, default_threads
+from starling.engine.backend import PREFILL_CHUNK, Backend, default_threads
 from starling.engine.bundle import Bundle
 from starling.engine.engine import Engine
 from starling.profiling.cold_start import ColdStart, measure_cold_start
 from starling.profiling.environment import Environment, describe_environment
 from starling.profiling.latency import Latencies, measure_latencies
 from starling.profiling.machine import peak_rss_bytes
-from starling.profiling.operators import OperatorProfile, profile_operators
+from starling.profiling.operators import OperatorProfile
+from starling.profiling.ort_operators import profile_ort_operators
 from starling.profiling.peaks import CPU_PROVIDER, MachinePeaks, measure_peaks
 from starling.profiling.ranges import RangedBackend
 from starling.profiling.roofline import Roof, decode_work, prefill_work, under_roof
 from starling.profiling.settings import Point, Sweep
+from starling.profiling.tensorrt_operators import profile_tensorrt_operators
 
 #: Told what is being done, and how many of how many steps are behind it.
 Progress = Callable[[str, int, int], None]
@@ -116,9 +118,7 @@ def measure(
         peak_rss_bytes=peak,
         peaks=peaks,
         measurements=tuple(_measurement(bundle, measured, peaks) for measured in latencies),
-        operators=_operators(bundle, sweep, backend.name, backend.provider, threads, steps)
-        if options.operators
-        else None,
+        operators=_operators(bundle, sweep, options, backend, positions, steps) if options.operators else None,
     )
 
 
@@ -169,10 +169,21 @@ def _measurement(bundle: Bundle, latencies: Latencies, peaks: MachinePeaks | Non
 
 
 def _operators(
-    bundle: Bundle, sweep: Sweep, backend: str, provider: str, threads: int, steps: _Steps
-) -> OperatorProfile | None:
-    if backend != "onnxruntime":  # TensorRT's IProfiler is not offered by its backend yet
-        return None
+    bundle: Bundle, sweep: Sweep, options: Options, measured: Backend, positions: int, steps: _Steps
+) -> OperatorProfile:
+    """By the profiler of the runtime that was measured, on a backend of its own."""
     steps.next("timing every operator")
-    name = "onnxruntime-cpu" if provider == CPU_PROVIDER else "onnxruntime-cuda"
-    return profile_operators(bundle, prompt=sweep.prompt_tokens[0], batch=sweep.batch[0], threads=threads, backend=name)
+    prompt, batch = sweep.prompt_tokens[0], sweep.batch[0]
+    if measured.name == "onnxruntime":
+        threads = options.threads or default_threads()
+        name = "onnxruntime-cpu" if measured.provider == CPU_PROVIDER else "onnxruntime-cuda"
+        return profile_ort_operators(bundle, prompt=prompt, batch=batch, threads=threads, backend=name)
+    return profile_tensorrt_operators(
+        bundle,
+        runtime=measured.name,
+        engine=options.engine,
+        prompt=prompt,
+        batch=batch,
+        max_seq=positions,
+        max_batch=sweep.max_batch,
+    )

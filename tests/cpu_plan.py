@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,10 +21,13 @@ import pytest
 from host_device import HostDevice
 
 from starling.engine.bundle import Bundle, FileRecord
+from starling.engine.tensorrt import opening
 from starling.engine.tensorrt.backend import TensorRTBackend
 from starling.engine.tensorrt.device import ALIGNMENT, host_view
 from starling.engine.tensorrt.library import Library
 from starling.engine.tensorrt.plan import BundleDigests, EngineRecord, Profile, ShapeRange
+from starling.engine.tensorrt.selection import Wanted
+from starling.profiling.graph_nodes import read_nodes
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 NUMPY_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -45,6 +50,8 @@ def cpu_library(engine: CpuEngine | None, version: str) -> Library:
         ExecutionContextAllocationStrategy=tensorrt_rtx.ExecutionContextAllocationStrategy,
         DynamicShapesKernelSpecializationStrategy=tensorrt_rtx.DynamicShapesKernelSpecializationStrategy,
         CudaGraphStrategy=tensorrt_rtx.CudaGraphStrategy,
+        IExecutionContext=tensorrt_rtx.IExecutionContext,
+        IProfiler=tensorrt_rtx.IProfiler,
     )
     return Library("tensorrt-rtx", version, module, None, messages)
 
@@ -91,13 +98,13 @@ class CpuRuntimeConfig:
 
 
 class CpuEngine:
-    """Runs `graph` in the way that the engine of `record` would."""
+    """Runs `graph` in the way that the engine of `record` would, in layers of these names."""
 
-    def __init__(self, device: HostDevice, record: EngineRecord, graph: Path) -> None:
+    def __init__(self, device: HostDevice, record: EngineRecord, graph: Path, layers: Sequence[str]) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         self.session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        self.device, self.record, self.capturable = device, record, True
+        self.device, self.record, self.layers, self.capturable = device, record, layers, True
         self.num_optimization_profiles = len(record.profiles)
         self.contexts: list[CpuContext] = []
 
@@ -123,6 +130,10 @@ class CpuContext:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
     memory: tuple[int, int] = (0, 0)
+    profiler: Any = None
+    enqueue_emits_profile: bool = True
+    #: Name and milliseconds of each layer of a run that was not reported yet.
+    timed: list[tuple[str, float]] = field(default_factory=list)
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self.profile = profile_index
@@ -154,10 +165,21 @@ class CpuContext:
             assert addresses[past] == addresses[present], f"{present} must lie where {past} does"
         assert self.memory[1] >= SCRATCH_BYTES
         self.engine.device.put(stream_handle, lambda: self._run(shapes, addresses))
+        if self.profiler is not None and self.enqueue_emits_profile:
+            self.engine.device.synchronize(stream_handle)
+            self.report_to_profiler()
+        return True
+
+    def report_to_profiler(self) -> bool:
+        if self.profiler is None:
+            return False
+        for name, ms in self.timed:
+            self.profiler.report_layer_time(name, ms)
+        self.timed = []
         return True
 
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
-        session = self.engine.session
+        session, begin = self.engine.session, perf_counter()
         feeds = {
             tensor.name: host_view(addresses[tensor.name], shapes[tensor.name], NUMPY_TYPES[tensor.type])
             for tensor in session.get_inputs()
@@ -165,6 +187,9 @@ class CpuContext:
         names = [tensor.name for tensor in session.get_outputs()]
         for name, value in zip(names, session.run(names, feeds), strict=True):
             host_view(addresses[name], value.shape, value.dtype)[...] = value
+        if self.profiler is not None:  # the events of one run only: those of a run before it are lost
+            ms, profile = (perf_counter() - begin) * 1e3, f" [profile {self.profile}]" if self.profile else ""
+            self.timed = [(f"{layer}{profile}", ms / len(self.engine.layers)) for layer in self.engine.layers]
 
 
 def _profile(bundle: Bundle, name: str, most_tokens: int) -> Profile:
@@ -219,13 +244,28 @@ class Opened(NamedTuple):
 
 
 def cpu_engine(bundle: Bundle, device: HostDevice) -> CpuEngine:
-    return CpuEngine(device, record_of(bundle), bundle.folder / "model_reference.onnx")
+    """With a layer for each node of the bundle's graph that computes anything."""
+    layers = [node.name for node in read_nodes(bundle.graph_path) if node.operator != "Constant"]
+    return CpuEngine(device, record_of(bundle), bundle.folder / "model_reference.onnx", layers)
 
 
-def opened(bundle: Bundle, *, max_batch: int = ROWS, capturable: bool = True) -> Opened:
+def stand_in(patch: pytest.MonkeyPatch, engine: CpuEngine) -> None:
+    """From now on whatever opens a bundle on TensorRT gets the stand-ins for library, GPU and plan."""
+
+    def select(bundle: Bundle, wanted: Wanted, name: str | None = None) -> EngineRecord:
+        return engine.record
+
+    patch.setattr(opening, "CudaDevice", lambda: engine.device)
+    patch.setattr(opening, "load_library", lambda name: cpu_library(engine, VERSION))
+    patch.setattr(opening, "select_engine", select)
+
+
+def opened(bundle: Bundle, *, max_batch: int = ROWS, capturable: bool = True, time_layers: bool = False) -> Opened:
     device = HostDevice()
     engine = cpu_engine(bundle, device)
     engine.capturable = capturable
     library = cpu_library(engine, VERSION)
-    backend = TensorRTBackend(bundle, engine.record, library, device, max_seq=POSITIONS, max_batch=max_batch)
+    backend = TensorRTBackend(
+        bundle, engine.record, library, device, max_seq=POSITIONS, max_batch=max_batch, time_layers=time_layers
+    )
     return Opened(backend, device, engine)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cpu_plan import POSITIONS, ROWS, VERSION, cpu_engine, cpu_library
+from cpu_plan import POSITIONS, ROWS, VERSION, cpu_engine, stand_in
 from host_device import HostDevice
 
 from starling.engine import Engine
@@ -14,10 +14,7 @@ from starling.engine.bundle import Bundle
 from starling.engine.results import GenerationInterrupted, GenerationResult
 from starling.engine.sampling import SamplingParams
 from starling.engine.serving_loop import ServingLoop
-from starling.engine.tensorrt import opening
 from starling.engine.tensorrt.backend import TensorRTBackend
-from starling.engine.tensorrt.plan import EngineRecord
-from starling.engine.tensorrt.selection import Wanted
 
 PROMPTS = [[1, 420, 6316, 28781], [1, 7596, 1247, 28747, 26256, 2936, 7653, 1413], [1, 315], list(range(900, 930))]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -37,16 +34,9 @@ def device() -> HostDevice:
 @pytest.fixture(scope="module")
 def engine(bundle: Bundle, device: HostDevice, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """An engine of backend tensorrt-rtx; library, GPU and the plan are stand-ins."""
-    standin = cpu_engine(bundle, device)
-
-    def select(bundle: Bundle, wanted: Wanted, name: str | None = None) -> EngineRecord:
-        return standin.record
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(opening, "CudaDevice", lambda: device)
-        patch.setattr(opening, "load_library", lambda name: cpu_library(standin, VERSION))
-        patch.setattr(opening, "select_engine", select)
+        stand_in(patch, cpu_engine(bundle, device))
         with Engine(bundle, backend="tensorrt-rtx", max_seq=POSITIONS, max_batch=ROWS) as engine:
             yield engine
     assert device.live == 0

@@ -20,6 +20,7 @@ from starling.engine.graph_names import NEXT_TOKENS, PAST_LENGTHS
 from starling.engine.tensorrt.choices import RowChoices
 from starling.engine.tensorrt.device import Device, address_of
 from starling.engine.tensorrt.execution import PlanExecution
+from starling.engine.tensorrt.layer_times import LayerTimes, TimedRun
 from starling.engine.tensorrt.library import Library
 from starling.engine.tensorrt.memory import DeviceMemory
 from starling.engine.tensorrt.output import DeviceOutput, HostLogits, checked_tokens
@@ -42,10 +43,12 @@ class TensorRTBackend:
         max_seq: int,
         max_batch: int,
         prefill_chunk: int | None = None,
+        time_layers: bool = False,
     ) -> None:
         """Load the plan and allocate everything; `max_seq` and `max_batch` must fit the plan.
 
-        Raises BackendError where the plan does not run here or the GPU has no room.
+        With `time_layers` every run is waited for, outside of CUDA graphs, and `take_layer_times` says what each layer
+        took. Raises BackendError where the plan does not run here or the GPU has no room.
         """
         self.name: str = library.name
         self.provider = f"{library.title} on {device.name}"
@@ -57,16 +60,19 @@ class TensorRTBackend:
         with ExitStack() as closing:
             self._memory = memory = DeviceMemory(device)
             closing.callback(memory.close)
-            self._plan = PlanExecution(library, record, memory)
+            self._times = LayerTimes(library) if time_layers else None
+            self._plan = PlanExecution(library, record, memory, self._times)
             closing.callback(self._plan.close)
-            chunk = min(prefill_chunk or record.max_prefill, record.max_prefill, max_seq)
-            self._allocate(bundle, record, chunk)
+            #: Tokens that one run prefills at most.
+            self.prefill_chunk = min(prefill_chunk or record.max_prefill, record.max_prefill, max_seq)
+            self._allocate(bundle, record, self.prefill_chunk)
             closing.callback(self.drop)
             # All is compiled and captured before the first prompt comes, whatever number of rows is left later on.
             self._steps = {rows: self._new_step(rows) for rows in range(1, max_batch + 1)}
-            self.prefill(0, np.zeros(chunk, np.int64), 0)
+            self.prefill(0, np.zeros(self.prefill_chunk, np.int64), 0)
             self._plan.keep_compiled()
             self.model_seconds = 0.0
+            self.take_layer_times()
             self._closing = closing.pop_all()
 
     def _allocate(self, bundle: Bundle, record: EngineRecord, chunk: int) -> None:
@@ -157,6 +163,10 @@ class TensorRTBackend:
     def drop(self) -> None:
         """Wait for everything launched, and forget the tokens that nobody asked for."""
         self._launched.drop()
+
+    def take_layer_times(self) -> list[TimedRun]:
+        """The runs of the model since the last call, the first since opening; none without `time_layers`."""
+        return [] if self._times is None else self._times.take()
 
     def close(self) -> None:
         """Free the plan, the cache and every buffer; a second call does nothing."""

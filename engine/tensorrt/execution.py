@@ -8,9 +8,11 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from starling.engine.errors import BackendError
+from starling.engine.tensorrt.layer_times import LayerTimes
 from starling.engine.tensorrt.library import Library
 from starling.engine.tensorrt.memory import DeviceMemory
 from starling.engine.tensorrt.plan import EngineRecord
@@ -20,9 +22,11 @@ from starling.engine.tensorrt.runtime_cache import RuntimeCache, cache_directory
 class PlanExecution:
     """A deserialized plan. Its contexts share one scratch memory, so only one of them may run at a time."""
 
-    def __init__(self, library: Library, record: EngineRecord, memory: DeviceMemory) -> None:
-        """Raises BackendError where the plan does not run here."""
-        self._library, self._memory = library, memory
+    def __init__(
+        self, library: Library, record: EngineRecord, memory: DeviceMemory, times: LayerTimes | None = None
+    ) -> None:
+        """With `times` its contexts time their layers. Raises BackendError where the plan does not run here."""
+        self._library, self._memory, self._times = library, memory, times
         self._profiles = [profile.name for profile in record.profiles]
         self._contexts: list[ExecutionContext] = []
         self._runtime = library.module.Runtime(library.logger)
@@ -37,8 +41,11 @@ class PlanExecution:
 
     def context(self, profile: str, *, fixed_shape: bool) -> ExecutionContext:
         """A context on the optimization profile of that name; `fixed_shape`: it is for one set of shapes only."""
-        index = self._profiles.index(profile)
-        context = ExecutionContext(self._new_context(fixed_shape), index, self._library, self._memory)
+        index, made = self._profiles.index(profile), self._new_context(fixed_shape)
+        if self._times is None:
+            context = ExecutionContext(made, index, self._library, self._memory)
+        else:
+            context = TimedContext(made, index, self._library, self._memory, self._times)
         self._contexts.append(context)
         return context
 
@@ -127,6 +134,30 @@ class ExecutionContext:
     def _checked(self, done: bool, what: str) -> None:
         if not done:
             raise BackendError(f"{self._library.title} could not {what}: {self._library.last_message()}")
+
+
+class TimedContext(ExecutionContext):
+    """A context that waits for the end of every run, and leaves its layers' times in `times`."""
+
+    def __init__(self, context: Any, profile: int, library: Library, memory: DeviceMemory, times: LayerTimes) -> None:
+        super().__init__(context, profile, library, memory)
+        self._times = times
+        times.attach(context)
+
+    @property
+    def can_be_captured(self) -> bool:
+        """No: nobody can wait for a run, or ask for its layers, in the middle of a CUDA graph."""
+        return False
+
+    def enqueue(self) -> None:
+        """One run, alone on the stream, to its end."""
+        self._memory.synchronize()
+        begin = perf_counter()
+        super().enqueue()
+        self._memory.synchronize()
+        ms = (perf_counter() - begin) * 1e3
+        self._checked(self._context.report_to_profiler(), "report its layers' times")
+        self._times.end_run(ms)
 
 
 def _deserialize(runtime: Any, library: Library, plan: Path) -> Any:
