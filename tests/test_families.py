@@ -101,7 +101,7 @@ def test_int8_on_the_kernels_is_as_near_to_pytorch_as_on_onnx_runtimes_operators
 
 
 def steps_of(bundle: Path, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], dict[int, NDArray[np.float32]]]:
-    """Logits behind all tokens prefilled at once; and by position, of a prefill, a chunk behind it, and decode steps."""
+    """Logits behind all tokens at once; and by position, of a prefill, a chunk behind it, and decode steps."""
     backend = open_backend(Bundle.open(bundle), name="onnxruntime-cpu", max_seq=64, max_batch=1)
     whole = backend.prefill(0, tokens, 0).logits()[0].copy()
     steps = {11: backend.prefill(0, tokens[:12], 0).logits()[0].copy()}

