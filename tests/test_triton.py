@@ -196,7 +196,7 @@ def test_characters_of_several_tokens_arrive_whole(server: TritonServer, demo_in
     prompt = "Emoji: 😀 😃 😄 😁 😆 😅 😂 🤣 😊 日本語 ありがとう 😀 😃 😄 😁"
     with Engine(demo_int8_bundle, max_seq=512, threads=2) as engine:
         expected = engine.generate(prompt, max_tokens=24)
-    assert len(expected.tokens) > len(expected.text)  # several tokens a character
+    assert len(expected.tokens) > len(expected.text.replace(" ", ""))  # several tokens a character
     events = server.events("ensemble", text_input=prompt, max_tokens=24, stream=True)
     texts = [event["text_output"] for event in events]
     assert "".join(texts) == expected.text
