@@ -11,6 +11,7 @@ import onnx_ir as ir
 from starling.engine.bundle import Architecture
 from starling.engine.graph_names import LOGITS_TO_KEEP, NEXT_TOKENS
 from starling.export.checkpoint import Checkpoint
+from starling.export.passes import insert
 
 GRAPH_FILE = "model_genai.onnx"
 # Its generic decoder-only kind: what the type changes beyond that is the processing of images and sound.
@@ -25,14 +26,14 @@ def genai_graph(model: ir.Model) -> ir.Model:
     mask = ir.val("attention_mask", ir.DataType.INT64, ["batch", "total"])
     graph.inputs.insert(1, mask)
     first = next(iter(graph))
-    axis = _add(graph, first, ir.node("Constant", [], attributes={"value_ints": [1]}))
-    count = _add(graph, first, ir.node("ReduceSum", [mask, axis], attributes={"keepdims": 0}))
-    lengths = _add(graph, first, ir.node("Sub", [count, axis]))
-    seqlens = _add(graph, first, ir.node("Cast", [lengths], attributes={"to": ir.DataType.INT32}))
-    shape = _add(graph, first, ir.node("Shape", [mask], attributes={"start": 1}))
-    scalar = _add(graph, first, ir.node("Squeeze", [shape]))
-    total = _add(graph, first, ir.node("Cast", [scalar], attributes={"to": ir.DataType.INT32}))
-    last = _add(graph, first, ir.node("Constant", [], attributes={"value_ints": [-1]}))
+    axis = insert(graph, first, ir.node("Constant", [], attributes={"value_ints": [1]}))
+    count = insert(graph, first, ir.node("ReduceSum", [mask, axis], attributes={"keepdims": 0}))
+    lengths = insert(graph, first, ir.node("Sub", [count, axis]))
+    seqlens = insert(graph, first, ir.node("Cast", [lengths], attributes={"to": ir.DataType.INT32}))
+    shape = insert(graph, first, ir.node("Shape", [mask], attributes={"start": 1}))
+    scalar = insert(graph, first, ir.node("Squeeze", [shape]))
+    total = insert(graph, first, ir.node("Cast", [scalar], attributes={"to": ir.DataType.INT32}))
+    last = insert(graph, first, ir.node("Constant", [], attributes={"value_ints": [-1]}))
     for choice in [output for output in graph.outputs if output.name == NEXT_TOKENS]:
         graph.outputs.remove(choice)
         graph.remove(choice.producer(), safe=True)  # type: ignore[arg-type]
@@ -89,8 +90,3 @@ def genai_config(arch: Architecture, checkpoint: Checkpoint) -> dict[str, Any]:
     if tokenizer.bos is not None:
         model["bos_token_id"] = tokenizer.bos
     return {"model": model, "search": search}
-
-
-def _add(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
-    graph.insert_before(before, node)
-    return node.outputs[0]

@@ -9,11 +9,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from starling.engine.graph_names import LOGITS_TO_KEEP
-from starling.export.passes import STARLING, equal_shapes, take_over
+from starling.export.passes import STARLING, equal_shapes, insert, required, take_over
 from starling.export.quantization import Quantization
 
 GRAPH_FILE = "model_kernels.onnx"
 _BLOCK_SIZE, _BITS, _INT8_ACTIVATIONS = 32, 8, 4
+_HEAD_DIM_STEP, _MOST_HEAD_DIM = 16, 256  # as in engine/kernels/attention_kernels.h
 
 
 def kernel_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
@@ -37,7 +38,7 @@ def kernel_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
             _replace(graph, node)
         elif takes_attention and node.op_type == "GroupQueryAttention":
             # bfloat16 leaves of a score about what int8 products leave of it: mean KL is the same within its noise.
-            _take_attention(graph, node, reduced_precision=bool(products) and takes_products)
+            _take_attention(graph, node, reduced_precision=takes_products)
     common_passes.RemoveUnusedNodesPass()(twin)
     twin.opset_imports[STARLING] = 1
     return twin
@@ -57,7 +58,8 @@ def _has_kernel(attention: ir.Node) -> bool:
     if past is None or past.shape is None or past.dtype != ir.DataType.FLOAT or len(attention.inputs) > 9:
         return False
     head_dim = past.shape[3]
-    return isinstance(head_dim, int) and head_dim % 16 == 0 and head_dim <= 256 and set(attention.attributes) <= known
+    fits = isinstance(head_dim, int) and head_dim % _HEAD_DIM_STEP == 0 and head_dim <= _MOST_HEAD_DIM
+    return fits and set(attention.attributes) <= known
 
 
 def _take_attention(graph: ir.Graph, node: ir.Node, *, reduced_precision: bool) -> None:
@@ -76,18 +78,17 @@ def _take_attention(graph: ir.Graph, node: ir.Node, *, reduced_precision: bool) 
 def _separate_residual(graph: ir.Graph, node: ir.Node) -> None:
     """Addition and norm as two nodes, which go to the product behind the one and to that in front of the other."""
     first, second, weight = node.inputs[:3]
-    add = _insert(graph, node, ir.node("Add", [first, second]))
+    add = insert(graph, node, ir.node("Add", [first, second]))
     attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].as_float(), "stash_type": 1}
-    norm = _insert(graph, node, ir.node("SimplifiedLayerNormalization", [add, weight], attributes=attributes))
+    norm = insert(graph, node, ir.node("SimplifiedLayerNormalization", [add, weight], attributes=attributes))
     take_over(node.outputs[3], add)
     take_over(node.outputs[0], norm)
     graph.remove(node, safe=True)
 
 
 def _replace(graph: ir.Graph, product: ir.Node) -> None:
-    x, data, scales = product.inputs[:3]
+    x, data, scales = (required(value) for value in product.inputs[:3])
     bias = product.inputs[5] if len(product.inputs) > 5 else None
-    assert x is not None
     output, last, gated = product.outputs[0], product, False
     if (activation := _gated_activation(output)) is not None:
         output, last, gated = activation.outputs[0], activation, True
@@ -117,26 +118,25 @@ def _replace(graph: ir.Graph, product: ir.Node) -> None:
         version=1,
     )
     # Where the last of the nodes stood all inputs exist, the residual's among them.
-    graph.insert_before(last, linear)
-    take_over(output, linear.outputs[0])
+    take_over(output, insert(graph, last, linear))
 
 
 def _norm_before(graph: ir.Graph, x: ir.Value) -> tuple[ir.Value, ir.Value, float] | None:
     """(input, weight, epsilon) of the norm whose result x is, or some positions of whose result it is."""
     if (kept := _kept_positions(x)) is not None:
-        found = _norm_before(graph, _present(kept.inputs[0]))
+        found = _norm_before(graph, required(kept.inputs[0]))
         if found is None:
             return None
         value, weight, epsilon = found
         # Positions are normed one by one, so those that are left can be chosen before.
         chosen = ir.node("Gather", [value, kept.inputs[1]], attributes={"axis": 1})
         chosen.outputs[0].type, chosen.outputs[0].shape = x.type, x.shape
-        return _insert(graph, kept, chosen), weight, epsilon
+        return insert(graph, kept, chosen), weight, epsilon
     producer = x.producer()
     if producer is None or producer.op_type != "SimplifiedLayerNormalization":
         return None
-    weight, epsilon = _present(producer.inputs[1]), producer.attributes["epsilon"].as_float()
-    return _present(producer.inputs[0]), weight, epsilon
+    weight, epsilon = required(producer.inputs[1]), producer.attributes["epsilon"].as_float()
+    return required(producer.inputs[0]), weight, epsilon
 
 
 def _kept_positions(x: ir.Value) -> ir.Node | None:
@@ -183,13 +183,3 @@ def _residual_addition(value: ir.Value) -> ir.Node | None:
 def _only_user(value: ir.Value) -> ir.Node | None:
     uses = value.uses()
     return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
-
-
-def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
-def _present(value: ir.Value | None) -> ir.Value:
-    assert value is not None
-    return value

@@ -58,9 +58,9 @@ def fuse_residual_norms(model: ir.Model) -> None:
     for norm in list(graph):
         if norm.op_type != "SimplifiedLayerNormalization":
             continue
-        x, weight = _required(norm.inputs[0]), norm.inputs[1]
+        x, weight = required(norm.inputs[0]), norm.inputs[1]
         add = x.producer()
-        if add is None or add.op_type != "Add" or not all(equal_shapes(_required(i), x) for i in add.inputs):
+        if add is None or add.op_type != "Add" or not all(equal_shapes(required(i), x) for i in add.inputs):
             continue
         fused = ir.Node(
             MICROSOFT,
@@ -86,6 +86,12 @@ def is_linear(node: ir.Node) -> bool:
 def is_embedding(node: ir.Node) -> bool:
     """Whether node is an abstract embedding: token ids, and weight [vocab, hidden]."""
     return node.domain == STARLING and node.op_type == "Embedding"
+
+
+def insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
+    """Put `node` in front of `before`; its first output."""
+    graph.insert_before(before, node)
+    return node.outputs[0]
 
 
 def insert_constant(graph: ir.Graph, before: ir.Node, values: Sequence[int]) -> ir.Value:
@@ -114,7 +120,7 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     x = first.inputs[0]
     inputs: list[ir.Value | None] = [x]
     for index in range(1, len(first.inputs)):
-        parts = [_required(n.inputs[index]) for n in nodes]
+        parts = [required(n.inputs[index]) for n in nodes]
         rows = [int(p.shape[0]) for p in parts]  # type: ignore[index,arg-type]
         shape = (sum(rows), *(int(d) for d in parts[0].shape[1:]))  # type: ignore[index,arg-type]
         name = stacked_name([str(p.name) for p in parts])
@@ -216,6 +222,7 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
         old.name, new.name = f"{old.name}_replaced", old.name
 
 
-def _required(value: ir.Value | None) -> ir.Value:
+def required(value: ir.Value | None) -> ir.Value:
+    """`value`, which must be there."""
     assert value is not None
     return value

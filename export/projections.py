@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from starling.export.passes import MICROSOFT, STARLING, insert_constant, is_embedding, is_linear, take_over
+from starling.export.passes import MICROSOFT, STARLING, insert, insert_constant, is_embedding, is_linear, take_over
 from starling.export.qdq.projections import QdqPlan, QdqWriter
 from starling.export.quantization import Quantization
 from starling.export.weights import Blocks, Rows, new_weight, rows_of
@@ -56,11 +56,6 @@ def _replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
-def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
 def _parts(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value | None, int, int]:
     """Input, weight, bias, and the weight's rows and columns."""
     x, weight, *bias = node.inputs
@@ -76,25 +71,25 @@ def _linear(graph: ir.Graph, node: ir.Node) -> ir.Value:
     assert weight.dtype is not None
     source = Rows(rows_of(weight).names, transposed=True)
     transposed = new_weight(graph, f"{weight.name}_t", weight.dtype, (columns, rows), source)
-    product = _insert(graph, node, ir.node("MatMul", [x, transposed]))
-    return product if bias is None else _insert(graph, node, ir.node("Add", [product, bias]))
+    product = insert(graph, node, ir.node("MatMul", [x, transposed]))
+    return product if bias is None else insert(graph, node, ir.node("Add", [product, bias]))
 
 
 def _shared_linear(graph: ir.Graph, node: ir.Node) -> ir.Value:
     """Gemm reads the weight as it stands; it wants two axes, so the leading ones are folded and unfolded."""
     x, weight, bias, rows, columns = _parts(node)
-    flat = _insert(graph, node, ir.node("Reshape", [x, insert_constant(graph, node, [-1, columns])]))
+    flat = insert(graph, node, ir.node("Reshape", [x, insert_constant(graph, node, [-1, columns])]))
     inputs = [flat, weight] if bias is None else [flat, weight, bias]
-    product = _insert(graph, node, ir.node("Gemm", inputs, attributes={"transB": 1}))
-    shape = _insert(graph, node, ir.node("Shape", [x], attributes={"end": -1}))
+    product = insert(graph, node, ir.node("Gemm", inputs, attributes={"transB": 1}))
+    shape = insert(graph, node, ir.node("Shape", [x], attributes={"end": -1}))
     last = insert_constant(graph, node, [rows])
-    whole = _insert(graph, node, ir.node("Concat", [shape, last], attributes={"axis": 0}))
-    return _insert(graph, node, ir.node("Reshape", [product, whole]))
+    whole = insert(graph, node, ir.node("Concat", [shape, last], attributes={"axis": 0}))
+    return insert(graph, node, ir.node("Reshape", [product, whole]))
 
 
 def _embedding(graph: ir.Graph, node: ir.Node) -> ir.Value:
     ids, table = node.inputs
-    return _insert(graph, node, ir.node("Gather", [table, ids], attributes={"axis": 0}))
+    return insert(graph, node, ir.node("Gather", [table, ids], attributes={"axis": 0}))
 
 
 def _block_weights(
@@ -130,7 +125,7 @@ def _quantized_linear(graph: ir.Graph, node: ir.Node, how: Quantization) -> ir.V
         "block_size": how.block_size,
         "accuracy_level": how.accuracy_level,
     }
-    return _insert(graph, node, ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT))
+    return insert(graph, node, ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT))
 
 
 def _quantized_embedding(graph: ir.Graph, node: ir.Node, how: Quantization) -> ir.Value:
@@ -140,11 +135,11 @@ def _quantized_embedding(graph: ir.Graph, node: ir.Node, how: Quantization) -> i
     attributes = {"bits": how.bits, "block_size": how.block_size, "gather_axis": 0, "quantize_axis": 1}
     inputs = [data, ids, scales, zeros]
     gather = ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain=MICROSOFT)
-    gathered = _insert(graph, node, gather)
+    gathered = insert(graph, node, gather)
     assert table.shape is not None
     columns = int(table.shape[1])  # type: ignore[arg-type]
     if columns % how.block_size == 0:
         return gathered
     # the last block of a row is stored whole: what is behind the embedding's width is cut off again
     bounds = [insert_constant(graph, node, [at]) for at in (0, columns, -1)]
-    return _insert(graph, node, ir.node("Slice", [gathered, *bounds]))
+    return insert(graph, node, ir.node("Slice", [gathered, *bounds]))

@@ -1,7 +1,8 @@
 """Operators of our own for ONNX Runtime on the CPU: a library in C++ that is built when the package is installed.
 
 Where it is missing (no compiler, another processor, another system) the engine runs the bundle's plain graph with ONNX
-Runtime's own operators: same results within rounding, slower. `STARLING_CPU_KERNELS=0` asks for that.
+Runtime's own operators: same results within rounding, slower. `STARLING_CPU_KERNELS=0` asks for that, and
+`STARLING_CPU_ISA=avx2` for the kernels that a processor without AVX-512 would take.
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ enum Input : size_t { kQuery, kKey, kValue, kPastKey, kPastValue, kLengths, kTot
 constexpr int kTileRows = 96;   // query rows that share a pass over the keys
 constexpr int kSplitRows = 24;  // up to so many rows of a head, its chunks are shared out to threads instead
 
-int divided(int number, int by) { return (number + by - 1) / by; }
-
 // Memory of `rows` partial results in one piece of scratch.
 size_t partial_size(int rows, int head_dim) { return static_cast<size_t>(rows) * (head_dim + 2); }
 

@@ -53,8 +53,6 @@ void pack_pair(PackedWeights& packed, int pair, const uint8_t* data, const float
   }
 }
 
-int divided(int number, int by) { return (number + by - 1) / by; }
-
 }  // namespace
 
 QuantizedLinear::QuantizedLinear(const NodeInfo& node) : kernels_(block_kernels()) {
