@@ -24,15 +24,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror engine/kernels/*.h engine/kernels/*.cpp
 
-# mypy knows packages by their folders; build/types shows it ours under the names that they install as.
 types: install
-	@mkdir -p build/types/starling
-	@for room in cli engine export profiling serving; do ln -sfn ../../../$$room build/types/starling/$$room; done
-	MYPYPATH=build/types $(BIN)/mypy -p starling
+	$(BIN)/mypy -p starling
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard engine/kernels/*.cpp engine/kernels/*.h)
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard engine/kernels/*.cpp engine/kernels/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit("starling needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt torch==2.13.0

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from starling.cli.extras import DISTRIBUTION, extra_packages
+from starling import __version__
+from starling.cli.extras import extra_packages
 from starling.engine.errors import BackendError
 from starling.engine.kernels import KernelsUnavailable, require_kernel_library
 from starling.engine.ort_backend import CUDA, import_onnxruntime
@@ -38,7 +39,7 @@ def describe_environment() -> dict[str, Any]:
         *(_tensorrt(name, gpus) for name in RUNTIMES),
     ]
     return {
-        "starling": metadata.version(DISTRIBUTION),
+        "starling": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
         "machine": machine,

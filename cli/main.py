@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import click
 
+from starling import __version__
 from starling.cli.failures import describe
 
 COMMANDS = (
@@ -45,7 +46,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="starling-llm", prog_name="starling")
+@click.version_option(__version__, prog_name="starling")
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 @click.pass_context
 def starling(context: click.Context, debug: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
+from starling import __version__
 from starling.engine.bundle import FORMAT, FORMAT_VERSION, Architecture
 from starling.engine.errors import UserError
 from starling.export.architecture import architecture_json
@@ -167,7 +168,7 @@ def _clean(graph: ir.Model) -> None:
         node.doc_string = None
         for output in node.outputs:
             output.metadata_props.clear()
-    graph.producer_name, graph.producer_version = "starling-llm", version("starling-llm")
+    graph.producer_name, graph.producer_version = "starling-llm", __version__
 
 
 def _manifest(
@@ -180,7 +181,7 @@ def _manifest(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "starling_version": version("starling-llm"),
+        "starling_version": __version__,
         "source": {"kind": checkpoint.kind, "name": checkpoint.name},
         "architecture": architecture_json(arch),
         "dialect": options.dialect,

@@ -5,6 +5,7 @@ AttentionInterface, the mask through its AttentionMaskInterface, and the rotary 
 every modelling file calls `apply_rotary_pos_emb`. What does not fit is refused by name.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -233,7 +234,7 @@ def _rotary_tables(
     config = model.config
     embedding = embeddings.pop()(config=config)  # real buffers: the model's own are fake
     keys: list[tuple[Any, ...]] = [()]
-    if "layer_type" in embedding.forward.__code__.co_varnames[: embedding.forward.__code__.co_argcount]:
+    if "layer_type" in inspect.signature(embedding.forward).parameters:
         keys = [(kind,) for kind in dict.fromkeys(config.layer_types)]
     positions, dim = config.max_position_embeddings, head_dim_of(config)
     return {key: make_table(embedding, key, apply, positions, dim) for key in keys}

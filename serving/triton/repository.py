@@ -9,10 +9,10 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+from starling import __version__
 from starling.engine.bundle import Bundle
 from starling.engine.errors import UserError
 from starling.serving.triton import engine_model
@@ -152,7 +152,7 @@ def _write_model(folder: Path, config: ModelConfig, module: str) -> None:
 
 def _write_texts(folder: Path, bundle: Bundle, where: str) -> None:
     values = {
-        "version": version("starling-llm"),
+        "version": __version__,
         "bundle": "starling/1/bundle, inside this repository" if where == "bundle" else where,
         "model": str(bundle.source.get("name")),
     }
