@@ -11,9 +11,9 @@ from importlib import metadata
 from typing import Any
 
 from starling import __version__
-from starling.cli.extras import extra_packages
 from starling.engine.errors import BackendError
-from starling.engine.kernels import KernelsUnavailable, require_kernel_library
+from starling.engine.installation import extra_packages, install_command
+from starling.engine.kernels import SWITCH, KernelsUnavailable, SlowInt8, faster_kernel_library, require_kernel_library
 from starling.engine.ort_backend import CUDA, import_onnxruntime
 from starling.engine.tensorrt.library import RUNTIMES, TITLES, RuntimeName, load_library
 from starling.profiling.machine import describe_machine
@@ -22,8 +22,6 @@ RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13", "cuda-bindings")
 GPU_FIELDS = ("name", "memory.total", "driver_version", "compute_cap")
 GPU_TIMEOUT_S = 10
-# A processor without one of these multiplies int8 without VNNI's or SDOT's fourfold rate.
-INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "asimddp", "i8mm", "amx_int8"})
 
 
 def describe_environment() -> dict[str, Any]:
@@ -34,7 +32,7 @@ def describe_environment() -> dict[str, Any]:
     findings = [
         _inference(runtime),
         _cuda(runtime, gpus),
-        _kernels(machine["isa"]),
+        _kernels(),
         _export(export),
         *(_tensorrt(name, gpus) for name in RUNTIMES),
     ]
@@ -105,28 +103,30 @@ def _cuda(runtime: dict[str, Any], gpus: list[dict[str, str]]) -> dict[str, Any]
     if built and gpus:
         return _finding(subject, True, "fp16 and bf16 bundles run on the GPU (--backend onnxruntime-cuda)")
     if gpus:
-        return _finding(subject, False, "there is a GPU: uninstall onnxruntime, then pip install 'starling-llm[gpu]'")
+        return _finding(subject, False, f"there is a GPU: pip uninstall onnxruntime, then {install_command('gpu')}")
     if built:
         return _finding(subject, False, "this onnxruntime can use CUDA, but nvidia-smi shows no GPU: check the driver")
-    return _finding(subject, False, "no GPU here; on a machine with one: pip install 'starling-llm[gpu]'")
+    return _finding(subject, False, f"no GPU here; on a machine with one: {install_command('gpu')}")
 
 
-def _kernels(flags: Iterable[str]) -> dict[str, Any]:
-    """The engine's own CPU kernels, and how fast the processor multiplies int8."""
+def _kernels() -> dict[str, Any]:
+    """The engine's own CPU kernels, and which products they take here."""
+    subject = "CPU kernels"
     try:
-        library = require_kernel_library()
+        isa = require_kernel_library().instruction_set
+        faster_kernel_library(int8_products=True)
+    except SlowInt8:
+        text = f"{isa}: attention of fp32 and int4 bundles; int8 bundles run without, which is faster with {isa} alone"
+        return _finding(subject, True, f"{text} ({SWITCH}=1 takes the kernels)")
     except KernelsUnavailable as error:
-        return _finding("CPU kernels", False, f"{error}; ONNX Runtime's own operators run everything")
-    fast = any(flag in INT8_FLAGS for flag in flags)
-    rate = "at full rate" if fast else "without VNNI's fourfold rate"
-    text = f"{library.instruction_set}: our own operators for int8, {rate}, and for attention"
-    return _finding("CPU kernels", True, text)
+        return _finding(subject, False, f"{error}; ONNX Runtime's own operators run everything")
+    return _finding(subject, True, f"{isa}: int8 products and attention")
 
 
 def _export(packages: dict[str, str | None]) -> dict[str, Any]:
     missing = [name for name, version in packages.items() if version is None]
     if missing:
-        text = f"needs {', '.join(missing)}: pip install 'starling-llm[export]'"
+        text = f"needs {', '.join(missing)}: {install_command('export')}"
         return _finding("export", False, text)
     return _finding("export", True, f"checkpoints become bundles (torch {packages.get('torch')})")
 

@@ -8,6 +8,7 @@ import click
 
 from starling.cli.extras import WHAT_FOR, extra_of
 from starling.engine.errors import StarlingError
+from starling.engine.installation import install_command
 
 FAILURE = 1
 
@@ -40,8 +41,8 @@ def _missing_module(error: ModuleNotFoundError) -> str:
     extra = extra_of(package)
     if extra is not None:
         what = f"{WHAT_FOR[extra]} needs the package {package}"
-        return f"{what}, which is not installed: pip install 'starling-llm[{extra}]'"
-    return f"the package {package or error} is not installed: pip install --force-reinstall starling-llm"
+        return f"{what}, which is not installed: {install_command(extra)}"
+    return f"the package {package or error} is not installed: {install_command(None, '--force-reinstall')}"
 
 
 def _system(error: OSError) -> str:

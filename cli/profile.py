@@ -121,8 +121,9 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
         profile = measure(Bundle.open(folder), sweep, options, progress)
     if options.speculation is not None and sweep.max_batch > 1:
         note("batches of several rows ran without speculation, which is for one prompt at a time")
-    if profile.note is not None:
-        note(profile.note)
+    for text in (profile.note, profile.kernels_note):
+        if text is not None:
+            note(text)
     return profile_document(profile)
 
 

@@ -98,6 +98,8 @@ class Backend(Protocol):
     note: str | None
     #: Instruction set of the engine's own CPU kernels where they run the bundle ("avx512-vnni", "avx2"), else None.
     kernels: str | None
+    #: Why they do not run a bundle that has a graph for them; None where there is nothing to say.
+    kernels_note: str | None
 
     @property
     def pipeline(self) -> TokenPipeline | None:

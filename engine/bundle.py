@@ -177,8 +177,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{folder}/bundle.json has format_version {version!r}, not a number; export the model again")
     if version > FORMAT_VERSION:
         raise BundleError(
-            f"{folder} is a bundle of format {version}, this Starling reads up to {FORMAT_VERSION}: "
-            "upgrade starling-llm"
+            f"{folder} is a bundle of format {version}, this Starling reads up to {FORMAT_VERSION}: upgrade Starling"
         )
     return raw
 

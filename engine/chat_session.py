@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from starling.engine.generation import GenerationStream
 from starling.engine.results import GenerationResult
-from starling.engine.sampling import SamplingParams
+from starling.engine.sampling import SamplingOverrides, SamplingParams
 
 if TYPE_CHECKING:
     from starling.engine.engine import Engine
@@ -34,7 +34,9 @@ class ChatSession:
         """A copy of all messages, oldest first: system, user, assistant, …; a reply being streamed as far as it is."""
         return [dict(message) for message in self._system + self._settled + self._newest_turn()]
 
-    def stream(self, text: str, params: SamplingParams | None = None, **overrides: Any) -> GenerationStream:
+    def stream(
+        self, text: str, params: SamplingParams | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> GenerationStream:
         """Say `text` and stream the reply. Raises PromptError (the messages stay as they were) or SamplingError.
 
         Close the stream, or read it to its end: saying the next thing ends it otherwise.
@@ -47,7 +49,9 @@ class ChatSession:
         self._turn = (text, stream)
         return stream
 
-    def send(self, text: str, params: SamplingParams | None = None, **overrides: Any) -> GenerationResult:
+    def send(
+        self, text: str, params: SamplingParams | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> GenerationResult:
         """Say `text` and wait for the whole reply. Ctrl-C keeps the part that there is ("interrupted")."""
         stream = self.stream(text, params, **overrides)
         for _ in stream:

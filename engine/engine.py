@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Thread
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast, overload
 
 from starling.engine.backend import Backend, open_backend
 from starling.engine.bundle import Bundle
@@ -17,7 +17,7 @@ from starling.engine.errors import PromptError, SamplingError, StarlingError, Us
 from starling.engine.generation import GenerationStream, generate
 from starling.engine.prompts import Prompt, checked_ids, common_prefix, is_single
 from starling.engine.results import GenerationInterrupted, GenerationResult
-from starling.engine.sampling import SamplingParams
+from starling.engine.sampling import SamplingOverrides, SamplingParams
 from starling.engine.sequence import GenerationSequence, make_sequence
 from starling.engine.speculation import checked_speculation
 from starling.engine.tokenizer import Tokenizer
@@ -102,7 +102,12 @@ class Engine:
 
     @overload
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, reply: bool = False, **overrides: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        reply: bool = False,
+        **overrides: Unpack[SamplingOverrides],
     ) -> GenerationResult: ...
 
     @overload
@@ -112,7 +117,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         reply: bool = False,
-        **overrides: Any,
+        **overrides: Unpack[SamplingOverrides],
     ) -> list[GenerationResult]: ...
 
     def generate(
@@ -121,7 +126,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         reply: bool = False,
-        **overrides: Any,
+        **overrides: Unpack[SamplingOverrides],
     ) -> GenerationResult | list[GenerationResult]:
         """Generate an answer to a prompt, or to each prompt of a list in one static batch of at most `max_batch`.
 
@@ -139,7 +144,9 @@ class Engine:
             raise GenerationInterrupted(results)
         return results[0] if single else results
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Any) -> GenerationStream:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> GenerationStream:
         """Generate an answer as an iterator of chunks, one for each token.
 
         Raises PromptError or SamplingError here already, not when the first chunk is read.
@@ -148,7 +155,12 @@ class Engine:
         return self._start([sequence])
 
     def stream_reply(
-        self, ids: Sequence[int], params: SamplingParams | None = None, *, encode_s: float = 0.0, **overrides: Any
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        encode_s: float = 0.0,
+        **overrides: Unpack[SamplingOverrides],
     ) -> GenerationStream:
         """`stream` for a chat's token ids: only what is not in the first row's cache yet is prefilled.
 

@@ -18,7 +18,8 @@ from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.graph_names import LOGITS_TO_KEEP
 from starling.engine.huge_pages import huge_pages
-from starling.engine.kernels import KernelLibrary, kernel_library
+from starling.engine.installation import install_command
+from starling.engine.kernels import KernelLibrary, KernelsUnavailable, faster_kernel_library
 from starling.engine.ort_buffers import (
     OrtOutput,
     StepOutputs,
@@ -38,7 +39,7 @@ def import_onnxruntime() -> Any:
         return import_module("onnxruntime")
     except ImportError as error:
         raise BackendError(
-            f"onnxruntime is not installed ({error}); install starling-llm[cpu], or starling-llm[gpu] for CUDA"
+            f"onnxruntime is not installed ({error}): {install_command('cpu')}, or {install_command('gpu')} for CUDA"
         ) from error
 
 
@@ -49,7 +50,7 @@ def choose_provider(bundle: Bundle, backend: str) -> str:
         if CUDA not in available:
             raise BackendError(
                 "backend onnxruntime-cuda: this onnxruntime is built without CUDA; "
-                "uninstall onnxruntime and install starling-llm[gpu], or use --backend onnxruntime-cpu"
+                f"pip uninstall onnxruntime, then {install_command('gpu')}; or use --backend onnxruntime-cpu"
             )
         _check_runnable(bundle, CUDA)
         return CUDA
@@ -66,7 +67,7 @@ def _why_not(bundle: Bundle, provider: str) -> str | None:
         return None
     if provider == CUDA:
         return f"{bundle.dtype} attention has no CUDA kernel: export with --dtype fp16, or use the CPU"
-    return f"{bundle.dtype} has no CPU kernels: export with --dtype fp32, or use CUDA (starling-llm[gpu])"
+    return f"{bundle.dtype} has no CPU kernels: export with --dtype fp32, or use CUDA ({install_command('gpu')})"
 
 
 def _check_runnable(bundle: Bundle, provider: str) -> None:
@@ -112,7 +113,7 @@ class OrtBackend:
     ) -> None:
         """With `profile_prefix` ONNX Runtime times every operator; `end_profiling` then gives the file."""
         self._ort = import_onnxruntime()
-        kernels = kernel_library() if provider == CPU and bundle.kernel_graph is not None else None
+        kernels, self.kernels_note = _kernels(bundle, provider)
         self.kernels: str | None = None if kernels is None else kernels.instruction_set
         #: The file that was loaded.
         self.graph_path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)
@@ -245,6 +246,18 @@ def _why_no_verify(bundle: Bundle) -> str | None:
         return None
     how = "export the model again" if bundle.dialect == "ort" else "export it with --dialect ort"
     return f"{bundle.folder}: its graph gives the last token's logits only, so no draft can be verified: {how}"
+
+
+def _kernels(bundle: Bundle, provider: str) -> tuple[KernelLibrary | None, str | None]:
+    """The CPU kernels for this bundle, or why there are none where it could be otherwise."""
+    if provider != CPU or bundle.kernel_graph is None:
+        return None, None
+    how = bundle.quantization
+    try:
+        # An asymmetric int8 bundle's second graph has only its attention in the kernels.
+        return faster_kernel_library(int8_products=how is not None and how.scheme == "int8" and how.symmetric), None
+    except KernelsUnavailable as error:
+        return None, f"without CPU kernels: {error}"
 
 
 def _session_options(

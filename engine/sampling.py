@@ -6,7 +6,7 @@ The order is that of transformers' `generate`: repetition penalty, temperature, 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,22 @@ STRIDES = 32
 # Weights that are summed at once before the draw looks inside.
 BLOCK = 256
 SMALLEST_TEMPERATURE = 1e-30
+
+
+class SamplingOverrides(TypedDict, total=False):
+    """The fields of `SamplingParams` as keyword arguments, so that type checkers know the names; a list serves too."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    max_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ def profile_document(profile: Profile) -> dict[str, Any]:
             "provider": profile.provider,
             "note": profile.note,
             "kernels": profile.kernels,
+            "kernels_note": profile.kernels_note,
             "threads": profile.threads,
             "repeats": sweep.repeats,
             "warmup": sweep.warmup,

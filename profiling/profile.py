@@ -62,6 +62,7 @@ class Profile:
     provider: str
     note: str | None
     kernels: str | None
+    kernels_note: str | None
     speculation: str | None
     threads: int
     max_seq: int
@@ -109,6 +110,7 @@ def measure(
         provider=backend.provider,
         note=backend.note,
         kernels=backend.kernels,
+        kernels_note=backend.kernels_note,
         speculation=options.speculation,
         threads=threads,
         max_seq=positions,

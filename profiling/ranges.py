@@ -12,6 +12,7 @@ from typing import Any
 from starling.engine.backend import Backend, StepOutput, TokenPipeline, Tokens
 from starling.engine.device_choice import DeviceChoice
 from starling.engine.errors import BackendError
+from starling.engine.installation import install_command
 
 DOMAIN = "starling"
 
@@ -24,10 +25,10 @@ class RangedBackend:
         try:
             self._annotate: Any = import_module("nvtx").annotate
         except ImportError as error:
-            raise BackendError("--nvtx needs the package nvtx: pip install 'starling-llm[profiling]'") from error
+            raise BackendError(f"--nvtx needs the package nvtx: {install_command('profiling')}") from error
         self._backend = backend
         self.name, self.provider, self.note = backend.name, backend.provider, backend.note
-        self.kernels = backend.kernels
+        self.kernels, self.kernels_note = backend.kernels, backend.kernels_note
         self.max_seq, self.max_batch, self.vocab_size = backend.max_seq, backend.max_batch, backend.vocab_size
         self.kv_cache_bytes = backend.kv_cache_bytes
         pipeline = backend.pipeline

@@ -15,6 +15,12 @@ from typing import IO, Any
 
 MODULE = ("-m", "starling.cli.main")
 TIMEOUT_S = 300
+CHECKOUT = Path(__file__).parents[1]
+
+
+def install_hint(extra: str) -> str:
+    """The command that adds an extra to the installation that the tests use, which is the checkout's own."""
+    return f"pip install --editable '{CHECKOUT}[{extra}]'"
 
 
 def starling(

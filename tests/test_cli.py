@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from command_line import document, end, read_until, running, starling, succeed
+from command_line import document, end, install_hint, read_until, running, starling, succeed
 
 from starling.cli.export import DIALECTS, DTYPES, SCHEMES
 from starling.cli.main import COMMANDS
@@ -261,5 +261,5 @@ def test_doctor_says_what_is_here_and_what_to_install() -> None:
     assert findings["generate, chat, profile"]["ok"]
     assert findings["export"]["ok"]
     if not found["gpus"]:
-        assert "starling-llm[gpu]" in findings["CUDA"]["text"]
+        assert install_hint("gpu") in findings["CUDA"]["text"]
     assert found["onnxruntime"]["version"] in succeed("doctor")

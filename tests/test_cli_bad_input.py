@@ -8,6 +8,7 @@ import pytest
 from command_line import (
     copy_bundle,
     edit_manifest,
+    install_hint,
     python_without,
     refusal,
     replace_file,
@@ -73,7 +74,7 @@ def test_a_manifest_that_is_not_json(copied: Path) -> None:
 def test_a_bundle_of_a_newer_format(copied: Path) -> None:
     edit_manifest(copied, format_version=2)
     line = refusal("generate", copied, "Hello")
-    assert line == f"{copied} is a bundle of format 2, this Starling reads up to 1: upgrade starling-llm"
+    assert line == f"{copied} is a bundle of format 2, this Starling reads up to 1: upgrade Starling"
 
 
 @pytest.mark.parametrize("command", ["generate", "tokenize"])
@@ -182,8 +183,8 @@ def test_without_onnxruntime_only_what_runs_the_model_is_refused(tiny_bundle: Pa
     python = python_without(tmp_path / "venv", "onnxruntime")
     line = refusal("generate", tiny_bundle, "Hello", code=1, python=python)
     assert line == (
-        "onnxruntime is not installed (No module named 'onnxruntime'); install starling-llm[cpu], or starling-llm[gpu] "
-        "for CUDA"
+        "onnxruntime is not installed (No module named 'onnxruntime'): "
+        f"{install_hint('cpu')}, or {install_hint('gpu')} for CUDA"
     )
     assert starling("tokenize", tiny_bundle, "Hello", python=python).stdout == succeed("tokenize", tiny_bundle, "Hello")
     assert "not usable: onnxruntime is not installed" in starling("doctor", python=python).stdout
@@ -192,8 +193,8 @@ def test_without_onnxruntime_only_what_runs_the_model_is_refused(tiny_bundle: Pa
 def test_without_the_export_extra(tmp_path: Path) -> None:
     python = python_without(tmp_path / "venv", "torch")
     line = refusal("export", "demo", tmp_path / "out", code=1, python=python)
-    assert line == "exporting needs the package torch, which is not installed: pip install 'starling-llm[export]'"
-    assert "needs torch: pip install 'starling-llm[export]'" in starling("doctor", python=python).stdout
+    assert line == f"exporting needs the package torch, which is not installed: {install_hint('export')}"
+    assert f"needs torch: {install_hint('export')}" in starling("doctor", python=python).stdout
 
 
 @pytest.mark.parametrize(

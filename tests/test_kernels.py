@@ -1,6 +1,9 @@
 """The CPU kernels against NumPy and ONNX Runtime's own operators, on every instruction set that this machine has."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,9 +322,11 @@ class TestGroupQueryAttention:
 
 @pytest.fixture(scope="module")
 def engine(demo_int8_bundle: Path) -> Iterator[Engine]:
-    """SmolLM2 int8 on the kernels."""
-    with Engine(demo_int8_bundle, max_seq=256, max_batch=4) as engine:
-        yield engine
+    """SmolLM2 int8 on the kernels, on processors too where that is not the default."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STARLING_CPU_KERNELS", "1")
+        with Engine(demo_int8_bundle, max_seq=256, max_batch=4) as engine:
+            yield engine
 
 
 class TestInTheEngine:
@@ -335,7 +340,10 @@ class TestInTheEngine:
         alone = [engine.generate(prompt, max_tokens=24).tokens for prompt in prompts]
         assert [result.tokens for result in engine.generate(prompts, max_tokens=24)] == alone
 
-    def test_speculation_changes_no_token(self, demo_int8_bundle: Path, engine: Engine) -> None:
+    def test_speculation_changes_no_token(
+        self, demo_int8_bundle: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("STARLING_CPU_KERNELS", "1")
         text = "def add(a, b):\n    return a + b\n\n\ndef add(a, b):\n    return"
         plain = engine.generate(text, max_tokens=48, ignore_eos=True)
         with Engine(demo_int8_bundle, max_seq=256, speculation="prompt-lookup") as speculating:
@@ -355,7 +363,33 @@ class TestInTheEngine:
         assert np.abs(ours - theirs).max() < 2
         assert np.corrcoef(ours, theirs)[0, 1] > 0.99
 
+    @pytest.mark.parametrize(("switch", "kernels"), [(None, None), ("1", "avx2"), ("0", None)])
+    def test_with_avx2_alone_int8_takes_the_plain_graph_unless_asked(
+        self, demo_int8_bundle: Path, switch: str | None, kernels: str | None
+    ) -> None:
+        environment = {"STARLING_CPU_ISA": "avx2"} | ({} if switch is None else {"STARLING_CPU_KERNELS": switch})
+        document = opened_kernels(demo_int8_bundle, environment)
+        assert document["kernels"] == kernels
+        if kernels is None:
+            assert ("int8 products are faster" if switch is None else "switched off") in document["note"]
+
+    def test_with_avx2_alone_attention_beside_other_products_is_ours(self, tiny_bundle: Path) -> None:
+        assert opened_kernels(tiny_bundle, {"STARLING_CPU_ISA": "avx2"}) == {"kernels": "avx2", "note": None}
+
     def test_switched_off_they_say_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(os.environ, "STARLING_CPU_KERNELS", "0")
         with pytest.raises(KernelsUnavailable, match="switched off by STARLING_CPU_KERNELS=0"):
             require_kernel_library()
+
+
+def opened_kernels(bundle: Path, environment: dict[str, str]) -> dict[str, str | None]:
+    """What an engine in a process of its own says of its kernels: the library looks at the processor once."""
+    code = (
+        "import json, sys; from starling.engine import Engine; backend = Engine(sys.argv[1], max_seq=64).backend; "
+        "print(json.dumps({'kernels': backend.kernels, 'note': backend.kernels_note}))"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("STARLING_CPU")}
+    command = [sys.executable, "-c", code, str(bundle)]
+    output = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True).stdout
+    document: dict[str, str | None] = json.loads(output)
+    return document

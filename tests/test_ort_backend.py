@@ -235,13 +235,13 @@ def test_unknown_backend_lists_the_known_ones(tiny_bundle: Path) -> None:
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="CUDA is installed")
 def test_cuda_without_its_package_names_the_extra(tiny_bundle: Path) -> None:
-    with pytest.raises(BackendError, match=r"without CUDA; uninstall onnxruntime and install starling-llm\[gpu\]"):
+    with pytest.raises(BackendError, match=r"without CUDA; pip uninstall onnxruntime, then pip install .*\[gpu\]'; or"):
         open_backend(Bundle.open(tiny_bundle), name="onnxruntime-cuda", max_seq=8)
 
 
 def test_no_onnxruntime_names_both_extras(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what a missing package is to `import`
-    with pytest.raises(BackendError, match=r"not installed .*; install starling-llm\[cpu\], or starling-llm\[gpu\]"):
+    with pytest.raises(BackendError, match=r"not installed .*: pip install .*\[cpu\]', or pip install .*\[gpu\]'"):
         open_backend(Bundle.open(tiny_bundle), max_seq=8)
 
 

@@ -16,6 +16,7 @@ from command_line import (
     document,
     edit_manifest,
     end,
+    install_hint,
     python_without,
     read_until,
     refusal,
@@ -173,8 +174,8 @@ def test_without_tensorrt(bundle: Path, tmp_path: Path) -> None:
     python = python_without(tmp_path / "venv", "tensorrt_rtx")
     line = refusal("build", bundle, "--target", "sm89", code=1, python=python)
     assert line == (
-        "neither TensorRT for RTX nor TensorRT is installed: pip install 'starling-llm[tensorrt-rtx]' (GeForce and RTX "
-        "cards; builds without a GPU) or 'starling-llm[tensorrt]' (datacenter cards)"
+        f"neither TensorRT for RTX nor TensorRT is installed: {install_hint('tensorrt-rtx')} (GeForce and RTX cards; "
+        f"builds without a GPU) or {install_hint('tensorrt')} (datacenter cards)"
     )
     line = refusal("build", bundle, "--runtime", "tensorrt-rtx", code=1, python=python)
     assert line.startswith("TensorRT for RTX is not installed (No module named 'tensorrt_rtx'): pip install")

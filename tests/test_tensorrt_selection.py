@@ -164,13 +164,13 @@ def test_no_gpu_is_one_line() -> None:
 
 def test_no_cuda_bindings_names_both_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)  # what a missing package is to `import`
-    with pytest.raises(BackendError, match=r"not installed .*starling-llm\[tensorrt-rtx\] or starling-llm\[tensorrt\]"):
+    with pytest.raises(BackendError, match=r"not installed .*: pip install .*\[tensorrt-rtx\]' or .*\[tensorrt\]'"):
         CudaDevice()
 
 
 def test_no_tensorrt_names_its_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(BackendError, match=r"not installed .*starling-llm\[tensorrt-rtx\]"):
+    with pytest.raises(BackendError, match=r"not installed .*: pip install .*\[tensorrt-rtx\]'"):
         open_backend(bundle, name="tensorrt-rtx", max_seq=8)
 
 

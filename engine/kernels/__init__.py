@@ -1,8 +1,10 @@
-"""Operators of our own for ONNX Runtime on the CPU: a library in C++ that is built when the package is installed.
+"""CPU kernels: operators for ONNX Runtime in a C++ library that is built when the package is installed.
 
 Where it is missing (no compiler, another processor, another system) the engine runs the bundle's plain graph with ONNX
-Runtime's own operators: same results within rounding, slower. `STARLING_CPU_KERNELS=0` asks for that, and
-`STARLING_CPU_ISA=avx2` for the kernels that a processor without AVX-512 would take.
+Runtime's own operators: the same results within rounding. With AVX2 alone, int8 products are slower in the kernels
+than in ONNX Runtime (measured on a Zen 3 at 0.67 of its decode speed), so that int8 bundles run the plain graph there.
+`STARLING_CPU_KERNELS=0` never takes the kernels, `=1` takes them wherever they run; `STARLING_CPU_ISA=avx2` takes what
+a processor without AVX-512 would.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ import ctypes
 import os
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from starling.engine.installation import install_command
+
 SWITCH = "STARLING_CPU_KERNELS"
+#: The instruction set with which int8 products decode slower than ONNX Runtime's.
+SLOW_INT8 = "avx2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,10 @@ class KernelsUnavailable(Exception):
     """The library cannot be used here; the message says why, and what to do about it."""
 
 
+class SlowInt8(KernelsUnavailable):
+    """The library runs here, but ONNX Runtime's int8 products are faster."""
+
+
 def kernel_library() -> KernelLibrary | None:
     """The library, where it is built, fits the processor, and is not switched off."""
     try:
@@ -39,23 +48,34 @@ def kernel_library() -> KernelLibrary | None:
 
 def require_kernel_library() -> KernelLibrary:
     """The library. Raises KernelsUnavailable where it cannot be used."""
-    if os.environ.get(SWITCH, "1") == "0":
+    if os.environ.get(SWITCH) == "0":
         raise KernelsUnavailable(f"switched off by {SWITCH}=0")
     return _load()
 
 
+def faster_kernel_library(*, int8_products: bool) -> KernelLibrary:
+    """The library, for a graph whose products are int8 or not. Raises SlowInt8 where it would be slower."""
+    library = require_kernel_library()
+    if int8_products and library.instruction_set == SLOW_INT8 and os.environ.get(SWITCH) != "1":
+        raise SlowInt8(
+            f"{SLOW_INT8} only: int8 products are faster in ONNX Runtime's operators; {SWITCH}=1 takes the kernels"
+        )
+    return library
+
+
 @cache
 def _load() -> KernelLibrary:
-    folder = Path(__file__).parent
-    path = next((file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_library{suffix}").is_file()), None)
-    if path is None:
+    path = Path(__file__).with_name("_library.so")
+    if not path.is_file():
         raise KernelsUnavailable(
-            "not built: they need x86-64 Linux and a C++17 compiler when starling-llm is installed"
+            "not built: they need x86-64 Linux and a C++17 compiler at installation. Where there is one now: "
+            + install_command(None, "--force-reinstall", "--no-cache-dir", "--no-deps")
         )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise KernelsUnavailable(f"{path.name} does not load ({error}); install starling-llm again") from error
+        again = install_command(None, "--force-reinstall", "--no-cache-dir", "--no-deps")
+        raise KernelsUnavailable(f"{path.name} does not load ({error}): {again}") from error
     library.starling_instruction_set.restype = ctypes.c_char_p
     name = library.starling_instruction_set()
     if name is None:

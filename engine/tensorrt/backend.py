@@ -57,6 +57,7 @@ class TensorRTBackend:
         self.model_seconds = 0.0
         self.note: str | None = None
         self.kernels: str | None = None
+        self.kernels_note: str | None = None
         with ExitStack() as closing:
             self._memory = memory = DeviceMemory(device)
             closing.callback(memory.close)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from starling.engine.errors import BackendError
+from starling.engine.installation import install_command
 
 HostArray = npt.NDArray[Any]
 
@@ -195,5 +196,6 @@ def _import_cuda() -> Any:
         return import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise BackendError(
-            f"cuda-bindings is not installed ({error}); install starling-llm[tensorrt-rtx] or starling-llm[tensorrt]"
+            f"cuda-bindings is not installed ({error}): {install_command('tensorrt-rtx')} or "
+            f"{install_command('tensorrt')}"
         ) from error

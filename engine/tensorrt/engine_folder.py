@@ -52,7 +52,7 @@ def read_record(bundle_folder: Path, name: str) -> EngineRecord:
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise PlanError(
             f"{file} is a record of format {version}, this Starling reads up to {FORMAT_VERSION}: "
-            "upgrade starling-llm, or build the engine again"
+            "upgrade Starling, or build the engine again"
         )
     return parse_record(folder, name, JsonFields(str(file), raw, error=PlanError, remedy=_REMEDY))
 

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, Literal, get_args
 
 from starling.engine.errors import BackendError
+from starling.engine.installation import install_command
 
 RuntimeName = Literal["tensorrt-rtx", "tensorrt"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
@@ -104,8 +105,8 @@ def _first_installed() -> Library:
             if not isinstance(error.__cause__, ModuleNotFoundError):
                 raise
     raise BackendError(
-        "neither TensorRT for RTX nor TensorRT is installed: pip install 'starling-llm[tensorrt-rtx]' (GeForce and RTX "
-        "cards; builds without a GPU) or 'starling-llm[tensorrt]' (datacenter cards)"
+        f"neither TensorRT for RTX nor TensorRT is installed: {install_command('tensorrt-rtx')} (GeForce and RTX "
+        f"cards; builds without a GPU) or {install_command('tensorrt')} (datacenter cards)"
     )
 
 
@@ -113,9 +114,11 @@ def _load(name: RuntimeName) -> Library:
     try:
         module = import_module(_MODULES[name])
     except ModuleNotFoundError as error:
-        raise BackendError(f"{TITLES[name]} is not installed ({error}): pip install 'starling-llm[{name}]'") from error
+        raise BackendError(f"{TITLES[name]} is not installed ({error}): {install_command(name)}") from error
     except (ImportError, OSError) as error:
-        raise BackendError(f"{TITLES[name]} cannot be loaded ({error}): install starling-llm[{name}] again") from error
+        raise BackendError(
+            f"{TITLES[name]} cannot be loaded ({error}): {install_command(name, '--force-reinstall')}"
+        ) from error
     messages: deque[str] = deque(maxlen=_KEPT_MESSAGES)
     return Library(name, module.__version__, module, _logger(module, messages), messages)
 
