@@ -11,23 +11,29 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from starling import __version__
+
 DISTRIBUTION = "starling-llm"
 #: In a checkout its top-level folder: the packages are links into it.
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def install_command(extra: str | None = None, *options: str) -> str:
-    """`pip install …` for the same Starling with this extra: from the checkout, file or address that it came from.
-
-    pip records these (PEP 610). What came from a package index is named `starling-llm[extra]`.
-    """
+    """`pip install …` for the same Starling with this extra, from where it came."""
+    source, editable = _source()
     named = "" if extra is None else f"[{extra}]"
-    checkout, editable = _checkout()
-    if checkout is not None:
-        return " ".join(
-            ["pip install", *options, *(["--editable"] if editable else []), shlex.quote(f"{checkout}{named}")]
-        )
-    return " ".join(["pip install", *options, shlex.quote(f"{DISTRIBUTION}{named}{_address()}")])
+    if isinstance(source, Path):
+        requirement = f"{source}{named}"
+    else:
+        name, at, address = source.partition(" @ ")
+        requirement = f"{name}{named}{at}{address}"
+    return " ".join(["pip install", *options, *(["--editable"] if editable else []), shlex.quote(requirement)])
+
+
+def source() -> str:
+    """What pip would install the same Starling from: a checkout or a file, `starling-llm @ ADDRESS`, or a version."""
+    found = _source()[0]
+    return f"{DISTRIBUTION}=={__version__}" if found == DISTRIBUTION else str(found)
 
 
 def extra_packages(extra: str) -> tuple[str, ...]:
@@ -45,31 +51,20 @@ def _requirements() -> list[str]:
         return [f'{text}; extra == "{extra}"' for extra, texts in extras.items() for text in texts]
 
 
-def _checkout() -> tuple[Path | None, bool]:
-    """The checkout that was installed, if one was, and whether in editable mode; also one that was not installed."""
+def _source() -> tuple[Path | str, bool]:
+    """A folder or file, or a requirement without version; and whether the folder is installed in editable mode."""
     if (_ROOT / "pyproject.toml").is_file():
         return _ROOT, True
-    origin = _origin()
-    if "dir_info" not in origin:
-        return None, False
-    return Path(unquote(urlsplit(origin["url"]).path)), bool(origin["dir_info"].get("editable"))
-
-
-def _address() -> str:
-    """` @ ADDRESS` of the file or repository that was installed; nothing for an install from an index."""
-    origin = _origin()
-    if not origin:
-        return ""
-    version_control = origin.get("vcs_info")
-    if version_control is None:
-        return f" @ {origin['url']}"
-    return f" @ {version_control['vcs']}+{origin['url']}@{version_control['commit_id']}"
-
-
-def _origin() -> dict[str, Any]:
-    """What pip's direct_url.json says; empty for an install from an index."""
     try:
-        text = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
+        recorded = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")  # PEP 610
     except metadata.PackageNotFoundError:
-        return {}
-    return json.loads(text) if text else {}
+        recorded = None
+    if recorded is None:  # from an index
+        return DISTRIBUTION, False
+    origin: dict[str, Any] = json.loads(recorded)
+    url = urlsplit(origin["url"])
+    if (versioned := origin.get("vcs_info")) is not None:
+        return f"{DISTRIBUTION} @ {versioned['vcs']}+{origin['url']}@{versioned['commit_id']}", False
+    if url.scheme == "file":
+        return Path(unquote(url.path)), bool(origin.get("dir_info", {}).get("editable"))
+    return f"{DISTRIBUTION} @ {origin['url']}", False

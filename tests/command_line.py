@@ -144,9 +144,9 @@ def python_without(folder: Path, *modules: str) -> Path:
     return folder / "bin" / "python"
 
 
-def starling_command(*arguments: str | Path) -> list[str]:
+def starling_command(*arguments: str | Path, python: Path | None = None) -> list[str]:
     """The words with which a process runs `starling ARGUMENTS…`."""
-    return _command(arguments, None)
+    return _command(arguments, python)
 
 
 def _command(arguments: tuple[str | Path, ...], python: Path | None) -> list[str]:

@@ -24,12 +24,14 @@ MODEL = "m"
 class Server:
     """One running server; only what it started itself is ever ended."""
 
-    def __init__(self, bundle: Path, *options: str | Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, bundle: Path, *options: str | Path, env: Mapping[str, str] | None = None, python: Path | None = None
+    ) -> None:
         arguments = ("serve", bundle, "--model-name", MODEL, "--threads", "2", *options)
         if "--port" not in options:
             arguments += ("--port", "0")
         self.process = subprocess.Popen(
-            starling_command(*arguments),
+            starling_command(*arguments, python=python),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **(env or {})},
@@ -85,9 +87,11 @@ class Server:
 
 
 @contextmanager
-def serving(bundle: Path, *options: str | Path, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    bundle: Path, *options: str | Path, env: Mapping[str, str] | None = None, python: Path | None = None
+) -> Iterator[Server]:
     """A running server, killed at the end of the block if it has not ended by then."""
-    server = Server(bundle, *options, env=env)
+    server = Server(bundle, *options, env=env, python=python)
     try:
         yield server
     finally:

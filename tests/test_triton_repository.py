@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import refusal, succeed
+from command_line import CHECKOUT, refusal, succeed
 
 from starling.serving.triton.inputs import Inputs
 from starling.serving.triton.interface import Call, Interface
@@ -149,3 +151,40 @@ def test_jobs_and_answers_survive_the_socket() -> None:
     with pytest.raises(RequestError, match="busy") as refused:
         read_delta(error_line(RequestError("busy", "unavailable")))
     assert refused.value.kind == "unavailable"
+
+
+class TestTheEnvironmentsRecipe:
+    """make_environment.sh installs Starling from where it came from, and leaves a whole environment or none."""
+
+    def make(self, repository: Path, folder: Path, **env: str) -> tuple[int, list[str]]:
+        """Exit code and lines on stderr."""
+        command = [repository / "make_environment.sh", folder]
+        variables = os.environ | {"PYTHON": sys.executable, "PIP_NO_INDEX": "1"} | env
+        finished = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        return finished.returncode, finished.stderr.splitlines()
+
+    def test_it_names_the_checkout_that_wrote_it(self, repository: Path) -> None:
+        assert f"DEFAULT={CHECKOUT}\n" in (repository / "make_environment.sh").read_text()
+
+    @pytest.mark.parametrize("source", ["/nosuch/checkout", "./nosuch.whl", "/nosuch/with space"])
+    def test_a_source_that_is_not_there_is_one_line(self, repository: Path, tmp_path: Path, source: str) -> None:
+        code, lines = self.make(repository, tmp_path / "env", SOURCE=source)
+        assert code == 2
+        assert lines == [f"error: {source} does not exist: give SOURCE, a checkout of Starling or a wheel of it"]
+        assert not (tmp_path / "env").exists()
+
+    def test_what_is_there_already_is_left_alone(self, repository: Path, tmp_path: Path) -> None:
+        (tmp_path / "env").mkdir()
+        (tmp_path / "env" / "mine").touch()
+        code, lines = self.make(repository, tmp_path / "env")
+        assert code == 2
+        assert "exists already" in lines[0]
+        assert (tmp_path / "env" / "mine").exists()
+
+    @pytest.mark.parametrize("source", ["no-such-package", "no-such-package==1", "no-such-package @ file:///nosuch"])
+    def test_a_failed_installation_leaves_nothing(self, repository: Path, tmp_path: Path, source: str) -> None:
+        code, lines = self.make(repository, tmp_path / "env", SOURCE=source)
+        assert code == 1
+        assert "ERROR" in "".join(lines[:-1])  # pip's own words
+        assert lines[-1] == f"error: {tmp_path / 'env'} was not made"
+        assert not (tmp_path / "env").exists()

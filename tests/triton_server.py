@@ -59,9 +59,7 @@ def with_this_checkout(made: Path, folder: Path) -> Path:
     for entry in (made / "lib" / version / "site-packages").iterdir():
         if not entry.name.lower().startswith(("starling", "__editable__")):
             (packages / entry.name).symlink_to(entry)
-    (packages / "starling").mkdir()
-    for room in ("engine", "serving"):
-        (packages / "starling" / room).symlink_to(ROOT / room)
+    (packages / "starling").symlink_to(ROOT / "starling")
     return folder
 
 

@@ -11,8 +11,8 @@ constexpr const char* kDomain = "starling";
 
 }  // namespace
 
-// libstdc++'s shared_ptr reads this variable of glibc 2.32 and later. The library's own says "maybe several threads", so
-// that the library also loads where glibc is older (manylinux_2_28).
+// libstdc++'s shared_ptr reads this variable of glibc 2.32 and later. The library's own says "maybe several threads",
+// so that the library also loads where glibc is older (manylinux_2_28).
 extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 
 extern "C" __attribute__((visibility("default"))) starling::ort::Status* RegisterCustomOps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import stat
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from starling import __version__
 from starling.engine.bundle import Bundle
 from starling.engine.errors import UserError
+from starling.engine.installation import source
 from starling.serving.triton import engine_model
 from starling.serving.triton.entry_model import ENGINE_MODEL
 from starling.serving.triton.interface import Interface
@@ -33,7 +35,7 @@ try:
     from {module} import TritonPythonModel
 except ModuleNotFoundError as error:
     raise ImportError(
-        f"{{error}}: this Python has no starling-llm; make an environment with make_environment.sh and start the "
+        f"{{error}}: this Python has no Starling; make an environment with make_environment.sh and start the "
         "server with it, as README.md beside the models says"
     ) from None
 
@@ -155,10 +157,11 @@ def _write_texts(folder: Path, bundle: Bundle, where: str) -> None:
         "version": __version__,
         "bundle": "starling/1/bundle, inside this repository" if where == "bundle" else where,
         "model": str(bundle.source.get("name")),
+        "source": shlex.quote(source()),
     }
-    for source in files("starling.serving.triton").joinpath("templates").iterdir():
-        file = folder / source.name
-        file.write_text(_filled(source.read_text(encoding="utf-8"), values), encoding="utf-8")
+    for template in files("starling.serving.triton").joinpath("templates").iterdir():
+        file = folder / template.name
+        file.write_text(_filled(template.read_text(encoding="utf-8"), values), encoding="utf-8")
         if file.suffix == ".sh":
             file.chmod(file.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
     (folder / MARK).write_text(json.dumps({"starling_version": values["version"]}) + "\n", encoding="utf-8")
