@@ -33,7 +33,7 @@ def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 def complete_engine(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Item]:
     """The engines of the bundle that stands on the line already."""
-    bundle = ctx.params.get("bundle")
-    folder = Path(bundle or "", "engines")
-    names = sorted(file.stem for file in folder.glob("*.json")) if bundle is not None else []
+    # An option without its value ends the parsing: the arguments before it are not taken apart yet.
+    bundle = ctx.params.get("bundle") or next(iter(ctx.args), None)
+    names = () if bundle is None else sorted(file.stem for file in Path(bundle, "engines").glob("*.json"))
     return [CompletionItem(name) for name in names if name.startswith(incomplete) and not name.startswith(".")]

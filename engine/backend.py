@@ -181,7 +181,7 @@ def open_backend(
     room = Room(max_seq=max_seq, max_batch=max_batch, prefill_chunk=prefill_chunk)
     backend = _open(bundle, name, engine, threads or default_threads(), room)
     if threads is not None and backend.provider != "CPUExecutionProvider":
-        backend.note = f"{threads} threads are asked for, which are the CPU's: {backend.provider} runs the bundle"
+        backend.note = f"threads={threads} changes nothing: they are the CPU's, and {backend.provider} runs the bundle"
     return backend
 
 
