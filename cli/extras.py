@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import metadata
 
 DISTRIBUTION = "starling-llm"
 #: Extras without which a whole command cannot do its work, and what that is.
@@ -11,8 +12,6 @@ WHAT_FOR = {"export": "exporting", "serve": "serving", "ray": "a batch on Ray"}
 
 def extra_packages(extra: str) -> tuple[str, ...]:
     """The distributions of one extra, for example `export`."""
-    from importlib import metadata  # slow to load, and only a failure or `doctor` asks
-
     marker = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
     listed = [text for text in metadata.requires(DISTRIBUTION) or () if marker.search(text)]
     return tuple(re.split(r"[^A-Za-z0-9._-]", text, maxsplit=1)[0] for text in listed)

@@ -112,7 +112,7 @@ def _lock(partial: Path, name: str) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise BuildError(
-                f"engine {name} is being built by another process: wait for it, or give another name with --name"
+                f"engine {name} is being built by another process: wait for it, or give another name with --engine"
             ) from None
         if _is_still(partial, descriptor):
             os.truncate(descriptor, 0)
