@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import bundle_argument, engine_options, engine_settings, sampling_options, serving_options
+from starling.cli.options import (
+    bundle_argument,
+    engine_options,
+    engine_settings,
+    given_options,
+    offline_options,
+    refuse_options,
+    sampling_options,
+)
 from starling.cli.output import human_seconds, note
 from starling.engine.errors import UserError
 
@@ -29,11 +37,19 @@ _DEFAULTS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition
 @click.argument("source", metavar="INPUT.jsonl", type=click.Path(path_type=Path))
 @click.argument("output", metavar="OUTPUT.jsonl", type=click.Path(path_type=Path))
 @click.option("--skip-bad", is_flag=True, help="Leave lines out that are no request, in place of stopping.")
-@click.option("--ray", "ray_address", is_flag=False, flag_value="auto", help="Run on a Ray cluster.  [ADDRESS: auto]")
-@click.option("--ray-workers", type=click.IntRange(1), default=1, show_default=True, help="Engines on the cluster.")
-@click.option("--ray-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs of each engine.")
+@click.option(
+    "--ray",
+    "ray_address",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="auto",
+    help="Run on a Ray cluster; without an address on this machine's, or that of $RAY_ADDRESS.",
+)
+@click.option("--ray-workers", type=click.IntRange(1), default=1, show_default=True, help="--ray: engines on it.")
+@click.option("--ray-gpus", type=click.FloatRange(0), default=0, show_default=True, help="--ray: GPUs of each engine.")
 @sampling_options
-@serving_options
+@offline_options
+@click.option("--max-queue", "--queue", "max_queue", type=click.IntRange(0), hidden=True)
 @engine_options
 def command(bundle: Path, source: Path, output: Path, **options: Any) -> None:
     """Answer every line of INPUT.jsonl; each result is on the disk in OUTPUT.jsonl before it counts.
@@ -45,12 +61,16 @@ def command(bundle: Path, source: Path, output: Path, **options: Any) -> None:
     \b
     Examples:
       starling batch smollm2 questions.jsonl answers.jsonl
-      starling batch smollm2 questions.jsonl answers.jsonl --slots 8 --max-tokens 64 --skip-bad
+      starling batch smollm2 questions.jsonl answers.jsonl --max-batch 8 --max-tokens 64 --skip-bad
       starling batch /shared/starling-7b questions.jsonl answers.jsonl --ray --ray-workers 8 --ray-gpus 1
     """
     from starling.serving.batch.entries import EntryReader
     from starling.serving.batch.journal import Journal
 
+    if options["ray_address"] is None:
+        refuse_options(("ray_workers", "ray_gpus"), "is about a Ray cluster: add --ray")
+    if given_options(["max_queue"]):
+        note("--max-queue changes nothing here: the file is read as rows become free")
     if source.resolve() == output.resolve():
         raise UserError(f"INPUT and OUTPUT are both {source}: give another OUTPUT")
     skipped: list[str] = []
@@ -86,7 +106,7 @@ def _run(
 def _answers(
     bundle: Path, todo: Iterable[Entry], on_bad_line: Callable[[BadLine], None], options: dict[str, Any]
 ) -> Generator[list[Record], None, None]:
-    settings = engine_settings(options) | {"max_batch": options["slots"]}
+    settings = engine_settings(options) | {"max_batch": options["max_batch"]}
     if options["ray_address"] is not None:
         from starling.serving.batch.ray_job import RayJob, answer_on_ray
 

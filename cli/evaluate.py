@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import backend_options, bundle_argument, json_option
+from starling.cli.completion import BundlePath
+from starling.cli.options import (
+    Choice,
+    backend_options,
+    bundle_argument,
+    check_backend,
+    json_option,
+    max_batch_option,
+    refuse_options,
+    renamed_option,
+)
 from starling.cli.output import human_bytes, note, print_json
 from starling.engine.errors import UserError
 
@@ -29,18 +39,20 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command()
 @bundle_argument
-@click.option("--reference", type=click.Path(path_type=Path), help="Compare with this bundle of the same model.")
+@click.option("--reference", type=BundlePath(path_type=Path), help="Compare with this bundle of the same model.")
 @click.option("--reference-logits", type=_FILE, help="Compare with logits that --save-logits kept.")
 @click.option("--text", type=_FILE, help="A text file, UTF-8.  [default: two pages that come with Starling]")
 @click.option("--window", type=int, default=256, show_default=True, help="Tokens of the text that are read in one go.")
 @click.option(
     "--context", type=int, default=16, show_default=True, help="Tokens of each window before the first score."
 )
-@click.option("--batch", type=int, default=8, show_default=True, help="Windows that run together.")
-@click.option("--max-tokens", type=click.IntRange(2), help="Read no more of the text than this.")
+@max_batch_option(8, "Windows that run together: rows of the KV cache.", "--batch")
+@renamed_option(
+    "--text-tokens", "--max-tokens", type=click.IntRange(2), help="How much of the text is read.  [default: all]"
+)
 @backend_options
 @click.option("--save-logits", type=_FILE, help="Keep this bundle's logits (.npz), as a reference for others.")
-@click.option("--logits-dtype", type=click.Choice(DTYPES), default="float16", show_default=True, help="Their type.")
+@click.option("--logits-dtype", type=Choice(DTYPES), default="float16", show_default=True, help="Their type.")
 @click.option("--output", type=_FILE, help="Write the JSON document here too.")
 @json_option
 def command(
@@ -63,11 +75,14 @@ def command(
     Examples:
       starling evaluate smollm2
       starling evaluate smollm2-int8 --reference smollm2
-      starling evaluate smollm2 --text book.txt --max-tokens 4096 --save-logits fp32.npz
-      starling evaluate smollm2-int4 --text book.txt --max-tokens 4096 --reference-logits fp32.npz --json
+      starling evaluate smollm2 --text book.txt --text-tokens 4096 --save-logits fp32.npz
+      starling evaluate smollm2-int4 --text book.txt --text-tokens 4096 --reference-logits fp32.npz --json
     """
     if reference is not None and reference_logits is not None:
         raise UserError("--reference and --reference-logits are two references: give one")
+    if save_logits is None:
+        refuse_options(["logits_dtype"], "is the type of logits that are kept: add --save-logits")
+    check_backend(settings)
     for file in (save_logits, output):
         if file is not None and not file.absolute().parent.is_dir():  # found out now rather than after minutes
             raise UserError(f"{file.parent} is no folder: choose another place for {file.name}")

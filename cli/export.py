@@ -10,22 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from starling.cli.completion import BundlePath, complete_model
+from starling.cli.examples import after_export
 from starling.cli.export_progress import export_progress
 from starling.cli.inspect import parity_line, precision
-from starling.cli.options import json_option
+from starling.cli.options import Choice, json_option, refuse_options
 from starling.cli.output import human_bytes, human_seconds, print_json
 from starling.engine.errors import UserError
 from starling.export.bundle_folder import check_target
+from starling.export.choices import DIALECTS, DTYPES, SCHEMES, check_scheme
 
 if TYPE_CHECKING:
     from starling.engine.bundle import Bundle
-    from starling.export.qdq.scheme import QdqQuantization
+    from starling.export.qdq.settings import QdqQuantization
     from starling.export.quantization import Quantization
-
-# Spelt out here, since importing them from starling.export would bring torch into `--help`; a test compares them.
-DIALECTS = ("ort", "canonical", "tensorrt")
-DTYPES = ("fp32", "fp16", "bf16")
-SCHEMES = ("int8", "int4", "w8a8", "fp8")
 
 _ACTIVATION_SCHEMES = ("w8a8", "fp8")
 _TENSORRT = "tensorrt"
@@ -35,13 +33,11 @@ _ACTIVATION_OPTIONS = ("calibration", "calibration_tokens", "smoothing", "accept
 
 
 @click.command()
-@click.argument("model")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--dialect", type=click.Choice(DIALECTS), default="ort", show_default=True, help="Operators of the graph."
-)
-@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Type of what is computed.")
-@click.option("--quant", type=click.Choice(SCHEMES), help="Quantize weights; w8a8 and fp8 (tensorrt) activations too.")
+@click.argument("model", shell_complete=complete_model)
+@click.argument("out", type=BundlePath(path_type=Path))
+@click.option("--dialect", type=Choice(DIALECTS), default="ort", show_default=True, help="Operators of the graph.")
+@click.option("--dtype", type=Choice(DTYPES), default="fp32", show_default=True, help="Type of what is computed.")
+@click.option("--quant", type=Choice(SCHEMES), help="Quantize weights; w8a8 and fp8 (tensorrt) activations too.")
 @click.option(
     "--block-size", type=int, help="Weights that share a scale.  [default: 32; tensorrt: a channel, int4 128]"
 )
@@ -84,10 +80,13 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
       starling export random:starling-7b perf --dtype fp16
     """
     begin = perf_counter()
-    _check_settings(out, options)
+    quantization = _check_settings(out, options)
     if not session.debug:
         _silence_libraries()
     with export_progress(terminal=sys.stderr.isatty()) as progress:
+        from starling.export.model_source import find_model
+
+        found = find_model(model, revision=revision, fetching=progress.phase)
         progress.phase("loading PyTorch")
         from starling.export.checkpoint import open_checkpoint
         from starling.export.exporter import ExportOptions, export_bundle
@@ -96,14 +95,14 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
         how = ExportOptions(
             dialect=options["dialect"],
             dtype=options["dtype"],
-            quantization=_quantization(options),
+            quantization=quantization,
             calibration=Calibration(options["calibration"], options["calibration_tokens"] or DEFAULT_TOKENS),
             check=options["check"],
             accept_quality=options["accept_quality"],
             force=options["force"],
         )
         progress.phase(f"opening {model}")
-        manifest = export_bundle(open_checkpoint(model, revision=revision), out, how, progress)
+        manifest = export_bundle(open_checkpoint(found), out, how, progress)
     seconds = perf_counter() - begin
     if as_json:
         print_json({"folder": str(out), "seconds": seconds, **manifest})
@@ -113,34 +112,38 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
     _summarize(Bundle.open(out), seconds)
 
 
-def _check_settings(out: Path, options: dict[str, Any]) -> None:
-    """What can be refused before PyTorch is loaded and a model fetched. Raises UserError."""
+def _check_settings(out: Path, options: dict[str, Any]) -> Quantization | QdqQuantization | None:
+    """Refuse what can be refused before a model is looked for; how to quantize. Raises UserError."""
     scheme, dialect = options["quant"], options["dialect"]
     if scheme is None:
-        _refuse(options, ("block_size", *_BLOCK_OPTIONS), "is about quantized weights: add --quant int8 or int4")
-        _refuse(options, _QDQ_OPTIONS, "is about quantized weights: add --quant")
+        refuse_options(("block_size", *_BLOCK_OPTIONS), "is about quantized weights: add --quant int8 or int4")
+        refuse_options(_QDQ_OPTIONS, "is about quantized weights: add --quant")
     if scheme not in _ACTIVATION_SCHEMES:
-        _refuse(options, _ACTIVATION_OPTIONS, "is about quantized activations: add --quant w8a8 or fp8")
+        refuse_options(_ACTIVATION_OPTIONS, "is about quantized activations: add --quant w8a8 or fp8")
     elif dialect != _TENSORRT:
         raise UserError(f"--quant {scheme} is for --dialect tensorrt; dialect {dialect} quantizes weights only")
     if dialect == _TENSORRT:
-        _refuse(options, _BLOCK_OPTIONS, "is for --dialect ort: TensorRT's quantization is symmetric")
+        refuse_options(_BLOCK_OPTIONS, "is for --dialect ort: TensorRT's quantization is symmetric")
     else:
-        _refuse(options, _QDQ_OPTIONS, "is for --dialect tensorrt")
+        refuse_options(_QDQ_OPTIONS, "is for --dialect tensorrt")
+    if options["check"] is False:
+        refuse_options(["accept_quality"], "is about the comparison with PyTorch, which --no-check leaves out")
     check_target(out, force=options["force"])
+    quantization = _quantization(options)
+    if scheme is not None:
+        check_scheme(scheme, dialect)
+    if options["calibration"] is not None:
+        from starling.export.calibration_text import read_texts
 
-
-def _refuse(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
-    for name in names:
-        if options[name] not in (None, False, ()):
-            raise UserError(f"--{name.replace('_', '-')} {why}")
+        read_texts(options["calibration"])
+    return quantization
 
 
 def _quantization(options: dict[str, Any]) -> Quantization | QdqQuantization | None:
     if options["quant"] is None:
         return None
     if options["dialect"] == _TENSORRT:
-        from starling.export.qdq.scheme import QdqQuantization
+        from starling.export.qdq.settings import QdqQuantization
 
         keep = options["keep_precision"]
         return QdqQuantization(
@@ -175,4 +178,4 @@ def _summarize(bundle: Bundle, seconds: float) -> None:
     click.echo(f"parity: {parity_line(bundle.parity)}")
     for text in bundle.raw.get("notes", []):
         click.echo(f"note: {text}")
-    click.echo(f'next: starling generate {bundle.folder} "What is the capital of France?"')
+    click.echo(after_export(bundle))

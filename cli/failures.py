@@ -7,7 +7,7 @@ import errno
 import click
 
 from starling.cli.extras import WHAT_FOR, extra_of
-from starling.engine.errors import StarlingError
+from starling.engine.errors import StarlingError, did_you_mean
 from starling.engine.installation import install_command
 
 FAILURE = 1
@@ -33,7 +33,15 @@ def describe(error: Exception) -> tuple[str, int]:
 def _usage(error: click.ClickException) -> str:
     context = error.ctx if isinstance(error, click.UsageError) else None
     message = error.format_message().rstrip(".")
+    if isinstance(error, click.NoSuchOption):  # click's own suggestions would name the hidden options too
+        message = f"No such option {error.option_name!r}{_near_options(error.option_name, context)}"
     return message if context is None else f"{message}; see: {context.command_path} --help"
+
+
+def _near_options(name: str, context: click.Context | None) -> str:
+    options = () if context is None else context.command.get_params(context)
+    shown = [option for option in options if isinstance(option, click.Option) and not option.hidden]
+    return did_you_mean(name, (text for option in shown for text in (*option.opts, *option.secondary_opts)))
 
 
 def _missing_module(error: ModuleNotFoundError) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import bundle_argument, json_option
+from starling.cli.completion import complete_engine
+from starling.cli.options import bundle_argument, json_option, refuse_options
 from starling.cli.output import human_bytes, print_json
 from starling.engine.errors import UserError
 
@@ -17,8 +18,16 @@ if TYPE_CHECKING:
 
 @click.command()
 @bundle_argument
-@click.option("--max-seq", type=click.IntRange(1), help="State the KV cache for so many positions.  [default: 2048]")
-@click.option("--engine", help="Show this TensorRT engine of the bundle instead; takes neither TensorRT nor a GPU.")
+@click.option(
+    "--max-seq",
+    type=click.IntRange(1),
+    help="State the KV cache for so many positions.  [default: 2048 or the model's]",
+)
+@click.option(
+    "--engine",
+    shell_complete=complete_engine,
+    help="Show this TensorRT engine of the bundle instead; takes neither TensorRT nor a GPU.",
+)
 @click.option("--verify", is_flag=True, help="Check the SHA-256 of weights and plans too (seconds per GB).")
 @json_option
 def command(bundle: Path, max_seq: int | None, engine: str | None, verify: bool, as_json: bool) -> None:
@@ -31,6 +40,8 @@ def command(bundle: Path, max_seq: int | None, engine: str | None, verify: bool,
       starling inspect smollm2 --json
       starling inspect smollm2-trt --engine tensorrt-rtx-1.7.1-sm89
     """
+    if engine is not None:
+        refuse_options(["max_seq"], "is about the bundle, but an engine has its own positions: leave it out")
     from starling.cli.inspect_engine import engine_document, engine_rows
     from starling.engine.bundle import Bundle
     from starling.engine.tensorrt.engine_folder import open_engine

@@ -15,6 +15,7 @@ import click
 
 from starling import __version__
 from starling.cli.failures import describe
+from starling.engine.errors import did_you_mean
 
 COMMANDS = (
     *("export", "build", "generate", "chat", "serve", "batch", "triton"),
@@ -43,6 +44,15 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = import_module(f"starling.cli.{name}").command
         return command
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the arguments begin with; a usage error that names the nearest one for any other."""
+        name = args[0]
+        if not (name in COMMANDS or name.startswith("-") or context.resilient_parsing):
+            raise click.UsageError(f"No such command {name!r}{did_you_mean(name, COMMANDS)}", context)
+        return super().resolve_command(context, args)
 
 
 @click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import backend_options, json_option, speculation_option
+from starling.cli.completion import BundlePath
+from starling.cli.options import backend_options, check_backend, given_options, json_option, speculation_option
 from starling.cli.output import note, print_json
 from starling.engine.errors import UserError
 
@@ -39,10 +40,18 @@ class Counts(click.ParamType[tuple[int, ...]]):
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.argument("bundle", type=BundlePath(path_type=Path), required=False)
 @click.option("--prompt-tokens", type=Counts(), default="128", show_default=True, help="Length of each prompt.")
-@click.option("--new-tokens", type=Counts(), default="48", show_default=True, help="Tokens that each row generates.")
-@click.option("--batch", type=Counts(), default="1", show_default=True, help="Rows that decode together.")
+@click.option(
+    "--new-tokens", type=Counts(), default="48", show_default=True, help="Tokens that each prompt is answered with."
+)
+@click.option(
+    "--batch",
+    type=Counts(),
+    default="1",
+    show_default=True,
+    help="Batch sizes to measure: prompts that run together. The largest is what serve has as --max-batch.",
+)
 @click.option("--repeats", type=int, default=5, show_default=True, help="Measured runs of each combination.")
 @click.option("--warmup", type=int, default=1, show_default=True, help="Runs before them that do not count.")
 @click.option("--max-seq", type=int, help="Positions of the KV cache.  [default: as many as the longest run needs]")
@@ -71,7 +80,7 @@ def command(
 ) -> None:
     """Measure TTFT, ITL, TPOT, request latency, host time, cold start, memory, and the share of the machine's limits.
 
-    Decoding is greedy and goes on behind end tokens, so every run has the same length. Lists make a sweep over all
+    Decoding is greedy and goes on after end tokens, so every run has the same length. Lists make a sweep over all
     their combinations. The machine's own read bandwidth and arithmetic peak are measured in the same run.
 
     \b
@@ -85,6 +94,7 @@ def command(
     if compare:
         _compare(*compare, bundle=bundle, as_json=as_json)
         return
+    check_backend(settings)
     if bundle is None:
         raise UserError("no BUNDLE is given: starling profile BUNDLE, or --compare A.json B.json")
     for file in (output, html):
@@ -120,7 +130,7 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
     with _progress() as progress:
         profile = measure(Bundle.open(folder), sweep, options, progress)
     if options.speculation is not None and sweep.max_batch > 1:
-        note("batches of several rows ran without speculation, which is for one prompt at a time")
+        note("batches of several prompts ran without speculation, which is for one prompt at a time")
     for text in (profile.note, profile.kernels_note):
         if text is not None:
             note(text)
@@ -130,6 +140,9 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
 def _compare(before: Path, after: Path, *, bundle: Path | None, as_json: bool) -> None:
     if bundle is not None:
         raise UserError(f"--compare measures nothing: leave {bundle} out")
+    own = ("compare", "as_json")
+    for option in given_options(name for name in click.get_current_context().params if name not in own):
+        raise UserError(f"--compare measures nothing: leave {option} out")
     from starling.profiling.compare import compare, comparison_document
     from starling.profiling.compare_report import render_comparison
     from starling.profiling.document import read_profile

@@ -40,7 +40,7 @@ def batch_figures(results: Sequence[GenerationResult], engine: Engine) -> str:
     decoded = sum(len(result.timings.itl_s) for result in results)
     seconds = max(result.timings.decode_s for result in results)
     parts = [f"{len(results)} prompts, {tokens} tokens"]
-    parts.append(f"TTFT {max(result.timings.ttft_ms for result in results):.0f} ms (the last row's)")
+    parts.append(f"TTFT {max(result.timings.ttft_ms for result in results):.0f} ms (the last prompt's)")
     if decoded:
         parts.append(f"{decoded / seconds:.1f} tokens/s together")
     return " · ".join([*parts, cache_figure(engine)])

@@ -12,6 +12,7 @@ import click
 from starling.cli.options import bundle_argument, engine_options, engine_settings, serving_options
 from starling.cli.output import note
 from starling.cli.results import cache_figure, note_backend
+from starling.engine.errors import UserError
 
 if TYPE_CHECKING:
     from starling.engine.engine import Engine
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-body", type=click.IntRange(1), default=2**20, show_default=True, help="Bytes of a request at most."
 )
-@click.option("--max-prompt", type=click.IntRange(1), help="Tokens of a prompt at most.  [default: --max-seq]")
+@click.option("--max-prompt", type=click.IntRange(1), help="Tokens of a prompt at most.  [default: as --max-seq]")
 @click.option(
     "--grace",
     type=click.FloatRange(0),
@@ -40,13 +41,15 @@ if TYPE_CHECKING:
 def command(bundle: Path, **options: Any) -> None:
     """Serve BUNDLE by OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics.
 
-    Up to --slots requests run together, --queue more wait, and further ones are refused with 429. SIGTERM or Ctrl-C
-    takes no more requests and finishes what runs within --grace seconds; a second one ends at once.
+    Up to --max-batch requests run together, --max-queue more wait, and further ones are refused with 429. SIGTERM or
+    Ctrl-C takes no more requests and finishes what runs within --grace seconds; a second one ends at once.
+
+    A request that names no temperature is sampled at the bundle's own, else at 1, as OpenAI does; `generate` is greedy.
 
     \b
     Examples:
       starling serve smollm2
-      starling serve smollm2 --slots 8 --max-seq 4096 --port 8080
+      starling serve smollm2 --max-batch 8 --max-seq 4096 --port 8080
       starling serve starling-7b --host 0.0.0.0 --api-key-file keys.txt --model-name starling
       curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"model": "smollm2", "prompt": "The capital of France is", "max_tokens": 8}'
@@ -55,6 +58,7 @@ def command(bundle: Path, **options: Any) -> None:
     from starling.serving.http.app import make_app
     from starling.serving.http.server import bind, serve
 
+    settings = engine_settings(options)
     keys = read_api_keys(options["api_key_file"], os.environ)
     # Before the model is loaded: a port that is taken is known at once.
     listener = bind(options["host"], options["port"])
@@ -62,9 +66,9 @@ def command(bundle: Path, **options: Any) -> None:
     from starling.engine.serving_loop import ServingLoop
     from starling.serving.http.service import Service
 
-    with listener, Engine(bundle, max_batch=options["slots"], **engine_settings(options)) as engine:
+    with listener, Engine(bundle, max_batch=options["max_batch"], **settings) as engine:
         note_backend(engine)
-        loop = ServingLoop(engine, queue_limit=options["queue"], prefill_chunk=options["prefill_chunk"])
+        loop = ServingLoop(engine, queue_limit=options["max_queue"], prefill_chunk=options["prefill_chunk"])
         try:
             service = Service(engine, loop, _limits(engine, options))
             app = make_app(service, api_keys=keys, max_body=options["max_body"])
@@ -83,11 +87,14 @@ def command(bundle: Path, **options: Any) -> None:
 def _limits(engine: Engine, options: dict[str, Any]) -> Limits:
     from starling.serving.http.requests import API_DEFAULTS, Limits
 
+    most = options["max_prompt"] or engine.max_seq
+    if most > engine.max_seq:
+        raise UserError(f"--max-prompt is {most}, but the KV cache has {engine.max_seq} positions: raise --max-seq")
     own = {name: engine.bundle.generation.get(name) for name in API_DEFAULTS}
     return Limits(
         models=options["model_name"] or (engine.bundle.folder.resolve().name,),
         max_seq=engine.max_seq,
-        max_prompt=min(options["max_prompt"] or engine.max_seq, engine.max_seq),
+        max_prompt=most,
         defaults=API_DEFAULTS | {name: value for name, value in own.items() if value is not None},
     )
 
@@ -98,5 +105,5 @@ def _announce(
     if not with_keys and not ipaddress.ip_address(host).is_loopback:
         note(f"{host} is open to other machines and no API key is set: see --api-key-file")
     shown = f"[{host}]" if ":" in host else host
-    rows = f"{options['slots']} slots, queue {options['queue']}"
-    note(f"{' and '.join(limits.models)} on http://{shown}:{port} · {rows} · {cache_figure(engine)}")
+    room = f"{options['max_batch']} requests at a time, {options['max_queue']} may wait"
+    note(f"{' and '.join(limits.models)} on http://{shown}:{port} · {room} · {cache_figure(engine)}")

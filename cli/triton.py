@@ -7,16 +7,30 @@ from typing import Any
 
 import click
 
-from starling.cli.options import backend_options, bundle_argument, max_seq_option, verify_option
+from starling.cli.examples import quoted
+from starling.cli.options import (
+    GPU_BACKENDS,
+    Choice,
+    backend_options,
+    bundle_argument,
+    check_backend,
+    max_batch_option,
+    max_queue_option,
+    max_seq_option,
+    verify_option,
+)
+from starling.engine.errors import UserError
 
 
 @click.command()
 @bundle_argument
 @click.argument("repository", metavar="REPO", type=click.Path(path_type=Path))
-@click.option("--instance-kind", type=click.Choice(("cpu", "gpu")), default="cpu", show_default=True, help="Where.")
-@click.option("--max-batch", type=click.IntRange(1), default=8, show_default=True, help="Requests that run at a time.")
+@click.option(
+    "--instance-kind", type=Choice(("cpu", "gpu")), default="cpu", show_default=True, help="Where the engine runs."
+)
+@max_batch_option(8, "Requests that run together: rows of the KV cache.")
 @max_seq_option
-@click.option("--queue-limit", type=click.IntRange(0), default=128, show_default=True, help="Requests that may wait.")
+@max_queue_option(128)
 @backend_options
 @click.option(
     "--env",
@@ -39,6 +53,7 @@ def command(bundle: Path, repository: Path, verify: bool, **options: Any) -> Non
       starling triton smollm2 repository --max-batch 16 --max-seq 4096 --force
       starling triton smollm2-trt repository --instance-kind gpu --backend tensorrt --copy
     """
+    _check_settings(options)
     from starling.engine.bundle import Bundle
     from starling.engine.errors import PromptError
     from starling.serving.triton.repository import RepositoryOptions, write_repository
@@ -51,6 +66,17 @@ def command(bundle: Path, repository: Path, verify: bool, **options: Any) -> Non
     write_repository(opened, repository, settings)
     click.echo(
         f"{click.style(str(repository), bold=True)}: models starling, ensemble (TensorRT-LLM's names) and vllm_model "
-        f"(vLLM's), {settings.max_batch} rows, {settings.instance_kind}"
+        f"(vLLM's), {settings.max_batch} requests at a time, {settings.instance_kind}"
     )
-    click.echo(f"next: SERVER=1 {repository}/make_environment.sh ENV && ENVIRONMENT=ENV {repository}/start.sh")
+    make, start = (quoted(repository / name) for name in ("make_environment.sh", "start.sh"))
+    click.echo(f"next: SERVER=1 {make} ENV && ENVIRONMENT=ENV {start}")
+
+
+def _check_settings(options: dict[str, Any]) -> None:
+    """Raise UserError for settings that do not go together."""
+    check_backend(options)
+    kind, backend = options["instance_kind"], options["backend"]
+    if kind == "cpu" and backend in GPU_BACKENDS:
+        raise UserError(f"--backend {backend} runs on a GPU: add --instance-kind gpu")
+    if kind == "gpu" and backend == "onnxruntime-cpu":
+        raise UserError(f"--backend {backend} runs on a CPU: leave --instance-kind gpu out, or choose another backend")

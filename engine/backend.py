@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from starling.engine.bundle import Bundle
 from starling.engine.device_choice import DeviceChoice
-from starling.engine.errors import BackendError, PlanError, UserError
+from starling.engine.errors import BackendError, PlanError, UserError, did_you_mean
 from starling.engine.logits import Logits
 
 Tokens = npt.NDArray[np.int64]
@@ -78,7 +78,7 @@ class TokenPipeline(Protocol):
 
 
 class Backend(Protocol):
-    """A loaded model with a KV cache of `max_batch` rows (slots) of `max_seq` positions, allocated once.
+    """A loaded model with a KV cache of `max_batch` rows of `max_seq` positions, allocated once.
 
     Not thread-safe: one thread at a time may call a backend.
     """
@@ -174,11 +174,20 @@ def open_backend(
     where no engine fits, UserError for a size below 1.
     """
     if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+        raise BackendError(
+            f"unknown backend {name!r}{did_you_mean(name, BACKENDS)}; choose one of {', '.join(BACKENDS)}"
+        )
     sizes = {"max_seq": max_seq, "max_batch": max_batch, "threads": threads, "prefill_chunk": prefill_chunk}
     if any(size is not None and size < 1 for size in sizes.values()):
         raise UserError(f"{', '.join(f'{key}={size}' for key, size in sizes.items())}: each must be at least 1")
     room = Room(max_seq=max_seq, max_batch=max_batch, prefill_chunk=prefill_chunk)
+    backend = _open(bundle, name, engine, threads or default_threads(), room)
+    if threads is not None and backend.provider != "CPUExecutionProvider":
+        backend.note = f"threads={threads} changes nothing: they are the CPU's, and {backend.provider} runs the bundle"
+    return backend
+
+
+def _open(bundle: Bundle, name: str, engine: str | None, threads: int, room: Room) -> Backend:
     if name.startswith("tensorrt"):
         return _open_tensorrt(bundle, name, engine, room)
     note = None
@@ -190,8 +199,15 @@ def open_backend(
                 raise
             note = f"ONNX Runtime runs the bundle's reference graph, since TensorRT cannot run here: {error}"
     elif engine is not None:
-        raise UserError(f"engine {engine!r} is named, which {name} does not run here: use --backend tensorrt-rtx")
-    return _open_onnxruntime(bundle, name, threads or default_threads(), note, room)
+        raise UserError(_why_no_engine(bundle, name, engine))
+    return _open_onnxruntime(bundle, name, threads, note, room)
+
+
+def _why_no_engine(bundle: Bundle, name: str, engine: str) -> str:
+    what = f"engine {engine!r} is named, which {name} does not run"
+    if bundle.dialect != "tensorrt":
+        return f"{what} for a bundle of dialect {bundle.dialect}: leave it out, or export with --dialect tensorrt"
+    return f"{what} here: use --backend tensorrt-rtx"
 
 
 def _open_tensorrt(bundle: Bundle, runtime: str | None, engine: str | None, room: Room) -> Backend:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal, cast, get_args
 
 from starling.engine.errors import BundleError
@@ -161,7 +162,7 @@ class Bundle:
 
 def _read_json(folder: Path) -> dict[str, Any]:
     if not folder.exists():
-        raise BundleError(f"{folder}: no such folder; make a bundle with: starling export MODEL {folder}")
+        raise BundleError(f"{folder}: no such folder; make a bundle with: starling export MODEL {quote(str(folder))}")
     if not (folder / "bundle.json").is_file():
         raise BundleError(f"{folder} is not a bundle (no bundle.json); make one with: starling export MODEL OUT")
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast, overload
 
 from starling.engine.backend import Backend, open_backend
 from starling.engine.bundle import Bundle
-from starling.engine.errors import PromptError, SamplingError, StarlingError, UserError
+from starling.engine.errors import PromptError, SamplingError, StarlingError, UserError, did_you_mean
 from starling.engine.generation import GenerationStream, generate
 from starling.engine.prompts import Prompt, checked_ids, common_prefix, is_single
 from starling.engine.results import GenerationInterrupted, GenerationResult
@@ -244,7 +244,7 @@ class Engine:
         if len(prompts) > self.max_batch:
             raise PromptError(
                 f"{len(prompts)} prompts, but the KV cache has {self.max_batch} row(s): "
-                "give fewer, or open the engine with a larger max_batch (--batch)"
+                "give fewer, or open the engine with a larger max_batch"
             )
         return [self.prepare(prompt, params, reply=reply) for prompt in prompts]
 
@@ -285,7 +285,8 @@ def sampling_params(params: SamplingParams | None, overrides: Mapping[str, Any])
     known = [field.name for field in fields(SamplingParams)]
     for name in overrides:
         if name not in known:
-            raise SamplingError(f"unknown sampling setting {name!r}; the settings are {', '.join(known)}")
+            near = did_you_mean(name, known)
+            raise SamplingError(f"unknown sampling setting {name!r}{near}; the settings are {', '.join(known)}")
     return replace(params or SamplingParams(), **overrides)
 
 

@@ -4,6 +4,25 @@ Every message is one line that says what was wrong, with the value, and what to 
 on stderr and leaves with the class's `exit_code`: 2 for a user's mistake, 1 for a failure of the surroundings.
 """
 
+from collections.abc import Iterable
+
+#: How alike two names must be (difflib's ratio) for one to be a slip of the other.
+_ALIKE = 0.6
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """` (did you mean 'NAME'?)` for a message about an unknown `word`, with the nearest of `names`; "" for none."""
+    from difflib import SequenceMatcher  # only a mistake needs it
+
+    def plain(text: str) -> str:
+        return text.casefold().lstrip("-")  # the dashes of two options make them no more alike
+
+    alike = {name: SequenceMatcher(None, plain(name), plain(word)).ratio() for name in names}
+    nearest = max(alike.values(), default=0.0)
+    if nearest < _ALIKE:
+        return ""
+    return f" (did you mean {' or '.join(repr(name) for name in alike if alike[name] == nearest)}?)"
+
 
 class StarlingError(Exception):
     """A failure that is not the user's mistake: a full disk, an unreachable hub, a missing package."""

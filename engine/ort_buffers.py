@@ -36,7 +36,8 @@ def allocate_cache(ort: Any, bundle: Bundle, device: str, rows: int, positions: 
         return {f"{i}.{side}": allocate() for i in range(bundle.architecture.layers) for side in ("key", "value")}
     except Exception as error:  # MemoryError from NumPy, an exception of ONNX Runtime's own from a GPU
         raise BackendError(
-            f"no memory for a KV cache of {rows} row(s) of {positions} positions; lower --max-seq: {first_line(error)}"
+            f"no memory for a KV cache of {rows} row(s) of {positions} positions; lower --max-seq or the number of "
+            f"rows: {first_line(error)}"
         ) from error
 
 

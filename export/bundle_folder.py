@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from starling.engine.errors import StarlingError, UserError
 
-if TYPE_CHECKING:  # the command line asks check_target before it loads PyTorch
+if TYPE_CHECKING:
     from starling.export.checkpoint import TokenizerFiles
 
 
@@ -44,11 +44,21 @@ def new_folder(target: Path, *, force: bool) -> Iterator[Path]:
 def check_target(target: Path, *, force: bool) -> None:
     """Raise UserError where a bundle may not be written to `target`: see `new_folder`."""
     if not target.exists():
+        _check_parents(target)
         return
     if not force:
         raise UserError(f"{target} exists; give another folder, or --force to replace the bundle in it")
     if target.is_file() or (any(target.iterdir()) and not (target / "bundle.json").is_file()):
         raise UserError(f"{target} is not a bundle; --force replaces bundles only, so choose another folder")
+
+
+def _check_parents(target: Path) -> None:
+    """Raise UserError where the folders that `target` is to be in cannot be made."""
+    there = next(folder for folder in target.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"{target} cannot be made: {there} is a file; give another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{target} cannot be made: {there} may not be written to; give another folder")
 
 
 def check_space(folder: Path, needed: int) -> None:

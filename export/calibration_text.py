@@ -1,17 +1,19 @@
 """The text that a model is calibrated on and judged by: built in, or the user's own."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from starling.engine.chat_template import ChatTemplates
 from starling.engine.errors import PromptError, UserError
 from starling.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # a text is looked at before PyTorch is loaded
+    from torch import Tensor
 
 _TEXTS = Path(__file__).parent / "texts"
 CALIBRATION, HELD_OUT = _TEXTS / "calibration.jsonl", _TEXTS / "held_out.jsonl"
@@ -128,6 +130,8 @@ def held_out_rows(encoder: TextEncoder, longest: int) -> list[list[int]]:
 
 
 def _padded(rows: list[list[int]]) -> TokenRows:
+    import torch
+
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)

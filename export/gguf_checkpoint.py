@@ -1,7 +1,6 @@
 """GGUF files as checkpoints: llama.cpp's names, keys and row order turned back into transformers' own."""
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,7 +12,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, LlamaTen
 
 from starling.engine.errors import UnsupportedModelError
 from starling.export.checkpoint import Checkpoint, check_tensors, skeleton_of
-from starling.export.gguf_file import GgufFile, open_gguf
+from starling.export.gguf_file import GgufFile
 from starling.export.gguf_tokenizer import gguf_tokenizer_files
 
 if TYPE_CHECKING:
@@ -24,17 +23,16 @@ GGUF_CONFIG_MAPPING = cast(dict[str, dict[str, str | None]], UNTYPED_CONFIG_MAPP
 ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")
 
 
-def open_gguf_checkpoint(path: Path, *, name: str) -> Checkpoint:
+def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
     """Open a `.gguf` file of any quantization that the package gguf can dequantize.
 
-    Raises CheckpointError (missing, truncated, altered, a tensor missing) and UnsupportedModelError (an architecture,
-    rope scaling or pre-tokenizer that cannot be read faithfully).
+    Raises CheckpointError (a tensor missing) and UnsupportedModelError (an architecture, rope scaling or pre-tokenizer
+    that cannot be read faithfully).
     """
-    file = open_gguf(path)
     config = gguf_config(file)
     tensors = GgufTensors(file, config)
-    config.architectures = [check_tensors(tensors, config, str(path)).class_name]
-    tokenizer = gguf_tokenizer_files(file.metadata, config.vocab_size, where=str(path))
+    config.architectures = [check_tensors(tensors, config, str(file.path)).class_name]
+    tokenizer = gguf_tokenizer_files(file.metadata, config.vocab_size, where=str(file.path))
     generation = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.pad}
     return Checkpoint("gguf", name, config, tensors, tokenizer, generation)
 

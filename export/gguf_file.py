@@ -5,27 +5,31 @@ here, because `gguf.GGUFReader` makes several array objects of every vocabulary 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+from __future__ import annotations
+
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
 
+if TYPE_CHECKING:
+    import torch
+
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
-# Types that hold values rather than blocks, and need no dequantizing.
+# Types that hold values rather than blocks, and need no dequantizing; torch's names for them.
 PLAIN_TYPES = {
-    GGMLQuantizationType.F32: torch.float32,
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
+    GGMLQuantizationType.F32: "float32",
+    GGMLQuantizationType.F16: "float16",
+    GGMLQuantizationType.BF16: "bfloat16",
 }
 
 
@@ -41,7 +45,10 @@ class GgufTensor:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that `GgufFile.rows` gives: the stored one, or float32 for quantized blocks."""
-        return PLAIN_TYPES.get(self.kind, torch.float32)
+        import torch
+
+        named: torch.dtype = getattr(torch, PLAIN_TYPES.get(self.kind, "float32"))
+        return named
 
     @property
     def row_bytes(self) -> int:
@@ -58,7 +65,7 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
-    def rows(self, name: str, index: "np.ndarray[Any, np.dtype[np.int64]]") -> torch.Tensor:
+    def rows(self, name: str, index: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
         """The rows `index` of a tensor [len(index), ...], dequantized, a copy.
 
         Raises CheckpointError where the file has shrunk since it was opened.
@@ -78,6 +85,8 @@ class GgufFile:
 
 
 def _values(raw: np.ndarray[Any, np.dtype[np.uint8]], tensor: GgufTensor) -> torch.Tensor:
+    import torch
+
     if tensor.kind in PLAIN_TYPES:
         return torch.from_numpy(raw).view(tensor.dtype)
     return torch.from_numpy(dequantize(raw, tensor.kind))

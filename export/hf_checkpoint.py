@@ -1,19 +1,21 @@
 """Hugging Face folders as checkpoints: config.json, safetensors (sharded or not), tokenizer files."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
 from starling.export.checkpoint import Checkpoint, check_tensors
-from starling.export.tokenizer_files import read_json, read_tokenizer_files
+from starling.export.tokenizer_files import check_has_tokenizer, read_json, read_tokenizer_files
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 SINGLE_FILE = "model.safetensors"
@@ -35,26 +37,37 @@ def open_folder(folder: Path, *, kind: str, name: str) -> Checkpoint:
     return Checkpoint(kind, name, config, tensors, tokenizer, generation)
 
 
-def read_config(folder: Path) -> "PreTrainedConfig":
+def check_folder(folder: Path) -> None:
+    """Raise what `open_folder` raises, as far as it shows without PyTorch: config.json, weights' headers, tokenizer."""
+    _config_values(folder)
+    open_safetensors(folder)
+    check_has_tokenizer(folder)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
     """config.json as the configuration class of its model_type; code in the folder is never run.
 
     Raises CheckpointError and UnsupportedModelError as `open_folder` does.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    values = read_json(folder / "config.json")
-    model_type = values.get("model_type")
+    model_type = _config_values(folder).get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedModelError(f"{folder}: model_type {model_type!r} is unknown to this transformers")
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "some method")
-        raise UnsupportedModelError(f"{folder} is quantized already ({method}): export the unquantized checkpoint")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         line = " ".join(str(error).split())
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {line}") from error
     return config
+
+
+def _config_values(folder: Path) -> dict[str, Any]:
+    values = read_json(folder / "config.json")
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method", "some method")
+        raise UnsupportedModelError(f"{folder} is quantized already ({method}): export the unquantized checkpoint")
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +92,7 @@ class SafetensorsFiles:
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See TensorSource."""
-        with _opened(self._entries[name].file) as file:
+        with _opened(self._entries[name].file, "pt") as file:
             # A clone: the slice may be a view of the mapped file, which would keep it mapped.
             rows: torch.Tensor = file.get_slice(name)[start:stop].clone()
         return rows
@@ -120,7 +133,7 @@ def _indexed_entries(folder: Path) -> dict[str, _Entry]:
 
 def _entries_of(path: Path) -> dict[str, _Entry]:
     entries = {}
-    with _opened(path) as file:
+    with _opened(path, "np") as file:  # a header is the same to either, and PyTorch takes seconds to load
         for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
             tensor = file.get_slice(name)
             if tensor.get_dtype() not in DTYPES:
@@ -132,9 +145,9 @@ def _entries_of(path: Path) -> dict[str, _Entry]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, framework: str) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: get the whole checkpoint again") from error

@@ -9,7 +9,8 @@ from starling.engine.errors import UserError
 from starling.export.calibration_text import TextEncoder, held_out_rows
 from starling.export.checkpoint import Checkpoint
 from starling.export.parity import Parity, available_memory, bundle_logits, compare, compared_positions
-from starling.export.qdq.scheme import MAX_MEAN_KL, QdqQuantization
+from starling.export.qdq.scheme import MAX_MEAN_KL
+from starling.export.qdq.settings import QdqQuantization
 from starling.export.quantization import Quantization
 from starling.export.reference import load_reference, reference_logits
 

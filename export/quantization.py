@@ -1,12 +1,14 @@
 """Weight-only quantization in blocks, in the layout of com.microsoft MatMulNBits and GatherBlockQuantized."""
 
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from starling.engine.errors import UserError
+
+if TYPE_CHECKING:  # the settings are looked at before PyTorch is loaded
+    from torch import Tensor
 
 BITS = {"int8": 8, "int4": 4}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -67,6 +69,8 @@ def quantize_rows(rows: Tensor, how: Quantization) -> tuple[Tensor, Tensor, Tens
     points [n, ceil(blocks * bits / 8)]; weight = (data - zero_point) * scale. Scales are values of float16, so that a
     kernel may keep them in two bytes.
     """
+    import torch
+
     n, columns = rows.shape
     padded = torch.nn.functional.pad(rows.float(), (0, how.blocks(columns) * how.block_size - columns))
     blocks = padded.view(n, how.blocks(columns), how.block_size)
@@ -88,6 +92,8 @@ def quantize_rows(rows: Tensor, how: Quantization) -> tuple[Tensor, Tensor, Tens
 
 def _float16_above(scale: Tensor) -> Tensor:
     """The least float16 values not below `scale` (>= 0), as float32: rounded down, a block's ends would be cut off."""
+    import torch
+
     half = scale.half()
     above = (half.view(torch.int16) + 1).view(
         torch.float16
@@ -97,5 +103,7 @@ def _float16_above(scale: Tensor) -> Tensor:
 
 def _pack_nibbles(values: Tensor) -> Tensor:
     """Two values of the last axis per byte, the first in the low nibble."""
+    import torch
+
     even = torch.nn.functional.pad(values, (0, values.shape[-1] % 2))
     return even[..., 0::2] | (even[..., 1::2] << 4)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from starling.engine.errors import CheckpointError
 from starling.export.checkpoint import Checkpoint, Skeleton, TokenizerFiles, skeleton_of
+from starling.export.choices import RANDOM_MODELS, check_random
 from starling.export.starling_tokenizer import (
     BOS,
     END_OF_TURN,
@@ -25,27 +25,13 @@ if TYPE_CHECKING:
 SEED = 20231128
 BLOCK_VALUES = 1 << 20
 
-# What differs between the built-in configurations; the attention heads, the vocabulary and the window do not.
-BUILT_IN: dict[str, dict[str, Any]] = {
-    "starling-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "initializer_range": 0.02,
-    },
-    "starling-tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "initializer_range": 0.06},
-}
-
 
 def open_random(name: str) -> Checkpoint:
     """A built-in configuration with random weights and the real Starling tokenizer.
 
-    Raises CheckpointError for a name that is not in BUILT_IN, or where the tokenizer's package is missing.
+    Raises CheckpointError for a name that is not in RANDOM_MODELS, or where the tokenizer's package is missing.
     """
-    if name not in BUILT_IN:
-        raise CheckpointError(
-            f"'random:{name}' is not built in: use one of {', '.join('random:' + n for n in BUILT_IN)}"
-        )
+    check_random(name)
     config = starling_config(name)
     tokenizer = starling_tokenizer_files()
     generation = {"bos_token_id": BOS, "eos_token_id": END_OF_TURN, "pad_token_id": PAD}
@@ -53,11 +39,12 @@ def open_random(name: str) -> Checkpoint:
 
 
 def starling_config(name: str = "starling-7b") -> "MistralConfig":
-    """The configuration of Starling-LM-7B-alpha, or of one of its smaller relatives in BUILT_IN."""
+    """The configuration of Starling-LM-7B-alpha, or of one of its smaller relatives in RANDOM_MODELS."""
     from transformers import MistralConfig
 
+    settings: dict[str, Any] = RANDOM_MODELS[name]
     return MistralConfig(
-        **BUILT_IN[name],
+        **settings,
         architectures=["MistralForCausalLM"],
         vocab_size=VOCAB_SIZE,
         num_attention_heads=32,

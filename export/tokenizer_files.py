@@ -136,11 +136,16 @@ def _named_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str
     return named
 
 
+def check_has_tokenizer(folder: Path) -> None:
+    """Raise CheckpointError where no file of the folder is a tokenizer."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise CheckpointError(f"{folder} has no tokenizer: it needs tokenizer.json, tokenizer.model or vocab.json")
+
+
 def _tokenizer_document(folder: Path) -> dict[str, Any]:
+    check_has_tokenizer(folder)
     if (folder / "tokenizer.json").is_file():
         return read_json(folder / "tokenizer.json")
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json")):
-        raise CheckpointError(f"{folder} has no tokenizer: it needs tokenizer.json, tokenizer.model or vocab.json")
     from transformers import AutoTokenizer
 
     try:

@@ -29,21 +29,21 @@ Step = tuple[slice, int, Logits]
 class Options:
     """How a text is run: windows of `window` tokens, of which `context` are prefilled and not scored but the last.
 
-    `batch` windows run together; `max_tokens` limits the text. Raises UserError for a size that cannot be.
+    `max_batch` windows run together; `text_tokens` limits the text. Raises UserError for a size that cannot be.
     """
 
     window: int = 256
     context: int = 16
-    batch: int = 8
-    max_tokens: int | None = None
+    max_batch: int = 8
+    text_tokens: int | None = None
     backend: str = "auto"
     engine: str | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("context", 1), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} is {getattr(self, name)}: give {least} or more")
+        for name, size in (("--context", self.context), ("--max-batch", self.max_batch)):
+            if size < 1:
+                raise UserError(f"{name} is {size}: give 1 or more")
         if self.window <= self.context:
             raise UserError(f"--window is {self.window}: give more than the {self.context} tokens of --context")
 
@@ -77,9 +77,9 @@ def evaluate(
     kept = StoredLogits.empty(tokens, context, bundle.architecture.vocab_size, keep) if keep else None
     other = _reference_steps(reference, bundle, text, tokens, options, context)
     backend = _open(bundle, tokens, options)
-    total = -(-len(tokens) // options.batch) * (tokens.shape[1] - context)
+    total = -(-len(tokens) // options.max_batch) * (tokens.shape[1] - context)
     try:
-        for done, (rows, at, logits) in enumerate(teacher_forced(backend, tokens, context, options.batch), 1):
+        for done, (rows, at, logits) in enumerate(teacher_forced(backend, tokens, context, options.max_batch), 1):
             theirs = None if other is None else next(other)[2]
             totals.add(logits, tokens[rows, at + 1].tolist(), theirs)
             if kept is not None:
@@ -96,7 +96,7 @@ def bundle_windows(bundle: Bundle, text: str, options: Options) -> Tokens:
     """The text's windows by the bundle's own tokenizer."""
     window = min(options.window, bundle.architecture.max_positions)
     tokenizer = Tokenizer.load(bundle.folder, bundle.architecture.vocab_size)
-    return windows(tokenizer, text, bos=bundle.tokens.bos, window=window, most=options.max_tokens)
+    return windows(tokenizer, text, bos=bundle.tokens.bos, window=window, most=options.text_tokens)
 
 
 def teacher_forced(backend: Backend, tokens: Tokens, context: int, batch: int) -> Iterator[Step]:
@@ -120,7 +120,7 @@ def _reference_steps(
         return None
     if isinstance(reference, StoredLogits):
         reference.require(tokens, context, bundle.architecture.vocab_size)
-        return _Closable(reference.steps(options.batch), lambda: None)
+        return _Closable(reference.steps(options.max_batch), lambda: None)
     if not np.array_equal(bundle_windows(reference, text, options), tokens):
         raise UserError(
             f"{reference.folder} reads the text as other tokens than {bundle.folder}: give the same model's"
@@ -129,7 +129,7 @@ def _reference_steps(
         sizes = f"{reference.architecture.vocab_size} and {bundle.architecture.vocab_size}"
         raise UserError(f"{reference.folder} and {bundle.folder} have {sizes} logits: give the same model's")
     backend = _open(reference, tokens, options)
-    return _Closable(teacher_forced(backend, tokens, context, options.batch), backend.close)
+    return _Closable(teacher_forced(backend, tokens, context, options.max_batch), backend.close)
 
 
 def _open(bundle: Bundle, tokens: Tokens, options: Options) -> Backend:
@@ -138,7 +138,7 @@ def _open(bundle: Bundle, tokens: Tokens, options: Options) -> Backend:
         name=options.backend,
         engine=options.engine,
         max_seq=tokens.shape[1],
-        max_batch=min(options.batch, len(tokens)),
+        max_batch=min(options.max_batch, len(tokens)),
         threads=options.threads,
     )
 

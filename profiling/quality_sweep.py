@@ -25,7 +25,7 @@ from starling.export.qdq.calibration import input_absmax
 from starling.export.qdq.plan import PreparedWeights, kept_by_pattern, names_of, plan_activations, projection_groups
 from starling.export.qdq.precision_choice import judged_rows, rank_groups
 from starling.export.qdq.prepare import DEFAULT_TOKENS
-from starling.export.qdq.scheme import QdqQuantization
+from starling.export.qdq.settings import QdqQuantization
 from starling.export.qdq.simulation import Simulation
 from starling.export.qdq.smoothquant import InputGroup
 from starling.export.quality import HELD_OUT_TOKENS

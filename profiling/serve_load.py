@@ -1,9 +1,9 @@
 """Requests of mixed length with disconnects, bad fields, deadlines and a full queue against `starling serve`.
 
-    starling serve BUNDLE --slots 4 --queue 4 &
+    starling serve BUNDLE --max-batch 4 --max-queue 4 &
     python -m starling.profiling.serve_load --http 127.0.0.1:8000 --pid PID
 
-Every request must end in an answer, a disconnect of ours, or a refusal that says why; afterwards slots, metrics and
+Every request must end in an answer, a disconnect of ours, or a refusal that says why; afterwards rows, metrics and
 memory must come out even. The clients are the standard library's, nothing of ours.
 """
 

@@ -2,7 +2,7 @@
 
     python -m starling.profiling.triton_load --http 127.0.0.1:8000 --metrics 127.0.0.1:8002 --pid PID
 
-Every request must end in an answer, a disconnect of ours, or a refusal that names the field; afterwards slots, metrics
+Every request must end in an answer, a disconnect of ours, or a refusal that names the field; afterwards rows, metrics
 and memory must come out even. The clients are the standard library's, nothing of ours.
 """
 

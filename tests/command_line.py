@@ -74,7 +74,7 @@ PHASES = ("loading PyTorch", "writing weights", "comparing with PyTorch")
 
 
 def _is_phase(line: str) -> bool:
-    return line.startswith(("opening ", "tracing ", "parsing "))
+    return line.startswith(("fetching ", "opening ", "tracing ", "parsing "))
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def test_a_killed_batch_goes_on_and_every_result_is_there_once(tiny_bundle: Path
     assert finished.returncode == 0, finished.stderr
     assert sorted(record["id"] for record in results(out)) == sorted(f"q{i}" for i in range(count))
     alone = tmp_path / "alone.jsonl"
-    succeed("batch", tiny_bundle, source, alone, *FIT, "--slots", "1")
+    succeed("batch", tiny_bundle, source, alone, *FIT, "--max-batch", "1")
     texts = [{record["id"]: record["text"] for record in results(path)} for path in (out, alone)]
     assert texts[0] == texts[1]
 

@@ -147,7 +147,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_the_bundle_names_the_text_it_was_calibrated_on(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     from starling.export.exporter import ExportOptions, export_bundle
     from starling.export.qdq.prepare import Calibration
-    from starling.export.qdq.scheme import QdqQuantization
+    from starling.export.qdq.settings import QdqQuantization
 
     mine = tmp_path / "mine.txt"
     mine.write_text("The ferry was late again, and nobody on the quay seemed to mind. " * 30)

@@ -168,7 +168,8 @@ def test_text_that_is_not_utf_8(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_command_or_a_missing_argument() -> None:
-    assert refusal("exprot") == "No such command 'exprot'; see: starling --help"
+    assert refusal("exprot") == "No such command 'exprot' (did you mean 'export'?); see: starling --help"
+    assert refusal("frobnicate") == "No such command 'frobnicate'; see: starling --help"
     assert refusal("generate") == "Missing argument 'BUNDLE'; see: starling generate --help"
 
 

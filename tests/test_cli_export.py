@@ -1,8 +1,11 @@
 """`starling export` leaves a whole bundle or nothing, and says in one line why there is none."""
 
 import json
+import os
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,105 @@ def test_a_folder_that_exists_is_refused_before_pytorch_is_loaded(tmp_path: Path
     finished = starling("export", TINY, tmp_path)
     assert finished.returncode == 2
     assert finished.stderr == f"error: {tmp_path} exists; give another folder, or --force to replace the bundle in it\n"
+
+
+CONFIG = {"config.json": '{"model_type": "llama"}'}
+BEFORE_PYTORCH = {
+    "a folder that is not there": ({}, ("./nosuch",), "'./nosuch' is no model: give"),
+    "a word": ({}, ("nowhere",), "'nowhere' is no model: give"),
+    "a file that is not there": ({}, ("m.gguf",), "m.gguf cannot be read: No such file"),
+    "a file of another kind": (
+        {"m.gguf": "PK" * 40},
+        ("m.gguf",),
+        "m.gguf is truncated or no GGUF file (it starts with",
+    ),
+    "weights alone": ({"m.safetensors": "x"}, ("m.safetensors",), "is a file, but no .gguf file: give the folder"),
+    "an empty folder": ({}, (".",), "config.json is missing: give the folder of a whole checkpoint"),
+    "a bundle": ({"bundle.json": "{}"}, (".",), "is a bundle, which an export has made: give the checkpoint"),
+    "a folder with a GGUF file": ({"a.gguf": ""}, (".",), "has no config.json, but a.gguf: give that file, "),
+    "a configuration alone": (CONFIG, (".",), "has neither model.safetensors nor model.safetensors.index.json"),
+    "a broken configuration": ({"config.json": "{"}, (".",), "config.json is no JSON"),
+    "a pickle": ({**CONFIG, "pytorch_model.bin": ""}, (".",), "has only pytorch_model.bin, a pickle"),
+    "a pointer in place of weights": (
+        {**CONFIG, "model.safetensors": "version https://git-lfs.github.com/spec/v1"},
+        (".",),
+        "model.safetensors is truncated or altered",
+    ),
+    "quantized weights": (
+        {"config.json": '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}'},
+        (".",),
+        "is quantized already (gptq)",
+    ),
+    "an unknown name": (
+        {},
+        ("random:starling-8b",),
+        "'random:starling-8b' is not built in: use one of random:starling-7b",
+    ),
+    "a revision of a folder": ({}, (".", "--revision", "v1"), "--revision v1 is for a hub id, which '.' is not"),
+    "an impossible block": ({}, (TINY, "--quant", "int4", "--block-size", "50"), "block size 50 is not one of"),
+    "an impossible level": ({}, (TINY, "--quant", "int8", "--accuracy-level", "9"), "accuracy level 9 is not between"),
+    "a dialect without quantization": (
+        {},
+        (TINY, "--quant", "int8", "--dialect", "canonical"),
+        "is full precision only",
+    ),
+    "an impossible smoothing": (
+        {},
+        (TINY, "--dialect", "tensorrt", "--quant", "w8a8", "--smoothing", "2"),
+        "smoothing 2 is not between 0 (none) and 1",
+    ),
+    "a text that is not there": (
+        {},
+        (TINY, "--dialect", "tensorrt", "--quant", "w8a8", "--calibration", "no.txt"),
+        "no.txt: no such file",
+    ),
+    "a text that is no text": (
+        {"lines.jsonl": '{"title": 1}'},
+        (TINY, "--dialect", "tensorrt", "--quant", "w8a8", "--calibration", "lines.jsonl"),
+        'lines.jsonl, line 1 has neither "text" nor "messages"',
+    ),
+}
+WITHOUT_PYTORCH = (
+    "import sys; from starling.cli.main import main; code = main(sys.argv[1:]); "
+    "sys.exit('PyTorch was loaded' if 'torch' in sys.modules else code)"
+)
+
+
+def refused_without_pytorch(cwd: Path, *arguments: str | Path, env: Mapping[str, str] | None = None) -> list[str]:
+    """The lines with which `starling export ARGUMENTS…` refuses, where it does so before it loads PyTorch."""
+    command = [sys.executable, "-c", WITHOUT_PYTORCH, "export", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (1, 2)
+    assert "loaded" not in done.stderr
+    assert done.stdout == ""
+    return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("case", BEFORE_PYTORCH)
+def test_what_can_be_refused_without_pytorch_is(case: str, tmp_path: Path) -> None:
+    files, arguments, expected = BEFORE_PYTORCH[case]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    [line] = refused_without_pytorch(tmp_path, arguments[0], "out", *arguments[1:])
+    assert line.startswith("error: ")
+    assert expected in line
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
+def test_a_hub_that_cannot_be_asked_is_known_before_pytorch_is_loaded(tmp_path: Path) -> None:
+    home = {"HF_HOME": str(tmp_path / "hf")}
+    for env in ({"HF_HUB_OFFLINE": "1"}, HUB_OFFLINE):
+        fetching, line = refused_without_pytorch(tmp_path, "org/name", "out", env={**home, **env})
+        assert fetching == "fetching org/name"
+        assert line.startswith("error: org/name is not in the hub's cache and ")
+
+
+def test_a_place_that_cannot_be_made_is_known_before_pytorch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    [line] = refused_without_pytorch(tmp_path, TINY, tmp_path / "file" / "deep" / "out")
+    assert line == (f"error: {tmp_path}/file/deep/out cannot be made: {tmp_path}/file is a file; give another folder")
 
 
 def test_force_replaces_bundles_only(tmp_path: Path) -> None:

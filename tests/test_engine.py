@@ -49,8 +49,13 @@ def test_overrides_change_single_settings(engine: Engine) -> None:
 
 
 def test_unknown_and_impossible_settings_are_refused(engine: Engine) -> None:
-    with pytest.raises(SamplingError, match="unknown sampling setting 'temprature'; the settings are temperature, "):
+    near = r"unknown sampling setting 'temprature' \(did you mean 'temperature'\?\); the settings are temperature, "
+    with pytest.raises(SamplingError, match=near):
         engine.generate("Hello", temprature=1)
+    with pytest.raises(SamplingError, match=r"did you mean 'max_tokens'\?"):
+        engine.stream("Hello", max_toknes=8)
+    with pytest.raises(SamplingError, match="unknown sampling setting 'colour'; the settings are"):
+        engine.generate("Hello", colour=1)
     with pytest.raises(SamplingError, match="top_p is 2"):
         engine.stream("Hello", top_p=2)
 

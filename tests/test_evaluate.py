@@ -17,7 +17,7 @@ from starling.profiling.precision_table import markdown_table, read_results
 from starling.profiling.quality import QualityTotals
 from starling.profiling.stored_logits import StoredLogits
 
-SHORT = ("--window", "48", "--context", "8", "--max-tokens", "150", "--threads", "1")
+SHORT = ("--window", "48", "--context", "8", "--text-tokens", "150", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def alone(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_perplexity_is_pytorchs_on_the_same_text(demo_bundle: Path, demo_checkpoint: Any) -> None:
     from starling.export.reference import load_reference
 
-    result = document("evaluate", demo_bundle, "--window", "32", "--context", "4", "--max-tokens", "64")
+    result = document("evaluate", demo_bundle, "--window", "32", "--context", "4", "--text-tokens", "64")
     bundle = Bundle.open(demo_bundle)
     tokenizer = Tokenizer.load(bundle.folder, bundle.architecture.vocab_size)
     rows = torch.tensor(tokenizer.encode(built_in_text())[:64]).reshape(2, 32)
@@ -49,7 +49,9 @@ def test_a_bundle_does_not_diverge_from_itself(tiny_bundle: Path) -> None:
 
 
 def test_a_quantized_bundle_diverges_a_little(demo_int8_bundle: Path, demo_bundle: Path) -> None:
-    result = document("evaluate", demo_int8_bundle, "--reference", demo_bundle, "--window", "64", "--max-tokens", "128")
+    result = document(
+        "evaluate", demo_int8_bundle, "--reference", demo_bundle, "--window", "64", "--text-tokens", "128"
+    )
     far = result["divergence"]
     assert 1e-5 < far["mean_kl"] < 0.02
     assert far["mean_kl"] <= far["max_kl"]
@@ -65,7 +67,7 @@ def test_stored_logits_are_as_good_a_reference_as_their_bundle(alone: Any, tiny_
 
 
 def test_windows_decoded_together_or_one_by_one_agree(alone: Any, tiny_bundle: Path) -> None:
-    single = document("evaluate", tiny_bundle, *SHORT, "--batch", "1")
+    single = document("evaluate", tiny_bundle, *SHORT, "--max-batch", "1")
     assert single["perplexity"] == pytest.approx(alone[0]["perplexity"], rel=1e-5)
     assert single["positions"] == alone[0]["positions"] == 3 * 40
 
@@ -125,7 +127,8 @@ def test_stored_logits_come_back_as_they_were(tmp_path: Path) -> None:
         (("--reference-logits", "no.npz"), "no.npz cannot be read"),
         (("--text", "no.txt"), "no.txt cannot be read"),
         (("--window", "16"), "--window is 16: give more than the 16 tokens of --context"),
-        (("--batch", "0"), "--batch is 0: give 1 or more"),
+        (("--max-batch", "0"), "Invalid value for '--max-batch': 0 is not in the range x>=1"),
+        (("--logits-dtype", "float32"), "--logits-dtype is the type of logits that are kept: add --save-logits"),
         (("--save-logits", "nowhere/x.npz"), "nowhere is no folder"),
     ],
 )
@@ -134,7 +137,7 @@ def test_impossible_settings(options: tuple[str, ...], expected: str, tiny_bundl
 
 
 def test_a_reference_of_another_text_is_refused(alone: Any, tiny_bundle: Path) -> None:
-    line = refusal("evaluate", tiny_bundle, *SHORT, "--max-tokens", "100", "--reference-logits", alone[1])
+    line = refusal("evaluate", tiny_bundle, *SHORT, "--text-tokens", "100", "--reference-logits", alone[1])
     assert "the stored logits are of [3, 48] tokens" in line
 
 

@@ -20,17 +20,8 @@ from starling.export.parity import bundle_logits, compared_positions
 from starling.export.projections import write_projections
 from starling.export.qdq.prepare import Calibration
 from starling.export.qdq.projections import InputPlan, QdqPlan
-from starling.export.qdq.scheme import (
-    FP8,
-    INT4,
-    INT8,
-    Grid,
-    QdqQuantization,
-    pack_int4,
-    quantize_weight,
-    round_to_grid,
-    weight_scales,
-)
+from starling.export.qdq.scheme import FP8, INT4, INT8, Grid, pack_int4, quantize_weight, round_to_grid, weight_scales
+from starling.export.qdq.settings import QdqQuantization
 from starling.export.reference import load_reference, reference_logits
 from starling.export.weight_file import write_weights
 from starling.export.weights import Rows, new_weight

@@ -15,7 +15,8 @@ from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.parity import Parity
 from starling.export.qdq.precision_choice import choose_kept, rank_groups
 from starling.export.qdq.prepare import Calibration
-from starling.export.qdq.scheme import MAX_MEAN_KL, QdqQuantization
+from starling.export.qdq.scheme import MAX_MEAN_KL
+from starling.export.qdq.settings import QdqQuantization
 from starling.export.quality import require_quality
 
 TENSORRT = ("--dialect", "tensorrt", "--quant")

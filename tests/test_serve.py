@@ -18,7 +18,7 @@ MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "use
 
 @pytest.fixture(scope="module")
 def server(tiny_bundle: Path) -> Iterator[Server]:
-    with serving(tiny_bundle, "--slots", "4", "--max-seq", "512", "--max-prompt", "300") as running:
+    with serving(tiny_bundle, "--max-batch", "4", "--max-seq", "512", "--max-prompt", "300") as running:
         yield running
 
 
@@ -190,7 +190,7 @@ def test_the_metrics_count_what_was_done(server: Server, client: openai.OpenAI) 
 
 
 def test_a_real_models_chat_in_utf8(demo_bundle: Path) -> None:
-    with serving(demo_bundle, "--slots", "2", "--max-seq", "256") as real:
+    with serving(demo_bundle, "--max-batch", "2", "--max-seq", "256") as real:
         reply = real.client().chat.completions.create(
             model=MODEL,
             messages=[{"role": "user", "content": "What is the capital of France?"}],

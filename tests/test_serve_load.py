@@ -12,7 +12,7 @@ from starling.profiling import serve_load
 def test_mixed_requests_all_end_and_leave_slots_and_metrics_even(
     tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--slots", "2", "--queue", "2", "--max-seq", "512")
+    options = ("--max-batch", "2", "--max-queue", "2", "--max-seq", "512")
     with serving(tiny_bundle, *options) as server:
         status = serve_load.main(
             ["--http", f"127.0.0.1:{server.port}", "--pid", str(server.process.pid), "--requests", "60"]

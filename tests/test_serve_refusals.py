@@ -17,7 +17,7 @@ from http_server import MODEL, Server, serving, wait_until
 PROMPT = "Once upon a time"
 #: Answers that take seconds, since nothing ends them before the cache does.
 LONG: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
-LIMITS = ("--slots", "2", "--queue", "1", "--max-seq", "4096", "--max-prompt", "64", "--max-body", "20000")
+LIMITS = ("--max-batch", "2", "--max-queue", "1", "--max-seq", "4096", "--max-prompt", "64", "--max-body", "20000")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from starling.export.dialects import get_dialect
 from starling.export.qdq.calibration import input_absmax
 from starling.export.qdq.plan import kept_by_pattern, names_of, plan_activations, projection_groups
 from starling.export.qdq.projections import InputPlan, QdqPlan
-from starling.export.qdq.scheme import QdqQuantization
+from starling.export.qdq.settings import QdqQuantization
 from starling.export.qdq.simulation import Simulation, mean_kl
 from starling.export.qdq.smoothquant import InputGroup, SmoothedTensors, input_groups, smoothing_factors
 from starling.export.tracer import trace

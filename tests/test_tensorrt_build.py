@@ -143,14 +143,14 @@ def test_a_plan_for_one_row_stores_the_weights_once(bundle: Path, monkeypatch: p
 
 
 def test_the_window_is_in_the_plan_only_where_a_sequence_can_outgrow_it(bundle: Path) -> None:
-    within = document("build", bundle, "--target", "sm89", "--max-seq", str(WINDOW), "--name", "within")
-    beyond = document("build", bundle, "--target", "sm89", "--max-seq", str(WINDOW + 1), "--name", "beyond")
+    within = document("build", bundle, "--target", "sm89", "--max-seq", str(WINDOW), "--engine", "within")
+    beyond = document("build", bundle, "--target", "sm89", "--max-seq", str(WINDOW + 1), "--engine", "beyond")
     assert within["layers"]["ELEMENTWISE"] < beyond["layers"]["ELEMENTWISE"]
     assert beyond["layers"]["ATTENTION_INPUT"] == within["layers"]["ATTENTION_INPUT"] == LAYERS
 
 
 def test_inspect_shows_engines_without_tensorrt(bundle: Path, tmp_path: Path) -> None:
-    summary = succeed("build", bundle, "--target", "sm89", "--max-seq", "256", "--name", "mine")
+    summary = succeed("build", bundle, "--target", "sm89", "--max-seq", "256", "--engine", "mine")
     assert "bundle/engines/mine.plan: " in summary
     assert "2 attentions, 4 KV cache updates in place" in summary
     python = python_without(tmp_path / "venv", "tensorrt_rtx", "cuda")
@@ -199,8 +199,8 @@ def test_doctor_says_what_plans_can_be_built_for() -> None:
         (("--max-seq", str(POSITIONS + 1)), f"--max-seq is {POSITIONS + 1}, but this model has {POSITIONS} positions"),
         (("--max-seq", "128", "--max-prefill", "129"), "--max-prefill is 129, but --max-seq is 128: give 1 to 128"),
         (("--max-batch", "0"), "Invalid value for '--max-batch'"),
-        (("--name", "../mine"), "engine name '../mine': use letters, digits and . _ + -"),
-        (("--name", ".hidden"), "engine name '.hidden': use letters"),
+        (("--engine", "../mine"), "engine name '../mine': use letters, digits and . _ + -"),
+        (("--engine", ".hidden"), "engine name '.hidden': use letters"),
         (("--runtime", "onnxruntime"), "Invalid value for '--runtime'"),
     ],
 )
@@ -237,11 +237,13 @@ def test_a_graph_that_lacks_layers(bundle: Path) -> None:
 
 
 def test_an_engine_is_replaced_by_force_only(bundle: Path) -> None:
-    first = document("build", bundle, "--target", "sm89", "--max-seq", "128", "--name", "mine")
-    line = refusal("build", bundle, "--target", "sm120", "--name", "mine")
-    assert line == f"{bundle}/engines/mine.plan exists; give another name with --name, or --force to replace the engine"
+    first = document("build", bundle, "--target", "sm89", "--max-seq", "128", "--engine", "mine")
+    line = refusal("build", bundle, "--target", "sm120", "--engine", "mine")
+    assert (
+        line == f"{bundle}/engines/mine.plan exists; give another name with --engine, or --force to replace the engine"
+    )
     assert open_engine(Bundle.open(bundle), "mine").plan.sha256 == first["plan"]["sha256"]
-    again = document("build", bundle, "--target", "sm120", "--max-seq", "256", "--name", "mine", "--force")
+    again = document("build", bundle, "--target", "sm120", "--max-seq", "256", "--engine", "mine", "--force")
     assert open_engine(Bundle.open(bundle), "mine").to_json().items() <= again.items()
     assert (again["targets"], again["max_seq"]) == (["sm120"], 256)
 
@@ -257,26 +259,26 @@ def test_an_interrupted_build_leaves_nothing(number: signal.Signals, code: int, 
 
 
 def test_a_killed_build_leaves_no_engine_and_the_next_one_works(bundle: Path) -> None:
-    with running("build", bundle, "--target", "sm89", "--name", "mine") as process:
+    with running("build", bundle, "--target", "sm89", "--engine", "mine") as process:
         read_until(process.stderr, BUILDING)
         end(process, signal.SIGKILL)
     assert [file.name for file in (bundle / "engines").iterdir()] == [".mine.plan.partial"]
     assert engine_names(bundle) == ()
     assert document("inspect", bundle)["engines"] == []
-    succeed("build", bundle, "--target", "sm89", "--name", "mine")
+    succeed("build", bundle, "--target", "sm89", "--engine", "mine")
     assert engine_names(bundle) == ("mine",)
     assert {file.name for file in (bundle / "engines").iterdir()} == {"mine.plan", "mine.json"}
 
 
 def test_two_builds_of_one_engine_at_once(bundle: Path) -> None:
-    with running("build", bundle, "--target", "sm89", "--name", "mine") as process:
+    with running("build", bundle, "--target", "sm89", "--engine", "mine") as process:
         read_until(process.stderr, b"parsing")
         process.send_signal(signal.SIGSTOP)
-        line = refusal("build", bundle, "--target", "sm120", "--name", "mine", code=1)
-        other = document("build", bundle, "--target", "sm120", "--max-seq", "128", "--name", "other")
+        line = refusal("build", bundle, "--target", "sm120", "--engine", "mine", code=1)
+        other = document("build", bundle, "--target", "sm120", "--max-seq", "128", "--engine", "other")
         process.send_signal(signal.SIGCONT)
         assert process.wait(60) == 0
-    assert line == ("engine mine is being built by another process: wait for it, or give another name with --name")
+    assert line == ("engine mine is being built by another process: wait for it, or give another name with --engine")
     assert open_engine(Bundle.open(bundle), "mine", verify=True).targets == ("sm89",)
     assert other["targets"] == ["sm120"]
 

@@ -50,6 +50,16 @@ def oracle(bundle: Bundle) -> Iterator[Engine]:
         yield engine
 
 
+def test_threads_are_said_to_be_the_cpus(bundle: Bundle, device: HostDevice, engine: Engine) -> None:
+    assert engine.backend.note is None
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, cpu_engine(bundle, device))
+        sizes = {"max_seq": POSITIONS, "max_batch": ROWS}
+        with Engine(bundle, backend="tensorrt-rtx", threads=2, **sizes) as other:
+            note = other.backend.note
+    assert note == f"threads=2 changes nothing: they are the CPU's, and {engine.backend.provider} runs the bundle"
+
+
 def same(ours: list[GenerationResult], theirs: list[GenerationResult]) -> None:
     """The two answered alike, token by token, and for the same reason."""
     assert [result.tokens for result in ours] == [result.tokens for result in theirs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from shlex import quote
 
 from starling.engine.bundle import ALWAYS_HASHED_BYTES, Bundle
 from starling.engine.errors import PlanError
@@ -40,7 +41,8 @@ def read_record(bundle_folder: Path, name: str) -> EngineRecord:
     file = folder / f"{name}.json"
     if not file.is_file():
         names = engine_names(bundle_folder)
-        known = f"has {', '.join(names)}" if names else f"has none; make one with: starling build {bundle_folder}"
+        remedy = f"make one with: starling build {quote(str(bundle_folder))}"
+        known = f"has {', '.join(names)}" if names else f"has none; {remedy}"
         raise PlanError(f"no engine {name!r}: {bundle_folder} {known}")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ def check_engine_name(bundle_folder: Path, name: str, *, force: bool) -> None:
     for suffix in ("plan", "json"):
         file = bundle_folder / FOLDER / f"{name}.{suffix}"
         if file.exists() and not force:
-            raise UserError(f"{file} exists; give another name with --name, or --force to replace the engine")
+            raise UserError(f"{file} exists; give another name with --engine, or --force to replace the engine")
 
 
 class PlanWriter:
@@ -112,7 +112,7 @@ def _lock(partial: Path, name: str) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise BuildError(
-                f"engine {name} is being built by another process: wait for it, or give another name with --name"
+                f"engine {name} is being built by another process: wait for it, or give another name with --engine"
             ) from None
         if _is_still(partial, descriptor):
             os.truncate(descriptor, 0)

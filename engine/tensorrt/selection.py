@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import NamedTuple
 
 from starling.engine.bundle import Bundle
@@ -27,7 +28,7 @@ def select_engine(bundle: Bundle, wanted: Wanted, name: str | None = None) -> En
     """
     names = engine_names(bundle.folder) if name is None else (name,)
     if not names:
-        raise PlanError(f"{bundle.folder} has no engines; make one with: starling build {bundle.folder}")
+        raise PlanError(f"{bundle.folder} has no engines; make one with: starling build {quote(str(bundle.folder))}")
     records = [read_record(bundle.folder, each) for each in names]
     refusals = {record.name: _refusal(record, wanted) for record in records}
     fitting = [record for record in records if refusals[record.name] is None]

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from starling.export.choices import SCHEMES_OF
 from starling.export.dialects.base import AttentionCall, Attributes, Rotary, StepInput
 
 
@@ -14,7 +15,7 @@ class CanonicalDialect:
 
     name = "canonical"
     opset = 24
-    schemes: tuple[str, ...] = ()
+    schemes: tuple[str, ...] = SCHEMES_OF["canonical"]
     outputs: tuple[str, ...] = ()
 
     def step_inputs(self) -> list[StepInput]:

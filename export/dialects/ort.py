@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from starling.engine.graph_names import LOGITS_TO_KEEP, NEXT_TOKENS
+from starling.export.choices import SCHEMES_OF
 from starling.export.dialects.base import AttentionCall, Attributes, StepInput
 from starling.export.passes import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
 
@@ -16,7 +17,7 @@ class OrtDialect:
 
     name = "ort"
     opset = 21
-    schemes: tuple[str, ...] = ("int8", "int4")
+    schemes: tuple[str, ...] = SCHEMES_OF["ort"]
     outputs: tuple[str, ...] = (NEXT_TOKENS,)
 
     def step_inputs(self) -> list[StepInput]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from starling.engine.graph_names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
+from starling.export.choices import SCHEMES_OF
 from starling.export.device_sampling import choose_tokens
 from starling.export.dialects.base import AttentionCall, StepInput
 from starling.export.dialects.canonical import merge_heads, rms_norm, rotate, scatter, window_mask
@@ -26,7 +27,7 @@ class TensorrtDialect:
 
     name = "tensorrt"
     opset = 24
-    schemes: tuple[str, ...] = ("int8", "int4", "w8a8", "fp8")
+    schemes: tuple[str, ...] = SCHEMES_OF["tensorrt"]
     outputs: tuple[str, ...] = (NEXT_TOKENS, NEXT_LENGTHS)
 
     def step_inputs(self) -> list[StepInput]:

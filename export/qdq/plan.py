@@ -10,7 +10,7 @@ from torch import Tensor
 from starling.engine.errors import UserError
 from starling.export.checkpoint import TensorSource
 from starling.export.qdq.projections import InputPlan, QdqPlan
-from starling.export.qdq.scheme import QdqQuantization
+from starling.export.qdq.settings import QdqQuantization
 from starling.export.qdq.smoothquant import InputGroup, SmoothedTensors, column_absmax, input_groups, smoothing_factors
 
 

@@ -21,7 +21,8 @@ from starling.export.qdq.plan import (
     projection_groups,
 )
 from starling.export.qdq.precision_choice import choose_kept, judged_rows
-from starling.export.qdq.scheme import MAX_MEAN_KL, QdqQuantization
+from starling.export.qdq.scheme import MAX_MEAN_KL
+from starling.export.qdq.settings import QdqQuantization
 from starling.export.qdq.simulation import Simulation
 from starling.export.weights import rows_of
 

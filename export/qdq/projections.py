@@ -7,7 +7,8 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from starling.export.qdq.scheme import Grid, QdqQuantization
+from starling.export.qdq.scheme import Grid
+from starling.export.qdq.settings import QdqQuantization
 from starling.export.weights import QdqRows, Rows, Table, new_weight, rows_of
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig
 from starling.export.calibration_text import TokenRows
 from starling.export.checkpoint import TensorSource
 from starling.export.qdq.projections import InputPlan, QdqPlan
-from starling.export.qdq.scheme import INT8, QdqQuantization, quantize_weight, round_to_grid, weight_scales
+from starling.export.qdq.scheme import INT8, quantize_weight, round_to_grid, weight_scales
+from starling.export.qdq.settings import QdqQuantization
 from starling.export.reference import load_reference
 
 

@@ -40,7 +40,7 @@ def measure_divergence(
     `bundle` reads the text into tokens, the same for all, no more than `most`. One process runs at a time.
     Raises BackendError where the reference fails.
     """
-    options = Options(max_tokens=most)
+    options = Options(text_tokens=most)
     tokens = bundle_windows(bundle, built_in_text(), options)
     context = min(options.context, tokens.shape[1] - 1)
     qualities: dict[str, Quality] = {}

@@ -53,7 +53,7 @@ class RepositoryOptions:
     engine: str | None = None
     max_batch: int = 8
     max_seq: int | None = None
-    queue_limit: int = 128
+    max_queue: int = 128
     threads: int | None = None
     #: Environment for EXECUTION_ENV_PATH: a folder with bin/activate, or a packed .tar.gz.
     environment: Path | None = None
@@ -68,7 +68,7 @@ class RepositoryOptions:
             "engine": self.engine,
             "max_batch": self.max_batch,
             "max_seq": self.max_seq,
-            "queue_limit": self.queue_limit,
+            "queue_limit": self.max_queue,
             "threads": self.threads,
         }
         return {name: str(value) for name, value in given.items() if value is not None}
