@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from starling.cli.options import bundle_argument, engine_options, engine_settings, serving_options
-from starling.cli.output import note
-from starling.cli.results import cache_figure, note_backend
+from starling.cli.results import cache_figure
 
 if TYPE_CHECKING:
     from starling.engine.engine import Engine
     from starling.serving.http.requests import Limits
+
+LOGGER = logging.getLogger("starling.serve")
 
 
 @click.command()
@@ -35,13 +37,29 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds that a shutdown waits for answers.",
 )
+@click.option(
+    "--log-level",
+    type=click.Choice(("debug", "info", "warning", "error")),
+    default="info",
+    show_default=True,
+    help="Least level of what goes to stderr; info has a line for each request, debug also for /health and the like.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(("text", "json")),
+    default="text",
+    show_default=True,
+    help="json writes one object a line.",
+)
 @serving_options
 @engine_options
 def command(bundle: Path, **options: Any) -> None:
     """Serve BUNDLE by OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics.
 
     Up to --slots requests run together, --queue more wait, and further ones are refused with 429. SIGTERM or Ctrl-C
-    takes no more requests and finishes what runs within --grace seconds; a second one ends at once.
+    takes no more requests and finishes what runs within --grace seconds; a second one ends at once. Each request leaves
+    a line in the log (stderr) under the id that the response bears as x-request-id. Fields that are taken, refused and
+    ignored: docs/http.md.
 
     \b
     Examples:
@@ -53,6 +71,7 @@ def command(bundle: Path, **options: Any) -> None:
     """
     from starling.serving.http.api_keys import read_api_keys
     from starling.serving.http.app import make_app
+    from starling.serving.http.logs import configure_logging
     from starling.serving.http.server import bind, serve
 
     keys = read_api_keys(options["api_key_file"], os.environ)
@@ -62,8 +81,10 @@ def command(bundle: Path, **options: Any) -> None:
     from starling.engine.serving_loop import ServingLoop
     from starling.serving.http.service import Service
 
+    configure_logging(options["log_level"], options["log_format"])
     with listener, Engine(bundle, max_batch=options["slots"], **engine_settings(options)) as engine:
-        note_backend(engine)
+        if engine.backend.note is not None:
+            LOGGER.warning(engine.backend.note)
         loop = ServingLoop(engine, queue_limit=options["queue"], prefill_chunk=options["prefill_chunk"])
         try:
             service = Service(engine, loop, _limits(engine, options))
@@ -75,6 +96,7 @@ def command(bundle: Path, **options: Any) -> None:
                 listener,
                 grace_s=options["grace"],
                 on_ready=lambda: _announce(engine, service.limits, options, host, port, with_keys=bool(keys)),
+                log_level=options["log_level"],
             )
         finally:
             loop.close(drain=False)
@@ -96,7 +118,12 @@ def _announce(
     engine: Engine, limits: Limits, options: dict[str, Any], host: str, port: int, *, with_keys: bool
 ) -> None:
     if not with_keys and not ipaddress.ip_address(host).is_loopback:
-        note(f"{host} is open to other machines and no API key is set: see --api-key-file")
+        LOGGER.warning(f"{host} is open to other machines and no API key is set: see --api-key-file")
     shown = f"[{host}]" if ":" in host else host
     rows = f"{options['slots']} slots, queue {options['queue']}"
-    note(f"{' and '.join(limits.models)} on http://{shown}:{port} · {rows} · {cache_figure(engine)}")
+    LOGGER.info(f"{' and '.join(limits.models)} on http://{shown}:{port} · {rows} · {cache_figure(engine)}")
+    temperature = str(limits.defaults["temperature"]).removesuffix(".0")
+    if temperature != "0":
+        LOGGER.info(
+            f"requests without a temperature are sampled at {temperature}; send 0 for the greedy answers of `generate`"
+        )
