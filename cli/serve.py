@@ -12,6 +12,7 @@ import click
 
 from starling.cli.options import bundle_argument, engine_options, engine_settings, serving_options
 from starling.cli.results import cache_figure
+from starling.serving.http.logs import FORMATS, LEVELS, configure_logging
 
 if TYPE_CHECKING:
     from starling.engine.engine import Engine
@@ -39,14 +40,14 @@ LOGGER = logging.getLogger("starling.serve")
 )
 @click.option(
     "--log-level",
-    type=click.Choice(("debug", "info", "warning", "error")),
+    type=click.Choice(LEVELS),
     default="info",
     show_default=True,
     help="Least level of what goes to stderr; info has a line for each request, debug also for /health and the like.",
 )
 @click.option(
     "--log-format",
-    type=click.Choice(("text", "json")),
+    type=click.Choice(FORMATS),
     default="text",
     show_default=True,
     help="json writes one object a line.",
@@ -71,7 +72,6 @@ def command(bundle: Path, **options: Any) -> None:
     """
     from starling.serving.http.api_keys import read_api_keys
     from starling.serving.http.app import make_app
-    from starling.serving.http.logs import configure_logging
     from starling.serving.http.server import bind, serve
 
     keys = read_api_keys(options["api_key_file"], os.environ)

@@ -23,7 +23,7 @@ MOST_CHARACTERS = 500
 MOST_OF_A_TRACEBACK = 20_000
 
 #: Bytes that a pipe which is ready for writing takes without waiting (POSIX's least value of it is 512).
-_AT_ONCE = select.PIPE_BUF
+_AT_ONCE = getattr(select, "PIPE_BUF", 512)
 _PLAIN = re.compile(r"[A-Za-z0-9._:/+=@,~%-]+")
 
 
