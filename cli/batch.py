@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from starling.serving.batch.entries import BadLine, Entry, EntryReader
     from starling.serving.batch.journal import Journal
     from starling.serving.batch.runner import Record
+    from starling.serving.batch.source import Source
 
 _DEFAULTS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "ignore_eos")
 
 
 @click.command()
 @bundle_argument
-@click.argument("source", metavar="INPUT.jsonl", type=click.Path(path_type=Path))
+@click.argument("source", metavar="INPUT.jsonl", type=click.Path())
 @click.argument("output", metavar="OUTPUT.jsonl", type=click.Path(path_type=Path))
 @click.option("--skip-bad", is_flag=True, help="Leave lines out that are no request, in place of stopping.")
 @click.option(
@@ -51,8 +52,11 @@ _DEFAULTS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition
 @offline_options
 @click.option("--max-queue", "--queue", "max_queue", type=click.IntRange(0), hidden=True)
 @engine_options
-def command(bundle: Path, source: Path, output: Path, **options: Any) -> None:
+def command(bundle: Path, source: str, output: Path, **options: Any) -> None:
     """Answer every line of INPUT.jsonl; each result is on the disk in OUTPUT.jsonl before it counts.
+
+    INPUT may be - for stdin, a pipe or a FIFO: what can be read only once is copied into a temporary file first (in
+    TMPDIR), and answering begins at its end. OUTPUT must be a regular file, since a later run reads it again.
 
     A line is {"prompt": …} or {"messages": […]} with an optional "id" and sampling fields, or a line of OpenAI's batch
     format. Results come in the order of their completion. After a kill or a crash the same command goes on where it
@@ -62,31 +66,43 @@ def command(bundle: Path, source: Path, output: Path, **options: Any) -> None:
     Examples:
       starling batch smollm2 questions.jsonl answers.jsonl
       starling batch smollm2 questions.jsonl answers.jsonl --max-batch 8 --max-tokens 64 --skip-bad
+      zcat questions.jsonl.gz | starling batch smollm2 - answers.jsonl
       starling batch /shared/starling-7b questions.jsonl answers.jsonl --ray --ray-workers 8 --ray-gpus 1
     """
     from starling.serving.batch.entries import EntryReader
-    from starling.serving.batch.journal import Journal
+    from starling.serving.batch.journal import Journal, check_output
+    from starling.serving.batch.source import open_source
 
     if options["ray_address"] is None:
         refuse_options(("ray_workers", "ray_gpus"), "is about a Ray cluster: add --ray")
     if given_options(["max_queue"]):
         note("--max-queue changes nothing here: the file is read as rows become free")
-    if source.resolve() == output.resolve():
+    if Path(source).resolve() == output.resolve():
         raise UserError(f"INPUT and OUTPUT are both {source}: give another OUTPUT")
-    skipped: list[str] = []
-    reader = EntryReader({name: options[name] for name in _DEFAULTS}, _salt(bundle), _bad_lines(options, skipped))
-    ids = {str(entry.id) for entry in reader.read(source)}
-    with Journal(output) as journal:
-        if journal.repaired_bytes:
-            note(f"{output} ended in the middle of a line: {journal.repaired_bytes} bytes cut off")
-        journal.check_known(ids)
-        already = sum(journal.has(entry) for entry in _quiet(reader).read(source))
-        if already:
-            note(f"{already} of {len(ids)} results are there already")
-        if already < len(ids):
-            todo = (entry for entry in _quiet(reader).read(source) if not journal.has(entry))
-            _run(bundle, todo, journal, len(ids), _bad_lines(options, skipped), options)
-    note(f"{len(journal)} results in {output}" + (f", {len(skipped)} bad line(s) skipped" if skipped else ""))
+    # Before a pipe is read: what is refused afterwards is lost.
+    check_output(output)
+    salt, skipped = _salt(bundle), list[str]()
+    reader = EntryReader({name: options[name] for name in _DEFAULTS}, salt, _bad_lines(options, skipped))
+    with open_source(source) as lines:
+        ids = {str(entry.id) for entry in reader.read(lines)}
+        if not ids:
+            raise UserError(_nothing_to_do(lines, skipped))
+        with Journal(output) as journal:
+            if journal.repaired_bytes:
+                note(f"{output} ended in the middle of a line: {journal.repaired_bytes} bytes cut off")
+            journal.check_known(ids)
+            already = sum(journal.has(entry) for entry in _quiet(reader).read(lines))
+            if already:
+                note(f"{already} of {len(ids)} results are there already")
+            if already < len(ids):
+                todo = (entry for entry in _quiet(reader).read(lines) if not journal.has(entry))
+                _run(bundle, todo, journal, len(ids), _bad_lines(options, skipped), options)
+            note(f"{len(journal)} results in {output}" + (f", {len(skipped)} bad line(s) skipped" if skipped else ""))
+
+
+def _nothing_to_do(source: Source, skipped: list[str]) -> str:
+    what = f"no line of {source.name} is a request" if skipped else f"{source.name} is empty"
+    return f"{what}: nothing was answered; give JSON lines, one request each"
 
 
 def _run(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from starling.engine.tensorrt.plan import EngineRecord
 
 #: The prompt of every example that a command prints.
-EXAMPLE_PROMPT = "What is the capital of France?"
+EXAMPLE_PROMPT = "What is the capital of South Korea?"
 #: What to build for where no GPU says it: RTX 40, L4, L40S; it computes in every type that a bundle may have.
 EXAMPLE_TARGET = "sm89"
 

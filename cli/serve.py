@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from starling.cli.options import bundle_argument, engine_options, engine_settings, serving_options
-from starling.cli.output import note
-from starling.cli.results import cache_figure, note_backend
+from starling.cli.results import cache_figure
 from starling.engine.errors import UserError
+from starling.serving.http.logs import FORMATS, LEVELS, configure_logging
 
 if TYPE_CHECKING:
     from starling.engine.engine import Engine
     from starling.serving.http.requests import Limits
+
+LOGGER = logging.getLogger("starling.serve")
 
 
 @click.command()
@@ -36,13 +39,29 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds that a shutdown waits for answers.",
 )
+@click.option(
+    "--log-level",
+    type=click.Choice(LEVELS),
+    default="info",
+    show_default=True,
+    help="Least level of what goes to stderr; info has a line for each request, debug also for /health and the like.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    help="json writes one object a line.",
+)
 @serving_options
 @engine_options
 def command(bundle: Path, **options: Any) -> None:
     """Serve BUNDLE by OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics.
 
     Up to --max-batch requests run together, --max-queue more wait, and further ones are refused with 429. SIGTERM or
-    Ctrl-C takes no more requests and finishes what runs within --grace seconds; a second one ends at once.
+    Ctrl-C takes no more requests and finishes what runs within --grace seconds; a second one ends at once. Each request
+    leaves a line in the log (stderr) under the id that the response bears as x-request-id. Fields that are taken,
+    refused and ignored: docs/http.md.
 
     A request that names no temperature is sampled at the bundle's own, else at 1, as OpenAI does; `generate` is greedy.
 
@@ -52,7 +71,7 @@ def command(bundle: Path, **options: Any) -> None:
       starling serve smollm2 --max-batch 8 --max-seq 4096 --port 8080
       starling serve starling-7b --host 0.0.0.0 --api-key-file keys.txt --model-name starling
       curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
-        -d '{"model": "smollm2", "prompt": "The capital of France is", "max_tokens": 8}'
+        -d '{"model": "smollm2", "prompt": "The largest city in Japan is", "max_tokens": 6}'
     """
     from starling.serving.http.api_keys import read_api_keys
     from starling.serving.http.app import make_app
@@ -66,8 +85,11 @@ def command(bundle: Path, **options: Any) -> None:
     from starling.engine.serving_loop import ServingLoop
     from starling.serving.http.service import Service
 
+    configure_logging(options["log_level"], options["log_format"])
     with listener, Engine(bundle, max_batch=options["max_batch"], **settings) as engine:
-        note_backend(engine)
+        for text in (engine.backend.note, engine.backend.kernels_note):
+            if text is not None:
+                LOGGER.warning(text)
         loop = ServingLoop(engine, queue_limit=options["max_queue"], prefill_chunk=options["prefill_chunk"])
         try:
             service = Service(engine, loop, _limits(engine, options))
@@ -79,6 +101,7 @@ def command(bundle: Path, **options: Any) -> None:
                 listener,
                 grace_s=options["grace"],
                 on_ready=lambda: _announce(engine, service.limits, options, host, port, with_keys=bool(keys)),
+                log_level=options["log_level"],
             )
         finally:
             loop.close(drain=False)
@@ -103,7 +126,12 @@ def _announce(
     engine: Engine, limits: Limits, options: dict[str, Any], host: str, port: int, *, with_keys: bool
 ) -> None:
     if not with_keys and not ipaddress.ip_address(host).is_loopback:
-        note(f"{host} is open to other machines and no API key is set: see --api-key-file")
+        LOGGER.warning(f"{host} is open to other machines and no API key is set: see --api-key-file")
     shown = f"[{host}]" if ":" in host else host
-    room = f"{options['max_batch']} requests at a time, {options['max_queue']} may wait"
-    note(f"{' and '.join(limits.models)} on http://{shown}:{port} · {room} · {cache_figure(engine)}")
+    rows = f"{options['max_batch']} requests at a time, {options['max_queue']} may wait"
+    LOGGER.info(f"{' and '.join(limits.models)} on http://{shown}:{port} · {rows} · {cache_figure(engine)}")
+    temperature = str(limits.defaults["temperature"]).removesuffix(".0")
+    if temperature != "0":
+        LOGGER.info(
+            f"requests without a temperature are sampled at {temperature}; send 0 for the greedy answers of `generate`"
+        )

@@ -65,12 +65,13 @@ class ServingLoop:
         deadline_s: float | None = None,
         reply: bool = False,
         on_chunk: Callable[[GenerationChunk], None] | None = None,
+        request_id: str | None = None,
     ) -> RequestHandle:
         """Queue a prompt, text or token ids, which is encoded on the caller's thread; returns at once.
 
         `deadline_s` ends the request so many seconds from now. With `reply` the text is one of its own, as for a chat.
         `on_chunk` gets every chunk on the loop's thread, the last one always with a finish_reason ("failed" too); it
-        must be quick, and what it raises ends its request.
+        must be quick, and what it raises ends its request. `request_id` names it in messages (default: a new id).
 
         Raises PromptError or SamplingError for bad input, QueueFullError where too many wait, ClosedError after
         `close`.
@@ -80,6 +81,8 @@ class ServingLoop:
             raise UserError(f"deadline_s is {deadline_s}: give seconds above 0, or None")
         sequence = self.engine.prepare(prompt, params or SamplingParams(), reply=reply)
         request = Request(sequence, Mailbox(on_chunk), submitted)
+        if request_id is not None:
+            request.id = request_id
         if deadline_s is not None:
             request.deadline = submitted + deadline_s
         with self._changed:

@@ -43,6 +43,8 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
     (BASE, {"max_tokens": True}, 400, "max_tokens"),
     (BASE, {"temperature": -0.5}, 400, "temperature"),
     (BASE, {"temperature": float("nan")}, 400, "temperature"),
+    (BASE, {"temperature": 10**400}, 400, "temperature"),
+    (BASE, {"temperature": "\ud800"}, 400, "temperature"),
     (BASE, {"top_p": 0}, 400, "top_p"),
     (BASE, {"top_k": -1}, 400, "top_k"),
     (BASE, {"seed": -1}, 400, "seed"),
@@ -57,6 +59,8 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
     (BASE, {"stream_options": {"include_usage": True}}, 400, "stream_options"),
     (BASE, {"temprature": 1}, 400, "temprature"),
     (BASE, {"deadline_s": 0}, 400, "deadline_s"),
+    (BASE, {"deadline_s": 10**400}, 400, "deadline_s"),
+    (BASE, {"half \ud800 of a pair": 1}, 400, "half ? of a pair"),
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": [{"role": "robot", "content": "Hi"}]}, 400, "messages[0].role"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
@@ -215,7 +219,9 @@ def test_a_shutdown_finishes_what_runs(tiny_bundle: Path, number: signal.Signals
         chunks += stream
         assert chunks[-1].choices[0].finish_reason == "length"
         assert ending.process.wait(timeout=60) == 0
-        assert ending.log[1:] == []
+        assert wait_until(lambda: "Finished server process" in ending.log[-1], 10)
+        assert all(" INFO " in line for line in ending.log), ending.log
+        assert [line.partition("finish_reason=")[2] for line in ending.log if "completion" in line] == ["length"]
 
 
 def test_a_shutdown_cuts_off_what_takes_longer_than_the_grace(tiny_bundle: Path) -> None:

@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from starling.engine.errors import UserError
 from starling.engine.sampling import SamplingParams
+from starling.serving.batch.source import Source
 from starling.serving.http.errors import ApiError, bad_field
 from starling.serving.http.fields import Fields
 from starling.serving.http.messages import read_messages
@@ -53,25 +53,21 @@ class EntryReader:
     #: Called for each bad line; where it returns, the line is skipped.
     on_bad_line: Callable[[BadLine], None]
 
-    def read(self, path: Path) -> Iterator[Entry]:
-        """The entries of a file. Raises UserError where it cannot be read."""
+    def read(self, source: Source) -> Iterator[Entry]:
+        """The entries of an input. Raises UserError where it cannot be read."""
         seen: dict[str, int] = {}
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield from self._entry(path, number, line, seen)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}; give a file of JSON lines") from None
+        for number, line in enumerate(source.lines(), 1):
+            if line.strip():
+                yield from self._entry(source.name, number, line, seen)
 
-    def _entry(self, path: Path, number: int, line: bytes, seen: dict[str, int]) -> Iterator[Entry]:
+    def _entry(self, name: str, number: int, line: bytes, seen: dict[str, int]) -> Iterator[Entry]:
         try:
             entry = self.parse(line, number)
             first = seen.setdefault(str(entry.id), number)
             if first != number:
                 raise bad_field("id", f"the id {entry.id!r} is that of line {first}: ids must differ")
         except ApiError as error:
-            self.on_bad_line(BadLine(f"{path}, line {number}: {error.message}"))
+            self.on_bad_line(BadLine(f"{name}, line {number}: {error.message}"))
             return
         yield entry
 

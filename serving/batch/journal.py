@@ -83,6 +83,12 @@ class Journal:
         self._file.close()
 
 
+def check_output(path: Path) -> None:
+    """Raises UserError where the path is, or follows to, something else than a regular file: pipe, device, folder."""
+    if str(path) == "-" or (os.path.exists(path) and not os.path.isfile(path)):
+        raise UserError(f"OUTPUT {path} is no regular file, which later runs could read again: give a file's name")
+
+
 def _open(path: Path) -> IO[bytes]:
     try:
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")

@@ -10,11 +10,12 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from starling.engine.errors import StarlingError
+from starling.engine.errors import RequestFailed
 from starling.engine.request import RequestHandle
-from starling.engine.results import GenerationChunk, Timings
-from starling.serving.http.errors import ApiError, from_engine, out_of_time, shutting_down
+from starling.engine.results import FinishReason, GenerationChunk, Timings
+from starling.serving.http.errors import ApiError, out_of_time, shutting_down, unexpected
 from starling.serving.http.replies import Logprobs, Reply
+from starling.serving.http.request_log import RequestTrace, request_trace
 from starling.serving.http.requests import ApiRequest
 from starling.serving.http.service import Service
 
@@ -37,54 +38,59 @@ class Answer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer. A client that goes away cancels its request, which frees the row within a step."""
+        trace = request_trace(scope)
         watcher = asyncio.create_task(_cancel_on_disconnect(receive, self._handle))
         try:
             if self._request.stream:
-                await self._stream(scope, receive, send)
+                await self._stream(trace, scope, receive, send)
             else:
-                await self._whole(scope, receive, send)
+                await self._whole(trace, scope, receive, send)
         finally:
             watcher.cancel()
             self._service.finish(self._handle)
 
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _whole(self, trace: RequestTrace, scope: Scope, receive: Receive, send: Send) -> None:
         texts: list[str] = []
         entries: list[Any] = []
         reason, timings = "", None
         try:
-            async for chunk in self._chunks():
+            async for chunk in self._chunks(trace):
                 texts.append(chunk.text)
                 entries += self._logprobs(chunk) or ()
                 reason, timings = chunk.finish_reason or "", chunk.timings
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            await Refusal(error)(scope, receive, send)
             return
         assert timings is not None
         logprobs = None if self._request.params.logprobs is None else entries
         body = self._reply.whole("".join(texts), logprobs, reason, timings)
         await JSONResponse(body)(scope, receive, send)
 
-    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events = self._events()
+    async def _stream(self, trace: RequestTrace, scope: Scope, receive: Receive, send: Send) -> None:
+        events = self._events(trace)
         try:
             # The status waits for the first token: a request that fails before it gets its own.
             first = await anext(events)
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            await Refusal(error)(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
         await _send_body(send, first)
         try:
             async for event in events:
                 await _send_body(send, event)
-        except ApiError as error:
-            await _send_body(send, _event(error.body()))
+        except Exception as error:
+            refusal = error if isinstance(error, ApiError) else unexpected(trace.id)
+            if refusal is not error:
+                trace.note_failure(error)
+            trace.note_refusal(refusal)
+            await _send_body(send, _event(refusal.body()))
         await send({"type": "http.response.body", "body": DONE})
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self, trace: RequestTrace) -> AsyncIterator[bytes]:
         timings: Timings | None = None
         opening = self._reply.opening()
-        async for chunk in self._chunks():
+        async for chunk in self._chunks(trace):
             if opening is not None:
                 yield _event(opening)
                 opening = None
@@ -95,19 +101,26 @@ class Answer:
         if self._request.include_usage and timings is not None:
             yield _event(self._reply.usage_chunk(timings))
 
-    async def _chunks(self) -> AsyncIterator[GenerationChunk]:
+    async def _chunks(self, trace: RequestTrace) -> AsyncIterator[GenerationChunk]:
         """The chunks of a request that ends well. Raises ApiError for one that does not."""
         try:
             async for chunk in self._handle.chunks():
-                if chunk.timings is not None:
-                    self._service.metrics.record(chunk.timings)
+                if chunk.timings is not None and chunk.finish_reason is not None:
+                    self._record_end(trace, chunk.timings, chunk.finish_reason)
                 if chunk.finish_reason == "deadline":
                     raise out_of_time(f"deadline_s was {self._request.deadline_s}: the answer was not complete by then")
                 if chunk.finish_reason in ("cancelled", "interrupted"):
                     raise shutting_down()
                 yield chunk
-        except StarlingError as error:
-            raise from_engine(error, self._request.prompt_field) from error
+        except RequestFailed as error:
+            self._record_end(trace, self._handle.partial.timings, "failed")
+            trace.note_failure(error)
+            raise unexpected(trace.id) from error
+
+    def _record_end(self, trace: RequestTrace, timings: Timings, reason: FinishReason) -> None:
+        """The one place where a generation's end enters the metrics and the log."""
+        self._service.metrics.record(timings)
+        trace.note_end(timings, reason)
 
     def _logprobs(self, chunk: GenerationChunk) -> Logprobs | None:
         offset = self._offset
@@ -119,9 +132,21 @@ class Answer:
         return [(offset, chunk.logprob)]
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """A refusal as a response."""
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+class Refusal(JSONResponse):
+    """An error as the response to a request, in whose log line it stands."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.body(), status_code=error.status, headers=error.headers)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        request_trace(scope).note_refusal(self._error)
+        await super().__call__(scope, receive, send)
+
+    def render(self, content: Any) -> bytes:
+        """The body. Half a surrogate pair, which JSON can bring in and UTF-8 cannot hold, becomes a question mark."""
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 async def _cancel_on_disconnect(receive: Receive, handle: RequestHandle) -> None:

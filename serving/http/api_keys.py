@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from starling.engine.errors import UserError
-from starling.serving.http.answer import error_response
+from starling.serving.http.answer import Refusal
 from starling.serving.http.errors import unauthorized
 
 VARIABLE = "STARLING_API_KEY"
@@ -48,7 +48,7 @@ class ApiKeyGuard:
         """Answer 401 or pass the request on."""
         guarded = scope["type"] == "http" and scope["path"].startswith(PROTECTED)
         if guarded and not self._allows(Headers(scope=scope).get("authorization", "")):
-            await error_response(unauthorized())(scope, receive, send)
+            await Refusal(unauthorized())(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

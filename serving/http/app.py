@@ -12,34 +12,29 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
-from starling.serving.http.answer import Answer, error_response
+from starling.serving.http.answer import Answer, Refusal
 from starling.serving.http.api_keys import ApiKeyGuard
 from starling.serving.http.body import read_body
-from starling.serving.http.errors import ApiError, internal, shutting_down
+from starling.serving.http.errors import ApiError, shutting_down, unexpected
 from starling.serving.http.fields import json_object
 from starling.serving.http.replies import ChatReply, CompletionReply, Reply
+from starling.serving.http.request_log import RequestLog, request_trace
 from starling.serving.http.requests import ApiRequest, chat_request, completion_request
 from starling.serving.http.service import Service
 from starling.serving.prometheus import CONTENT_TYPE
 
 
-def make_app(service: Service, *, api_keys: Sequence[str] = (), max_body: int) -> Starlette:
+def make_app(service: Service, *, api_keys: Sequence[str] = (), max_body: int) -> ASGIApp:
     """The application. `max_body` is the largest request body in bytes; without keys nobody is asked for one."""
     endpoints = _Endpoints(service, max_body)
-    return Starlette(
-        routes=[
-            Route("/v1/completions", endpoints.completions, methods=["POST"]),
-            Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
-            Route("/v1/models", endpoints.models),
-            Route("/v1/models/{model:path}", endpoints.model),
-            Route("/health", endpoints.health),
-            Route("/ready", endpoints.ready),
-            Route("/metrics", endpoints.metrics),
-        ],
+    app = Starlette(
+        routes=endpoints.routes(),
         middleware=[Middleware(ApiKeyGuard, keys=tuple(api_keys))] if api_keys else [],
         exception_handlers={ApiError: _refused, HTTPException: _http_error, Exception: _failed},
     )
+    return RequestLog(app)
 
 
 class _Endpoints:
@@ -49,15 +44,27 @@ class _Endpoints:
         self._service, self._max_body = service, max_body
         self._created = int(time.time())
 
+    def routes(self) -> list[Route]:
+        """Every path that is answered."""
+        return [
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{model:path}", self.model),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/metrics", self.metrics),
+        ]
+
     async def completions(self, request: Request) -> Answer:
         """POST /v1/completions."""
         wanted = completion_request(await self._document(request), self._service.limits)
-        return await self._answer(wanted, CompletionReply)
+        return await self._answer(request, wanted, CompletionReply)
 
     async def chat(self, request: Request) -> Answer:
         """POST /v1/chat/completions."""
         wanted = chat_request(await self._document(request), self._service.limits)
-        return await self._answer(wanted, ChatReply)
+        return await self._answer(request, wanted, ChatReply)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -89,8 +96,8 @@ class _Endpoints:
             raise shutting_down()
         return json_object(await read_body(request, self._max_body))
 
-    async def _answer(self, wanted: ApiRequest, form: type[Reply]) -> Answer:
-        handle = await self._service.start(wanted)
+    async def _answer(self, request: Request, wanted: ApiRequest, form: type[Reply]) -> Answer:
+        handle = await self._service.start(wanted, request_trace(request.scope).id)
         reply = form(wanted.model, self._service.texts, stream=wanted.stream, with_usage=wanted.include_usage)
         return Answer(self._service, handle, wanted, reply)
 
@@ -107,14 +114,14 @@ class _Endpoints:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error_response(error)
+    return Refusal(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:80]}: {error.detail}"
-    return error_response(ApiError(error.status_code, message, headers=error.headers))
+    return Refusal(ApiError(error.status_code, message, headers=error.headers))
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return error_response(internal("an unexpected failure; the server's log has it"))
+    return Refusal(unexpected(request_trace(request.scope).id))

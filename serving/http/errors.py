@@ -13,7 +13,10 @@ RETRY_AFTER_S = 1
 
 
 class ApiError(Exception):
-    """A refusal. `param` is the field of the request that was wrong, `code` OpenAI's word for the mistake."""
+    """A refusal. `param` is the field of the request that was wrong, `code` OpenAI's word for the mistake.
+
+    `logged` is what the log may say where the message may hold a piece of the prompt.
+    """
 
     def __init__(
         self,
@@ -24,8 +27,10 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        logged: str | None = None,
     ) -> None:
         super().__init__(message)
+        self.logged = message if logged is None else logged
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
         self.headers = dict(headers or {})
 
@@ -82,6 +87,11 @@ def internal(message: str) -> ApiError:
     return ApiError(500, message, kind="server_error")
 
 
+def unexpected(request_id: str) -> ApiError:
+    """A failure of which the client learns nothing but where to look."""
+    return internal(f"an unexpected failure; the server's log has it under the request id {request_id}")
+
+
 def from_engine(error: StarlingError, prompt_field: str) -> ApiError:
     """What an engine's refusal is to a client; `prompt_field` is the field that held the prompt."""
     message = str(error)
@@ -89,5 +99,6 @@ def from_engine(error: StarlingError, prompt_field: str) -> ApiError:
         return bad_field(message.partition(" ")[0].partition("[")[0], message)
     if isinstance(error, PromptError):
         code = "context_length_exceeded" if "KV cache holds" in message else None
-        return bad_field(prompt_field, message, code)
+        # What a chat template says may quote the messages.
+        return ApiError(400, message, param=prompt_field, code=code, logged=message.partition(": ")[0])
     return internal(message)

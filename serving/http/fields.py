@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from starling.serving.http.errors import ApiError, bad_field
 
 T = TypeVar("T")
 
-_WORDS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number", list: "a list"}
+_WORDS = {
+    **{str: "a string", bool: "true or false", int: "a whole number", float: "a number", list: "a list"},
+    dict: "an object",
+}
+#: Fields whose values are the client's texts: no message, which may end up in a log, quotes them.
+_TEXTS = frozenset({"prompt", "messages", "suffix", "prediction", "tools", "functions", "response_format", "stop"})
+
+#: Fields that are taken only with a value that changes nothing: those values, and what to do without the others.
+Unsupported: TypeAlias = Mapping[str, tuple[tuple[object, ...], str]]
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -52,23 +61,33 @@ class Fields:
         value = self.values.get(name)
         same = [value == other and isinstance(value, bool) is isinstance(other, bool) for other in accepted]
         if value is not None and not any(same):
-            raise bad_field(name, f"{name} is {_shown(value)}: {why}", "unsupported_parameter")
+            raise bad_field(name, f"{name} is {_shown(name, value)}: {why}", "unsupported_parameter")
+
+    def refuse_unsupported(self, table: Unsupported) -> None:
+        """Refuse the fields of a table where their values are none of those that change nothing."""
+        for name, (accepted, why) in table.items():
+            self.only(name, *accepted, why=why)
 
     def refuse_unknown(self, known: Collection[str]) -> None:
         """Refuse fields of other names, which would be ignored otherwise."""
         for name in self.values:
             if name not in known:
-                raise bad_field(name, f"there is no parameter {name!r} here: leave it out", "unknown_parameter")
+                short = name[:60]  # a name may be as long as the body
+                raise bad_field(short, f"there is no parameter {short!r} here: leave it out", "unknown_parameter")
 
 
 def _checked(name: str, value: Any, kind: type[T]) -> T:
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        raise bad_field(name, f"{name} is {_shown(value)}: give {_WORDS[kind]}", "invalid_type")
+        raise bad_field(name, f"{name} is {_shown(name, value)}: give {_WORDS[kind]}", "invalid_type")
+    if kind is float and abs(value) > sys.float_info.max and isinstance(value, int):
+        raise bad_field(name, f"{name} is {_shown(name, value)}: give a number that a float can hold", "invalid_value")
     checked: T = value
     return checked
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
+    if name in _TEXTS:
+        return _WORDS[type(value)]
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:59]}…"

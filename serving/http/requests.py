@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from starling.engine.sampling import SamplingParams
 from starling.serving.http.errors import ApiError, bad_field
-from starling.serving.http.fields import Fields
+from starling.serving.http.fields import Fields, Unsupported
 from starling.serving.http.messages import read_messages
 from starling.serving.http.sampling_fields import (
     IGNORED_FIELDS,
@@ -26,12 +26,29 @@ COMPLETION_TOKENS = 16
 #: OpenAI's defaults; those of the bundle go before them.
 API_DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
 
-_COMMON = SAMPLING_FIELDS | IGNORED_FIELDS | {"model", "stream", "stream_options", "logprobs"}
-_COMPLETION = _COMMON | {"prompt", "echo", "best_of", "suffix"}
-_CHAT = _COMMON | {
-    *("messages", "template", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "functions"),
-    *("function_call", "response_format", "modalities", "audio", "prediction", "reasoning_effort"),
+UNSUPPORTED_COMPLETION: Unsupported = {
+    "echo": ((False,), "the prompt is not repeated in the answer"),
+    "best_of": ((1,), "only 1 choice is generated"),
+    "suffix": (("",), "text is generated at the end of the prompt only"),
 }
+UNSUPPORTED_CHAT: Unsupported = {
+    "tools": (([],), "tools are not supported; describe them in a message"),
+    "functions": (([],), "tools are not supported; describe them in a message"),
+    "tool_choice": (("none", "auto"), "tools are not supported"),
+    "function_call": (("none", "auto"), "tools are not supported"),
+    "response_format": (({"type": "text"},), "only text is generated, without a grammar"),
+    "modalities": ((["text"],), "only text is generated"),
+    "audio": ((), "it is not supported"),
+    "prediction": ((), "it is not supported"),
+    "reasoning_effort": ((), "it is not supported"),
+}
+#: Without tools it says nothing about the answer either.
+IGNORED_CHAT = IGNORED_FIELDS | {"parallel_tool_calls"}
+
+#: All that a body may name; anything else is refused.
+_COMMON = SAMPLING_FIELDS | {"model", "stream", "stream_options", "logprobs"}
+COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", *UNSUPPORTED_COMPLETION}
+CHAT_FIELDS = _COMMON | IGNORED_CHAT | {"messages", "template", "top_logprobs", *UNSUPPORTED_CHAT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +86,9 @@ class ApiRequest:
 def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
     """The body of /v1/completions. Raises ApiError that names the field."""
     fields = Fields(document)
-    fields.refuse_unknown(_COMPLETION)
+    fields.refuse_unknown(COMPLETION_FIELDS)
     model = _model(fields, limits)
-    fields.only("echo", False, why="the prompt is not repeated in the answer")
-    fields.only("best_of", 1, why="only 1 choice is generated")
-    fields.only("suffix", "", why="text is generated at the end of the prompt only")
+    fields.refuse_unsupported(UNSUPPORTED_COMPLETION)
     logprobs = _count("logprobs", fields.optional("logprobs", int))
     params = read_sampling(fields, limits.defaults, max_tokens=COMPLETION_TOKENS, logprobs=logprobs)
     return ApiRequest(model, params, *_streaming(fields), read_deadline(fields), prompt=_prompt(fields))
@@ -82,16 +97,9 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
 def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
     """The body of /v1/chat/completions. Raises ApiError that names the field."""
     fields = Fields(document)
-    fields.refuse_unknown(_CHAT)
+    fields.refuse_unknown(CHAT_FIELDS)
     model = _model(fields, limits)
-    for name in ("tools", "functions"):
-        fields.only(name, [], why="tools are not supported; describe them in a message")
-    for name in ("tool_choice", "function_call"):
-        fields.only(name, "none", "auto", why="tools are not supported")
-    fields.only("response_format", {"type": "text"}, why="only text is generated, without a grammar")
-    fields.only("modalities", ["text"], why="only text is generated")
-    for name in ("audio", "prediction", "reasoning_effort"):
-        fields.only(name, why="it is not supported")
+    fields.refuse_unsupported(UNSUPPORTED_CHAT)
     params = read_sampling(fields, limits.defaults, max_tokens=limits.max_seq, logprobs=_chat_logprobs(fields))
     return ApiRequest(
         model,

@@ -8,17 +8,24 @@ from typing import Any
 from starling.engine.errors import SamplingError
 from starling.engine.sampling import SamplingParams
 from starling.serving.http.errors import bad_field, from_engine
-from starling.serving.http.fields import Fields
+from starling.serving.http.fields import Fields, Unsupported
 
 #: OpenAI's own limit on strings in `stop`.
 MOST_STOPS = 4
 MOST_LOGPROBS = 20
 
+_PENALTY = "it is not supported; use repetition_penalty (above 1 makes repetition less likely)"
+UNSUPPORTED_SAMPLING: Unsupported = {
+    "n": ((1,), "only 1 choice is generated; send a request for each"),
+    "presence_penalty": ((0,), _PENALTY),
+    "frequency_penalty": ((0,), _PENALTY),
+    "logit_bias": (({},), "it is not supported"),
+}
 SAMPLING_FIELDS = frozenset(
     {
-        *("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "n"),
-        *("presence_penalty", "frequency_penalty", "logit_bias"),
+        *("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
         *("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "deadline_s"),
+        *UNSUPPORTED_SAMPLING,
     }
 )
 #: Fields that say nothing about the answer.
@@ -34,7 +41,7 @@ def read_sampling(
 
     Raises ApiError that names the field for a bad value, and for what is not supported.
     """
-    _refuse_unsupported(fields)
+    fields.refuse_unsupported(UNSUPPORTED_SAMPLING)
     values: dict[str, Any] = dict(defaults)
     values |= {name: value for name in _FLOATS if (value := fields.optional(name, float)) is not None}
     values |= {name: value for name in ("top_k", "seed") if (value := fields.optional(name, int)) is not None}
@@ -63,13 +70,6 @@ def read_deadline(fields: Fields) -> float | None:
     if seconds is not None and not 0 < seconds < float("inf"):
         raise bad_field("deadline_s", f"deadline_s is {seconds}: give seconds above 0", "invalid_value")
     return seconds
-
-
-def _refuse_unsupported(fields: Fields) -> None:
-    fields.only("n", 1, why="only 1 choice is generated; send a request for each")
-    for name in ("presence_penalty", "frequency_penalty"):
-        fields.only(name, 0, why="it is not supported; use repetition_penalty (above 1 makes repetition less likely)")
-    fields.only("logit_bias", {}, why="it is not supported")
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

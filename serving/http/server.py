@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from starling.engine.errors import StarlingError
+from starling.serving.http.logs import numeric
 from starling.serving.http.service import Service
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -39,12 +40,23 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    app: Starlette, service: Service, listener: socket.socket, *, grace_s: float, on_ready: Callable[[], None]
+    app: ASGIApp,
+    service: Service,
+    listener: socket.socket,
+    *,
+    grace_s: float,
+    on_ready: Callable[[], None],
+    log_level: str = "info",
 ) -> None:
-    """Serve until SIGINT or SIGTERM; then finish what runs within `grace_s` seconds. A second signal ends at once."""
+    """Serve until SIGINT or SIGTERM; then finish what runs within `grace_s` seconds. A second signal ends at once.
+
+    `log_level` is one of logs.LEVELS; where the lines go is for `configure_logging`.
+    """
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        # Without it uvicorn sets up loggers of its own; without a level it looks closely at every message.
+        log_config=None,
+        log_level=numeric(log_level),
         access_log=False,
         lifespan="off",
         server_header=False,

@@ -27,13 +27,16 @@ class Service:
         self._loop = loop
         self._running: set[RequestHandle] = set()
 
-    async def start(self, request: ApiRequest) -> RequestHandle:
-        """Queue a request. Raises ApiError: 400 for a bad prompt, 429 where there is no room, 503 at the end."""
+    async def start(self, request: ApiRequest, request_id: str) -> RequestHandle:
+        """Queue a request, under the id of its HTTP request.
+
+        Raises ApiError: 400 for a bad prompt, 429 where there is no room, 503 at the end.
+        """
         if self.draining:
             raise shutting_down()
         try:
             # Templates and tokenizing take milliseconds, in which streams go on.
-            handle = await asyncio.to_thread(self._submit, request)
+            handle = await asyncio.to_thread(self._submit, request, request_id)
         except QueueFullError as error:
             raise busy(f"{error.args[0].partition(':')[0]}: try again later") from None
         except ClosedError:
@@ -53,7 +56,7 @@ class Service:
         for handle in tuple(self._running):
             handle.cancel()
 
-    def _submit(self, request: ApiRequest) -> RequestHandle:
+    def _submit(self, request: ApiRequest, request_id: str) -> RequestHandle:
         ids = checked_ids(self._encoded(request), self.engine.bundle, self.limits.max_seq)
         if len(ids) > self.limits.max_prompt:
             raise bad_field(
@@ -61,7 +64,10 @@ class Service:
                 f"the prompt has {len(ids)} tokens, but this server takes {self.limits.max_prompt}: shorten it",
                 "context_length_exceeded",
             )
-        return self._loop.submit(ids, request.params, deadline_s=request.deadline_s, reply=request.messages is not None)
+        is_chat = request.messages is not None
+        return self._loop.submit(
+            ids, request.params, deadline_s=request.deadline_s, reply=is_chat, request_id=request_id
+        )
 
     def _encoded(self, request: ApiRequest) -> list[int]:
         if request.messages is not None:

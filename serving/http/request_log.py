@@ -1,0 +1,156 @@
+"""A line in the log for each request, when it has ended, and the id that stands in it and in the response."""
+
+from __future__ import annotations
+
+import logging
+import re
+from asyncio import CancelledError
+from time import perf_counter
+from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from starling.engine.results import FinishReason, Timings
+from starling.serving.http.errors import ApiError
+
+LOGGER = logging.getLogger("starling.serve.request")
+
+HEADER = b"x-request-id"
+#: What a client's own id must be to be taken: a word that fits any log.
+SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@,~-]{1,128}")
+#: Asked every few seconds by machines; in the log at the level debug only.
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+#: nginx's word for a client that went away before its answer was complete; it never goes over the wire.
+CLIENT_GONE = 499
+#: The fields of a request's line, in JSON all of them.
+FIELDS = (
+    *("request_id", "client", "method", "path", "status", "prompt_tokens", "completion_tokens"),
+    *("ttft_ms", "total_ms", "finish_reason", "error", "error_code"),
+)
+
+_IN_MESSAGE = FIELDS[2:5]
+_KEY = "starling.request"
+_MOST_OF_A_PATH = 100
+
+
+class RequestTrace:
+    """What is known of one HTTP request, for its line in the log; each part notes what it learns."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope, self._begin = scope, perf_counter()
+        self.id = _request_id(scope)
+        self.status = 0
+        #: Whether the whole response has been handed over for sending.
+        self.complete = False
+        self.client_gone = False
+        self._timings: Timings | None = None
+        self._finish_reason: FinishReason | None = None
+        self._refusal: ApiError | None = None
+        self._failure: BaseException | None = None
+
+    def note_end(self, timings: Timings, reason: FinishReason) -> None:
+        """The generation has ended."""
+        self._timings, self._finish_reason = timings, reason
+
+    def note_refusal(self, error: ApiError) -> None:
+        """The client gets this error."""
+        self._refusal = error
+
+    def note_failure(self, error: BaseException) -> None:
+        """What nobody expected; its traceback goes to the log."""
+        self._failure = error
+
+    def log(self) -> None:
+        """Write the line."""
+        level = self._level()
+        if LOGGER.isEnabledFor(level):
+            fields = self._fields()
+            message = f"{fields['method']} {fields['path']} {fields['status']}"
+            LOGGER.log(level, message, exc_info=self._failure, extra={"fields": fields, "in_message": _IN_MESSAGE})
+
+    def _level(self) -> int:
+        status = self._refusal.status if self._refusal else self.status
+        if self._failure is not None or (status == 500 and not self.client_gone):
+            return logging.ERROR
+        if status > 500 and not self.client_gone:
+            return logging.WARNING
+        return logging.DEBUG if self._scope["path"] in PROBES else logging.INFO
+
+    def _fields(self) -> dict[str, Any]:
+        timings, client = self._timings, self._scope.get("client")
+        return {
+            "request_id": self.id,
+            "client": client[0] if client else None,
+            "method": self._scope["method"][:20],
+            # Percent-encoded, and without the query, in which some clients put what nobody should see.
+            "path": quote(self._scope["path"][:_MOST_OF_A_PATH], errors="replace"),
+            "status": CLIENT_GONE if self.client_gone else self.status,
+            "prompt_tokens": timings.prompt_tokens if timings else None,
+            "completion_tokens": timings.new_tokens if timings else None,
+            "ttft_ms": round(timings.ttft_ms, 1) if timings and timings.new_tokens else None,
+            "total_ms": round((perf_counter() - self._begin) * 1e3, 1),
+            "finish_reason": self._finish_reason,
+            "error": self._error(),
+            "error_code": self._refusal.code if self._refusal and not self.client_gone else None,
+        }
+
+    def _error(self) -> str | None:
+        if self._failure is not None:
+            return f"{type(self._failure).__name__}: {self._failure}"
+        if self.client_gone:
+            return "the client went away before the answer was complete"
+        return self._refusal.logged if self._refusal else None
+
+
+class RequestLog:
+    """The outermost part of the application: every request, refused ones too, gets its id and its line."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, and log it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        trace = scope[_KEY] = RequestTrace(scope)
+
+        async def receive_noted() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect" and not trace.complete:
+                trace.client_gone = True
+            return message
+
+        async def send_noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                trace.status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (HEADER, trace.id.encode())]}
+            elif not message.get("more_body", False):
+                trace.complete = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive_noted, send_noted)
+        except CancelledError as error:
+            trace.note_failure(error)
+            raise
+        except Exception as error:
+            trace.note_failure(error)
+            if not trace.complete:
+                raise  # the server must not take the connection for a good one
+        finally:
+            trace.log()
+
+
+def request_trace(scope: Scope) -> RequestTrace:
+    """The trace of the request that a part of the application answers."""
+    trace: RequestTrace = scope[_KEY]
+    return trace
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own id where it is sane, else a new one."""
+    given = next((value for name, value in scope["headers"] if name == HEADER), b"")
+    return given.decode() if SANE_ID.fullmatch(given) else uuid4().hex
