@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from starling.cli.options import backend_options, bundle_argument, json_option
-from starling.cli.output import human_bytes, note, print_json
+from starling.cli.output import human_bytes, note, print_json, print_rows
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,9 +134,7 @@ def _print(document: dict[str, Any]) -> None:
             ("top-1 agreement", f"{far['top1_agreement']:.2%}"),
             ("max |Δlogit|", f"{far['max_abs_logit_diff']:.3g}"),
         ]
-    width = max(len(name) for name, _ in rows)
-    for name, line in rows:
-        click.echo(f"{click.style(name.ljust(width), bold=True)}  {line}")
+    print_rows(rows)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from starling.cli.options import backend_options, json_option, speculation_option
-from starling.cli.output import note, print_json
+from starling.cli.output import note, print_json, screen_width
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from starling.profiling.profile import Progress
 
 Document = dict[str, Any]
+#: Columns of a report in a pipe or a file, which have no width of their own; and the fewest that one is laid out for.
+PIPED_WIDTH, LEAST_WIDTH = 120, 40
 
 
 class Counts(click.ParamType[tuple[int, ...]]):
@@ -118,7 +120,7 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
     sweep = Sweep(**{name: settings[name] for name in counts})
     options = Options(**{name: value for name, value in settings.items() if name not in counts})
     with _progress() as progress:
-        profile = measure(Bundle.open(folder), sweep, options, progress)
+        profile = measure(Bundle.open(folder), sweep, options, progress, lambda text: note(f"warning: {text}"))
     if options.speculation is not None and sweep.max_batch > 1:
         note("batches of several rows ran without speculation, which is for one prompt at a time")
     if profile.note is not None:
@@ -165,6 +167,4 @@ def _progress() -> Iterator[Progress]:
 def _print(content: RenderableType) -> None:
     from rich.console import Console
 
-    console = Console()
-    # Off a terminal rich assumes 80 columns and would fold the table.
-    Console(width=None if console.is_terminal else 120).print(content)
+    Console(width=max(screen_width() or PIPED_WIDTH, LEAST_WIDTH)).print(content)

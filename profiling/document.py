@@ -106,9 +106,11 @@ def _measurement(measured: Measurement) -> dict[str, Any]:
     return {
         **asdict(latencies.point),
         "time_to_first_token_ms": asdict(latencies.ttft_ms),
+        "time_to_first_token_last_row_ms": asdict(latencies.last_row_ttft_ms),
         "inter_token_latency_ms": asdict(latencies.itl_ms),
         "time_per_output_token_ms": asdict(latencies.tpot_ms),
         "request_latency_ms": asdict(latencies.request_latency_ms),
+        "request_latency_last_row_ms": asdict(latencies.last_row_latency_ms),
         "host_us_per_step": asdict(latencies.host_us),
         "output_tokens_per_second": _speeds(latencies),
         "inter_token_latency_by_position_ms": latencies.itl_by_position_ms,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from starling.engine.backend import PREFILL_CHUNK, Backend, default_threads
@@ -11,6 +11,7 @@ from starling.engine.bundle import Bundle
 from starling.engine.engine import Engine
 from starling.profiling.cold_start import ColdStart, measure_cold_start
 from starling.profiling.environment import Environment, describe_environment
+from starling.profiling.figures import load_warning
 from starling.profiling.latency import Latencies, measure_latencies
 from starling.profiling.machine import peak_rss_bytes
 from starling.profiling.operators import OperatorProfile
@@ -21,7 +22,7 @@ from starling.profiling.roofline import Roof, decode_work, prefill_work, under_r
 from starling.profiling.settings import Point, Sweep
 from starling.profiling.tensorrt_operators import profile_tensorrt_operators
 
-#: Told what is being done, and how many of how many steps are behind it.
+#: Told what is being done, and how many of how many steps are done.
 Progress = Callable[[str, int, int], None]
 
 
@@ -75,9 +76,13 @@ class Profile:
 
 
 def measure(
-    bundle: Bundle, sweep: Sweep, options: Options, progress: Progress = lambda text, done, total: None
+    bundle: Bundle,
+    sweep: Sweep,
+    options: Options,
+    progress: Progress = lambda text, done, total: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Profile:
-    """Measure `bundle`, one point after the other on one engine.
+    """Measure `bundle`, one point after the other on one engine; `warn` is told before the first what will spoil them.
 
     Raises UserError for settings that the model has no room for, BackendError where it cannot be run.
     """
@@ -96,6 +101,8 @@ def measure(
     ) as engine:
         if options.nvtx:
             engine.backend = RangedBackend(engine.backend)
+        if (warning := load_warning(asdict(environment))) is not None:
+            warn(warning)
         latencies = [measure_latencies(engine, point, sweep, steps.of(point)) for point in sweep.points]
         backend, load_s, cache = engine.backend, engine.load_seconds, engine.kv_cache_bytes
     peak, threads = peak_rss_bytes(), options.threads or default_threads()
