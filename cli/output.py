@@ -14,8 +14,7 @@ import click
 
 from starling.engine.errors import PromptError
 
-
-#: Of a terminal that does not say its own; and the narrowest text beside a name.
+#: Columns of a terminal that does not say; and the fewest for the text beside a name.
 USUAL_WIDTH, LEAST_TEXT = 80, 20
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from starling.cli.options import backend_options, json_option, speculation_option
 from starling.cli.output import note, print_json, screen_width
@@ -34,10 +36,10 @@ class Counts(click.ParamType[tuple[int, ...]]):
         """The numbers; a usage error for anything else."""
         if isinstance(value, tuple):
             return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(re.fullmatch("-?[0-9]{1,12}", part) for part in parts):
             self.fail(f"{value!r} is not a list of whole numbers like 128,1024", param, ctx)
+        return tuple(map(int, parts))
 
 
 @click.command()
@@ -73,7 +75,7 @@ def command(
 ) -> None:
     """Measure TTFT, ITL, TPOT, request latency, host time, cold start, memory, and the share of the machine's limits.
 
-    Decoding is greedy and goes on behind end tokens, so every run has the same length. Lists make a sweep over all
+    Decoding is greedy and goes on after end tokens, so every run has the same length. Lists make a sweep over all
     their combinations. The machine's own read bandwidth and arithmetic peak are measured in the same run.
 
     \b
@@ -85,7 +87,8 @@ def command(
       starling profile --compare a.json b.json
     """
     if compare:
-        _compare(*compare, bundle=bundle, as_json=as_json)
+        _refuse_to_measure(bundle)
+        _compare(*compare, as_json=as_json)
         return
     if bundle is None:
         raise UserError("no BUNDLE is given: starling profile BUNDLE, or --compare A.json B.json")
@@ -128,9 +131,19 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
     return profile_document(profile)
 
 
-def _compare(before: Path, after: Path, *, bundle: Path | None, as_json: bool) -> None:
+def _refuse_to_measure(bundle: Path | None) -> None:
+    """Raises UserError where --compare stands beside what it would have to leave undone."""
+    context = click.get_current_context()
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name}
+    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    others = [options[name] for name in given if name not in ("bundle", "compare", "as_json")]
     if bundle is not None:
-        raise UserError(f"--compare measures nothing: leave {bundle} out")
+        others = [str(bundle), *others]
+    if others:
+        raise UserError(f"--compare measures nothing: leave {', '.join(others)} out")
+
+
+def _compare(before: Path, after: Path, *, as_json: bool) -> None:
     from starling.profiling.compare import compare, comparison_document
     from starling.profiling.compare_report import render_comparison
     from starling.profiling.document import read_profile

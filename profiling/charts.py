@@ -97,15 +97,14 @@ def sweep_chart(document: Document, key: str, label: str) -> str:
     ends = [(float(max(lengths)), f"batch {batch}") for batch in series]
     top = max(value for line in series.values() for _, value in line)
     low = min(lengths) * 0.8
-    plot = Plot(
-        Axis(low, end_with_room(low, max(lengths) * 1.05, ends), "prompt tokens"), Axis(0, top * 1.15, label), height=260
-    )
+    x = Axis(low, end_with_room(low, max(lengths) * 1.05, ends), "prompt tokens")
+    plot = Plot(x, Axis(0, top * 1.15, label), height=260)
     for index, (batch, line) in enumerate(series.items()):
         colour = f"c{index % _COLOURS + 1}"
         line.sort()
         plot.line(line, f"line {colour}")
-        for x, y in line:
-            plot.dot(x, y, colour, f"batch {batch}, {x:.0f} tokens: {milliseconds(y)} ms")
+        for length, y in line:
+            plot.dot(length, y, colour, f"batch {batch}, {length:.0f} tokens: {milliseconds(y)} ms")
     plot.names([(line[-1], f"batch {batch}") for batch, line in series.items()])
     return plot.render(f"{label} over the prompt's length")
 

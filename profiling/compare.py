@@ -63,7 +63,7 @@ class SingleDifference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`changed` names what else is different between the two, each as (what, A's, B's); `warnings` what spoils either."""
+    """`changed` names what else differs between the two, each as (what, A's, B's); `warnings` what spoils either."""
 
     differences: tuple[Difference, ...]
     singles: tuple[SingleDifference, ...]

@@ -47,7 +47,7 @@ def _has_enough_steps(row: Difference) -> bool:
 
 
 def _table(title: str, rows: list[Difference]) -> Figures:
-    cells = [
+    cells: list[list[str | Text]] = [
         [
             _name(row),
             milliseconds(row.before),

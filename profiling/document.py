@@ -16,6 +16,11 @@ from starling.profiling.profile import Measurement, Profile
 from starling.profiling.roofline import Roof
 
 FORMAT, FORMAT_VERSION = "starling-profile", 2
+#: What a document of this version always has.
+_FIELDS = (
+    *("environment", "bundle", "run", "load_s", "cold_start"),
+    *("memory", "machine_peaks", "measurements", "operators"),
+)
 
 
 def profile_document(profile: Profile) -> dict[str, Any]:
@@ -82,6 +87,9 @@ def read_profile(file: Path) -> dict[str, Any]:
             f"{file} has format_version {document.get('format_version')!r}, this Starling reads {FORMAT_VERSION}: "
             "profile the bundle again"
         )
+    missing = [name for name in _FIELDS if name not in document]
+    if missing:
+        raise UserError(f"{file} has no {', '.join(missing)}: it is not whole; profile the bundle again")
     return document
 
 

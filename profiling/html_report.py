@@ -86,6 +86,7 @@ def _tiles(document: Document) -> str:
 
 
 def _sweep(points: Sequence[Document], document: Document) -> str:
+    batches = any(point["batch"] > 1 for point in points)
     headings = [
         "prompt",
         "new",
@@ -93,8 +94,7 @@ def _sweep(points: Sequence[Document], document: Document) -> str:
         "TTFT p50",
         "ITL p50",
         "ITL p99",
-        "tok/s a row",
-        "tok/s all rows",
+        *(("tok/s a row", "tok/s all rows") if batches else ("tok/s",)),
         "decode roof",
     ]
     rows = [
@@ -106,7 +106,7 @@ def _sweep(points: Sequence[Document], document: Document) -> str:
             milliseconds(point["inter_token_latency_ms"]["p50"]),
             _p99(point["inter_token_latency_ms"]),
             f"{point['output_tokens_per_second']['per_row']:.1f}",
-            f"{point['output_tokens_per_second']['total']:.1f}",
+            *([f"{point['output_tokens_per_second']['total']:.1f}"] if batches else []),
             NOT_GIVEN if point["decode_roof"] is None else f"{point['decode_roof']['share']:.0%}",
         ]
         for point in points
@@ -147,7 +147,8 @@ def _point(measured: Document) -> str:
     gpu = "" if measured["gpu"] is None else _card(_gpu(measured["gpu"]))
     drafted = drafts(measured)
     speculation = "" if drafted is None else f'<p class="quiet">speculation: {escape(drafted)}</p>'
-    return f"<h2>{escape(point_line(measured))}</h2>{speculation}{_card(_table(['ms', 'n', *STATISTICS], rows))}{grid}{gpu}"
+    table = _card(_table(["ms", "n", *STATISTICS], rows))
+    return f"<h2>{escape(point_line(measured))}</h2>{speculation}{table}{grid}{gpu}"
 
 
 def _gpu(gpu: Document) -> str:

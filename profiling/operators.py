@@ -106,9 +106,9 @@ def by_phase(runs: Sequence[ProfiledRun], prefills: int, parts: KernelParts) -> 
 def group(runs: Iterable[tuple[float, list[Kernel]]], parts: KernelParts) -> PhaseTime:
     """What every operator of every part takes in the median run; each run is (milliseconds, kernels).
 
-    Its time is its mean share of the runs in the middle, by their length, times the median run. Medians of each operator
-    alone would not add up: on a busy machine different runs are slow in different operators, and the sum of the medians
-    lies far below the median run, or above it.
+    Its time is its mean share of the middle half of the runs, by their length, times the median run. A median of each
+    operator alone would not add up: on a busy machine different runs are slow in different operators, and the sum of
+    the medians lies far below the median run, or above it.
     """
     listed = [(ms, [((parts.part(name, operator), operator), us) for name, operator, us in run]) for ms, run in runs]
     run_ms, middle = median(ms for ms, _ in listed), _middle_half(listed)

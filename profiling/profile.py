@@ -9,9 +9,11 @@ from pathlib import Path
 from starling.engine.backend import PREFILL_CHUNK, Backend, default_threads
 from starling.engine.bundle import Bundle
 from starling.engine.engine import Engine
+from starling.engine.errors import UserError
+from starling.engine.ort_backend import choose_provider
 from starling.profiling.cold_start import ColdStart, measure_cold_start
 from starling.profiling.environment import Environment, describe_environment
-from starling.profiling.figures import load_warning
+from starling.profiling.figures import load_warning, size
 from starling.profiling.latency import Latencies, measure_latencies
 from starling.profiling.machine import peak_rss_bytes
 from starling.profiling.operators import OperatorProfile
@@ -88,6 +90,7 @@ def measure(
     """
     positions = sweep.positions(bundle, options.max_seq)
     environment, steps = describe_environment(), _Steps(sweep, options, progress)
+    _require_memory(bundle, sweep, options.backend, positions, environment.machine["memory_available_bytes"])
     cold = _cold_start(bundle, sweep, options, positions, steps) if options.cold_start else None
     steps.next("loading")
     with Engine(
@@ -156,6 +159,18 @@ def _cold_start(bundle: Bundle, sweep: Sweep, options: Options, positions: int, 
         engine=options.engine,
         threads=options.threads,
     )
+
+
+def _require_memory(bundle: Bundle, sweep: Sweep, backend: str, positions: int, free: int) -> None:
+    """Raises UserError for a KV cache that this machine cannot hold; opening takes it, and writing to it fails."""
+    cache = bundle.kv_cache.bytes_per_token * positions * sweep.max_batch
+    if bundle.dialect != "ort" or backend.startswith("tensorrt") or cache <= free:
+        return
+    if choose_provider(bundle, backend) == CPU_PROVIDER:
+        raise UserError(
+            f"--batch {sweep.max_batch} with {positions} positions a row needs a KV cache of {size(cache)}, and "
+            f"{size(free)} of memory is free: lower --batch, --prompt-tokens or --max-seq"
+        )
 
 
 def _measurement(bundle: Bundle, latencies: Latencies, peaks: MachinePeaks | None) -> Measurement:

@@ -34,7 +34,7 @@ Document = Mapping[str, Any]
 
 
 def render(document: Document) -> RenderableType:
-    """Heading, sweep, each point's latencies and figures, what was measured once, operators; terms under their tables."""
+    """Heading, sweep, each point's figures, what was measured once, the terms; then the operators with theirs."""
     points, operators = document["measurements"], document["operators"]
     parts: list[RenderableType] = [Text(bundle_line(document), "bold"), Text(run_line(document), "dim")]
     if (warning := load_warning(document["environment"])) is not None:

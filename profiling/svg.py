@@ -98,7 +98,7 @@ class Plot:
 
     def names(self, ends: Sequence[tuple[tuple[float, float], str]]) -> None:
         """A name beside the end of each line; those that would overlap are moved apart, upwards from the lowest."""
-        lowest = self.height - BOTTOM + LINE
+        lowest = float(self.height - BOTTOM + LINE)
         for (x, y), label in sorted(ends, key=lambda end: end[0][1]):
             lowest = min(self.py(y) + BESIDE, lowest - LINE)
             self._marks.append(_text(self.px(x) + 2 * BESIDE, lowest, label, "start"))
