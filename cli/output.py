@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 import click
@@ -51,10 +50,10 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
 
 def print_hanging(mark: str, width: int, text: str) -> None:
     """`mark`, which takes `width` columns, and the text beside it. No word is cut: paths and digests can be copied."""
+    from starling.profiling.folding import fold
+
     room, indent = screen_width(), width + 2
-    lines = [text]
-    if room is not None:
-        lines = wrap(text, max(room - indent, LEAST_TEXT), break_long_words=False, break_on_hyphens=False) or [""]
+    lines = [text] if room is None else fold(text, max(room - indent, LEAST_TEXT))
     click.echo(f"{mark}  {lines[0]}")
     for line in lines[1:]:
         click.echo(" " * indent + line)

@@ -9,8 +9,7 @@ from starling.profiling.compare import LAST_ROW, Comparison, Difference
 from starling.profiling.figures import gives, milliseconds
 from starling.profiling.legend import HOST, ITL, TPOT, TTFT
 from starling.profiling.legend import LAST_ROW as WHAT_LAST_ROW
-from starling.profiling.report import dim_facts
-from starling.profiling.tables import Figures
+from starling.profiling.tables import Facts, Figures
 
 _STYLES = {"lower": "green", "higher": "red"}
 _VERDICTS = {
@@ -37,7 +36,7 @@ def render_comparison(comparison: Comparison, before: str, after: str) -> Render
         rows = [d for d in shown if (d.prompt_tokens, d.new_tokens, d.batch) == point]
         parts += [Text(), _table("{} prompt tokens, {} new tokens, batch {}".format(*point), rows)]
     left_out = len(shown) < len(comparison.differences)
-    parts += [Text(), _singles(comparison), Text(), dim_facts(_legend(shown, left_out)), Text(_METHOD, "dim")]
+    parts += [Text(), _singles(comparison), Text(), Facts(_legend(shown, left_out), "dim"), Text(_METHOD, "dim")]
     return Group(*parts)
 
 

@@ -107,7 +107,7 @@ def _sweep(points: Sequence[Document], document: Document) -> str:
             _p99(point["inter_token_latency_ms"]),
             f"{point['output_tokens_per_second']['per_row']:.1f}",
             *([f"{point['output_tokens_per_second']['total']:.1f}"] if batches else []),
-            NOT_GIVEN if point["decode_roof"] is None else f"{point['decode_roof']['share']:.0%}",
+            "none" if point["decode_roof"] is None else f"{point['decode_roof']['share']:.0%}",
         ]
         for point in points
     ]

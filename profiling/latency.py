@@ -114,7 +114,7 @@ def measure_latencies(
 ) -> Latencies:
     """Run the engine, which has at least the point's rows and positions.
 
-    Greedy decoding that goes on behind end tokens, from prompts of real sentences, different ones in every row and run.
+    Greedy decoding that goes on after end tokens, from prompts of real sentences, different ones in every row and run.
     """
     runs: list[Run] = []
     with watch_gpu(engine.backend.provider) as gpu:

@@ -11,6 +11,7 @@ Document = Mapping[str, Any]
 
 TTFT = "time to first token, from the call"
 ITL = "inter-token latency, from one token to the next"
+_DRAFTED_ITL = "inter-token latency; of tokens verified together one has all of it"
 TPOT = "time per output token: the mean of a run's inter-token latencies"
 HOST = "a step outside the model's run: choosing the token, its text, stops"
 LAST_ROW = "the slowest row of a run; their prompts are prefilled one by one"
@@ -26,7 +27,14 @@ _FEW = "too few values for this percentile: p90 needs {p90}, p95 {p95}, p99 {p99
 def legend(document: Document) -> dict[str, str]:
     """Term and meaning, in the order of a report."""
     points = document["measurements"]
-    terms = {"TTFT": TTFT, "ITL": ITL, "TPOT": TPOT, "host time": HOST, "n": "how many values"}
+    drafted = any(measured.get("speculation") for measured in points)
+    terms = {
+        "TTFT": TTFT,
+        "ITL": _DRAFTED_ITL if drafted else ITL,
+        "TPOT": TPOT,
+        "host time": HOST,
+        "n": "how many values",
+    }
     if any(_leaves_out(measured) for measured in points):
         terms[NOT_GIVEN] = _FEW
     if any(measured["batch"] > 1 for measured in points):

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.style import Style
-from rich.styled import Styled
 from rich.text import Text
 
 from starling.profiling.figures import (
@@ -28,7 +26,7 @@ from starling.profiling.figures import (
     statistics,
 )
 from starling.profiling.legend import legend, operators_legend
-from starling.profiling.tables import Figures, facts
+from starling.profiling.tables import Facts, Figures
 
 Document = Mapping[str, Any]
 
@@ -42,16 +40,11 @@ def render(document: Document) -> RenderableType:
     if len(points) > 1:
         parts += [Text(), _sweep(points)]
     for measured in points:
-        parts += [Text(), _latencies(measured), facts(_point_facts(measured))]
-    parts += [Text(), facts(_facts(document)), Text(), dim_facts(legend(document))]
+        parts += [Text(), _latencies(measured), Facts(_point_facts(measured))]
+    parts += [Text(), Facts(_facts(document)), Text(), Facts(legend(document), "dim")]
     if operators is not None:
-        parts += [Text(), _operators(operators), dim_facts(operators_legend(operators))]
+        parts += [Text(), _operators(operators), Facts(operators_legend(operators), "dim")]
     return Group(*parts)
-
-
-def dim_facts(rows: Mapping[str, str]) -> RenderableType:
-    """A legend: there for who looks for it."""
-    return Styled(facts(rows), Style(dim=True))
 
 
 def _sweep(points: list[Document]) -> Figures:
@@ -72,7 +65,7 @@ def _sweep_cells(measured: Document) -> list[str]:
         *(milliseconds(measured[key]["p50"]) for key in ("time_to_first_token_ms", "inter_token_latency_ms")),
         f"{speed['per_row']:.1f}",
         f"{speed['total']:.1f}",
-        NOT_GIVEN if roof is None else f"{roof['share']:.0%}",
+        "none" if roof is None else f"{roof['share']:.0%}",
     ]
 
 

@@ -10,6 +10,8 @@ from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from starling.profiling.folding import fold
+
 #: Spaces between columns, and where the table is too wide by that.
 _GAP, _NARROW_GAP = 2, 1
 
@@ -67,11 +69,15 @@ class Figures:
         return table
 
 
-def facts(rows: Mapping[str, str]) -> Table:
+class Facts:
     """A line for each name and what there is to say of it; a long one goes on below its own beginning."""
-    table = Table.grid(padding=(0, _GAP))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows.items():
-        table.add_row(Text(name), Text(text))
-    return table
+
+    def __init__(self, rows: Mapping[str, str], style: str = "") -> None:
+        self._rows, self._style = rows, style
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(map(cell_len, self._rows), default=0) + _GAP
+        for name, text in self._rows.items():
+            first, *others = fold(text, max(options.max_width - width, 1), cut_words=True)
+            yield Text(name.ljust(width) + first, self._style)
+            yield from (Text(" " * width + line, self._style) for line in others)

@@ -20,6 +20,7 @@ from starling.engine.bundle import Bundle
 from starling.profiling.compare import compare, comparison_document
 from starling.profiling.compare_report import render_comparison
 from starling.profiling.figures import STATISTICS, latencies, load_warning, microseconds, milliseconds, statistics
+from starling.profiling.folding import fold
 from starling.profiling.html_report import html_report
 from starling.profiling.profile import Options, measure
 from starling.profiling.report import render
@@ -156,6 +157,13 @@ def test_a_table_that_does_not_fit_goes_on_beside_the_same_names() -> None:
     assert words(screen(table, 14)) >= {"1,234,567", "7,654,321"}
 
 
+def test_a_number_stays_beside_its_unit() -> None:
+    assert fold("weights 157.7 MB, peak RSS 346.4 MB", 31) == ["weights 157.7 MB, peak RSS", "346.4 MB"]
+    assert fold("", 10) == [""]
+    assert fold("a" * 12, 10) == ["a" * 12]
+    assert fold("a" * 12, 10, cut_words=True) == ["a" * 10, "aa"]
+
+
 @pytest.mark.parametrize(("count", "given"), [(1, 0), (9, 0), (10, 1), (19, 1), (20, 2), (99, 2), (100, 3)])
 def test_a_percentile_takes_a_value_above_it(profile: Any, count: int, given: int) -> None:
     few = copy.deepcopy(alone(profile))
@@ -224,6 +232,11 @@ def test_terms_are_told_where_they_are_shown_and_only_there(profile: Any) -> Non
     text = screen(render(bare), 80)
     for term in ("row", "last row", "roof", "executor and profiler"):
         assert not re.search(rf"^{term}  +\w", text, re.MULTILINE), term
+    assert "of tokens verified together one has all of it" not in text
+    drafted = copy.deepcopy(bare)
+    figures = {"drafted_tokens": 4, "accepted_tokens": 2, "acceptance": 0.5, "tokens_per_run": 1.5}
+    drafted["measurements"][0]["speculation"] = figures
+    assert "of tokens verified together one has all of it" in screen(render(drafted), 80)
     assert "the least time that memory or arithmetic allow" in html_report(profile)
     assert "the least time that memory or arithmetic allow" not in html_report(bare)
 
