@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from starling.cli.options import json_option
-from starling.cli.output import human_bytes, print_json
+from starling.cli.output import human_bytes, print_hanging, print_json, print_rows
 
 GOOD, ABSENT = "green", "yellow"
 
@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
     _print_versions(environment)
     for line in environment["findings"]:
         mark = click.style("yes" if line["ok"] else "no ", fg=GOOD if line["ok"] else ABSENT, bold=True)
-        click.echo(f"{mark}  {line['subject']}: {line['text']}")
+        print_hanging(mark, len("yes"), f"{line['subject']}: {line['text']}")
 
 
 def _print_versions(environment: dict[str, Any]) -> None:
@@ -46,8 +46,7 @@ def _print_versions(environment: dict[str, Any]) -> None:
         "onnxruntime": _runtime(environment["onnxruntime"]),
         "GPU": ", ".join(gpu["name"] for gpu in environment["gpus"]) or "none that nvidia-smi shows",
     }
-    for name, text in rows.items():
-        click.echo(f"{click.style(name.ljust(11), bold=True)}  {text}")
+    print_rows(rows.items())
     click.echo()
 
 

@@ -23,7 +23,7 @@ from starling.cli.options import (
     refuse_options,
     renamed_option,
 )
-from starling.cli.output import human_bytes, note, print_json
+from starling.cli.output import human_bytes, note, print_json, print_rows
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -149,9 +149,7 @@ def _print(document: dict[str, Any]) -> None:
             ("top-1 agreement", f"{far['top1_agreement']:.2%}"),
             ("max |Δlogit|", f"{far['max_abs_logit_diff']:.3g}"),
         ]
-    width = max(len(name) for name, _ in rows)
-    for name, line in rows:
-        click.echo(f"{click.style(name.ljust(width), bold=True)}  {line}")
+    print_rows(rows)
 
 
 @contextmanager

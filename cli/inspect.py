@@ -9,7 +9,7 @@ import click
 
 from starling.cli.completion import complete_engine
 from starling.cli.options import bundle_argument, json_option, refuse_options
-from starling.cli.output import human_bytes, print_json
+from starling.cli.output import human_bytes, print_json, print_rows
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,19 +49,13 @@ def command(bundle: Path, max_seq: int | None, engine: str | None, verify: bool,
     opened = Bundle.open(bundle, verify=verify)
     if engine is not None:
         record = open_engine(opened, engine, verify=verify)
-        print_json(engine_document(record)) if as_json else _print_rows(engine_rows(record))
+        print_json(engine_document(record)) if as_json else print_rows(engine_rows(record))
         return
     positions = _positions(opened, max_seq)
     if as_json:
         print_json(_document(opened, positions, verify))
         return
-    _print_rows(_rows(opened, positions, verify))
-
-
-def _print_rows(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        click.echo(f"{click.style(name.ljust(width), bold=True)}  {text}")
+    print_rows(_rows(opened, positions, verify))
 
 
 def _positions(bundle: Bundle, max_seq: int | None) -> int:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from starling.engine.errors import PromptError
+
+#: Columns of a terminal that does not say; and the fewest for the text beside a name.
+USUAL_WIDTH, LEAST_TEXT = 80, 20
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -21,6 +25,38 @@ def print_json(document: Mapping[str, Any]) -> None:
 def note(text: str) -> None:
     """A line for the person at the terminal, on stderr, so that stdout holds nothing but the result."""
     click.secho(text, err=True, dim=True)
+
+
+def screen_width() -> int | None:
+    """Columns of the terminal that stdout is, or as COLUMNS says; None where a pipe or a file knows of none."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    if not sys.stdout.isatty():
+        return None
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or USUAL_WIDTH
+    except (OSError, ValueError):
+        return USUAL_WIDTH
+
+
+def print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Names and what there is to say of each; for a terminal a long text goes on below its own beginning."""
+    listed = list(rows)
+    width = max(len(name) for name, _ in listed)
+    for name, text in listed:
+        print_hanging(click.style(name.ljust(width), bold=True), width, text)
+
+
+def print_hanging(mark: str, width: int, text: str) -> None:
+    """`mark`, which takes `width` columns, and the text beside it. No word is cut: paths and digests can be copied."""
+    from starling.profiling.folding import fold
+
+    room, indent = screen_width(), width + 2
+    lines = [text] if room is None else fold(text, max(room - indent, LEAST_TEXT))
+    click.echo(f"{mark}  {lines[0]}")
+    for line in lines[1:]:
+        click.echo(" " * indent + line)
 
 
 def human_bytes(count: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import click
 
 from starling.cli.completion import BundlePath
 from starling.cli.options import backend_options, check_backend, given_options, json_option, speculation_option
-from starling.cli.output import note, print_json
+from starling.cli.output import note, print_json, screen_width
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from starling.profiling.profile import Progress
 
 Document = dict[str, Any]
+#: Columns of a report in a pipe or a file, which have no width of their own; and the fewest that one is laid out for.
+PIPED_WIDTH, LEAST_WIDTH = 120, 40
 
 
 class Counts(click.ParamType[tuple[int, ...]]):
@@ -33,10 +36,10 @@ class Counts(click.ParamType[tuple[int, ...]]):
         """The numbers; a usage error for anything else."""
         if isinstance(value, tuple):
             return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(re.fullmatch("-?[0-9]{1,12}", part) for part in parts):
             self.fail(f"{value!r} is not a list of whole numbers like 128,1024", param, ctx)
+        return tuple(map(int, parts))
 
 
 @click.command()
@@ -92,7 +95,8 @@ def command(
       starling profile --compare a.json b.json
     """
     if compare:
-        _compare(*compare, bundle=bundle, as_json=as_json)
+        _refuse_to_measure(bundle)
+        _compare(*compare, as_json=as_json)
         return
     check_backend(settings)
     if bundle is None:
@@ -128,7 +132,7 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
     sweep = Sweep(**{name: settings[name] for name in counts})
     options = Options(**{name: value for name, value in settings.items() if name not in counts})
     with _progress() as progress:
-        profile = measure(Bundle.open(folder), sweep, options, progress)
+        profile = measure(Bundle.open(folder), sweep, options, progress, lambda text: note(f"warning: {text}"))
     if options.speculation is not None and sweep.max_batch > 1:
         note("batches of several prompts ran without speculation, which is for one prompt at a time")
     for text in (profile.note, profile.kernels_note):
@@ -137,12 +141,17 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
     return profile_document(profile)
 
 
-def _compare(before: Path, after: Path, *, bundle: Path | None, as_json: bool) -> None:
+def _refuse_to_measure(bundle: Path | None) -> None:
+    """Raises UserError where --compare stands beside what it would have to leave undone."""
+    own = ("bundle", "compare", "as_json")
+    others = list(given_options(name for name in click.get_current_context().params if name not in own))
     if bundle is not None:
-        raise UserError(f"--compare measures nothing: leave {bundle} out")
-    own = ("compare", "as_json")
-    for option in given_options(name for name in click.get_current_context().params if name not in own):
-        raise UserError(f"--compare measures nothing: leave {option} out")
+        others.insert(0, str(bundle))
+    if others:
+        raise UserError(f"--compare measures nothing: leave {', '.join(others)} out")
+
+
+def _compare(before: Path, after: Path, *, as_json: bool) -> None:
     from starling.profiling.compare import compare, comparison_document
     from starling.profiling.compare_report import render_comparison
     from starling.profiling.document import read_profile
@@ -179,6 +188,4 @@ def _progress() -> Iterator[Progress]:
 def _print(content: RenderableType) -> None:
     from rich.console import Console
 
-    console = Console()
-    # Off a terminal rich assumes 80 columns and would fold the table.
-    Console(width=None if console.is_terminal else 120).print(content)
+    Console(width=max(screen_width() or PIPED_WIDTH, LEAST_WIDTH)).print(content)

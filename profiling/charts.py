@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from starling.profiling.figures import milliseconds, operations
+from starling.profiling.figures import gives, milliseconds, operations
 from starling.profiling.layer_parts import PARTS
-from starling.profiling.svg import Axis, Plot
+from starling.profiling.svg import Axis, Plot, end_with_room, rules_head
 
 Document = Mapping[str, Any]
 
@@ -21,21 +21,23 @@ _COLOURS = 5
 
 
 def latency_distribution(measured: Document) -> str:
-    """Histogram of the inter-token latencies of all runs, with p50, p95 and p99."""
+    """Histogram of the inter-token latencies of all runs, with those of p50, p95 and p99 that they give."""
     gaps = np.array([gap for run in measured["runs"] for gap in run[0]["itl_s"]]) * 1e3
     figures = measured["inter_token_latency_ms"]
     high = min(float(gaps.max()), figures["p99"] * CLIP)
     low = float(gaps.min())
     margin = (high - low) * 0.04 or low * 0.01
     counts, edges = np.histogram(np.minimum(gaps, high), BINS, (low - margin, high + margin))
+    given = [name for name in ("p50", "p95", "p99") if gives(figures["count"], name)]
+    rules = [(min(figures[name], high), f"{name} {milliseconds(figures[name])}") for name in given]
     plot = Plot(
-        Axis(float(edges[0]), float(edges[-1]), "inter-token latency, ms"),
-        Axis(0, float(counts.max()) * 1.12, "steps"),
+        Axis(float(edges[0]), end_with_room(float(edges[0]), float(edges[-1]), rules), "inter-token latency, ms"),
+        Axis(0, float(counts.max()) * 1.08, "steps"),
+        head=rules_head(len(rules)),
     )
     for count, left, right in zip(counts, edges, edges[1:], strict=False):
         plot.bar(float(left), float(right), float(count), "c1", f"{count} steps of {left:.2f} to {right:.2f} ms")
-    for level, name in enumerate(("p50", "p95", "p99")):
-        plot.rule(min(figures[name], high), f"{name} {milliseconds(figures[name])}", level)
+    plot.rules(rules)
     return plot.render("Histogram of inter-token latencies")
 
 
@@ -92,15 +94,18 @@ def sweep_chart(document: Document, key: str, label: str) -> str:
     for measured in points:
         series.setdefault(measured["batch"], []).append((float(measured["prompt_tokens"]), measured[key]["p50"]))
     lengths = [measured["prompt_tokens"] for measured in points]
+    ends = [(float(max(lengths)), f"batch {batch}") for batch in series]
     top = max(value for line in series.values() for _, value in line)
-    plot = Plot(Axis(min(lengths) * 0.8, max(lengths) * 1.3, "prompt tokens"), Axis(0, top * 1.15, label), height=260)
+    low = min(lengths) * 0.8
+    x = Axis(low, end_with_room(low, max(lengths) * 1.05, ends), "prompt tokens")
+    plot = Plot(x, Axis(0, top * 1.15, label), height=260)
     for index, (batch, line) in enumerate(series.items()):
         colour = f"c{index % _COLOURS + 1}"
         line.sort()
         plot.line(line, f"line {colour}")
-        for x, y in line:
-            plot.dot(x, y, colour, f"batch {batch}, {x:.0f} tokens: {milliseconds(y)} ms")
-        plot.text(line[-1][0] + (plot.x.high - plot.x.low) * 0.012, line[-1][1], f"batch {batch}")
+        for length, y in line:
+            plot.dot(length, y, colour, f"batch {batch}, {length:.0f} tokens: {milliseconds(y)} ms")
+    plot.names([(line[-1], f"batch {batch}") for batch, line in series.items()])
     return plot.render(f"{label} over the prompt's length")
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starling.engine.errors import UserError
+from starling.profiling.figures import load_warning
 
 Document = Mapping[str, Any]
 Verdict = Literal["lower", "higher", "within noise", "too few runs"]
@@ -32,12 +33,16 @@ LEAST_RUNS = 4
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One metric of one point: medians over the runs of both, and B / A with its 95 % interval."""
+    """One metric of one point: medians over the runs of both, and B / A with its 95 % interval.
+
+    `of` is LAST_ROW where a batch's run is told by its slowest row, else None.
+    """
 
     prompt_tokens: int
     new_tokens: int
     batch: int
     metric: str
+    of: str | None
     before: float
     after: float
     ratio: float
@@ -58,11 +63,12 @@ class SingleDifference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`changed` names what else is different between the two, each as (what, A's, B's)."""
+    """`changed` names what else differs between the two, each as (what, A's, B's); `warnings` what spoils either."""
 
     differences: tuple[Difference, ...]
     singles: tuple[SingleDifference, ...]
     changed: tuple[tuple[str, str, str], ...]
+    warnings: tuple[str, ...]
 
 
 def compare(before: Document, after: Document) -> Comparison:
@@ -74,7 +80,13 @@ def compare(before: Document, after: Document) -> Comparison:
             "profile both with the same options"
         )
     differences = tuple(difference for a, b in points for difference in _differences(a, b))
-    return Comparison(differences, tuple(_singles(before, after)), tuple(_changed(before, after)))
+    warned = ((name, load_warning(document["environment"])) for name, document in (("A", before), ("B", after)))
+    return Comparison(
+        differences,
+        tuple(_singles(before, after)),
+        tuple(_changed(before, after)),
+        tuple(f"{name}: {text}" for name, text in warned if text is not None),
+    )
 
 
 def difference_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float, float, Verdict]:
@@ -118,6 +130,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "differences": [asdict(difference) for difference in comparison.differences],
         "single_figures": [asdict(single) for single in comparison.singles],
         "changed": [{"what": what, "before": a, "after": b} for what, a, b in comparison.changed],
+        "warnings": list(comparison.warnings),
     }
 
 
@@ -147,7 +160,10 @@ def _resampled_medians(values: Sequence[float], random: np.random.Generator) -> 
     return medians
 
 
-#: One value of each run, by metric; the latency of a batch's run is that of its last row.
+LAST_ROW = "last row"
+#: Metrics that have a value for each row of a run; that of the run is its slowest row's.
+_OF_A_ROW = frozenset({"TTFT ms", "request latency ms"})
+#: One value of each run, by metric.
 _RUN_VALUES: dict[str, Callable[[list[Document]], float]] = {
     "TTFT ms": lambda rows: max(row["ttft_s"] for row in rows) * 1e3,
     "ITL p50 ms": lambda rows: median(rows[0]["itl_s"]) * 1e3,
@@ -162,7 +178,8 @@ def _differences(before: Document, after: Document) -> Iterator[Difference]:
     for metric, value in _RUN_VALUES.items():
         a, b = ([value(run) for run in measured["runs"]] for measured in (before, after))
         ratio, low, high, p, verdict = difference_of(a, b)
-        yield Difference(*_point(before), metric, median(a), median(b), ratio, low, high, p, verdict)
+        of = LAST_ROW if before["batch"] > 1 and metric in _OF_A_ROW else None
+        yield Difference(*_point(before), metric, of, median(a), median(b), ratio, low, high, p, verdict)
 
 
 def _singles(before: Document, after: Document) -> Iterator[SingleDifference]:

@@ -16,6 +16,11 @@ from starling.profiling.profile import Measurement, Profile
 from starling.profiling.roofline import Roof
 
 FORMAT, FORMAT_VERSION = "starling-profile", 2
+#: What a document of this version always has.
+_FIELDS = (
+    *("environment", "bundle", "run", "load_s", "cold_start"),
+    *("memory", "machine_peaks", "measurements", "operators"),
+)
 
 
 def profile_document(profile: Profile) -> dict[str, Any]:
@@ -83,6 +88,9 @@ def read_profile(file: Path) -> dict[str, Any]:
             f"{file} has format_version {document.get('format_version')!r}, this Starling reads {FORMAT_VERSION}: "
             "profile the bundle again"
         )
+    missing = [name for name in _FIELDS if name not in document]
+    if missing:
+        raise UserError(f"{file} has no {', '.join(missing)}: it is not whole; profile the bundle again")
     return document
 
 
@@ -107,9 +115,11 @@ def _measurement(measured: Measurement) -> dict[str, Any]:
     return {
         **asdict(latencies.point),
         "time_to_first_token_ms": asdict(latencies.ttft_ms),
+        "time_to_first_token_last_row_ms": asdict(latencies.last_row_ttft_ms),
         "inter_token_latency_ms": asdict(latencies.itl_ms),
         "time_per_output_token_ms": asdict(latencies.tpot_ms),
         "request_latency_ms": asdict(latencies.request_latency_ms),
+        "request_latency_last_row_ms": asdict(latencies.last_row_latency_ms),
         "host_us_per_step": asdict(latencies.host_us),
         "output_tokens_per_second": _speeds(latencies),
         "inter_token_latency_by_position_ms": latencies.itl_by_position_ms,

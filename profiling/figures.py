@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-#: The latencies of a document and their standard names.
+#: The latencies of a document, their standard names, and the short ones of a narrow table.
 LATENCIES = {
-    "time_to_first_token_ms": "time to first token (TTFT)",
-    "inter_token_latency_ms": "inter-token latency (ITL)",
-    "time_per_output_token_ms": "time per output token (TPOT)",
-    "request_latency_ms": "request latency",
+    "time_to_first_token_ms": ("time to first token (TTFT)", "TTFT"),
+    "time_to_first_token_last_row_ms": ("TTFT, last row", "TTFT, last row"),
+    "inter_token_latency_ms": ("inter-token latency (ITL)", "ITL"),
+    "time_per_output_token_ms": ("time per output token (TPOT)", "TPOT"),
+    "request_latency_ms": ("request latency", "request latency"),
+    "request_latency_last_row_ms": ("latency, last row", "latency, last row"),
 }
 STATISTICS = ("min", "mean", "p50", "p90", "p95", "p99", "max")
+#: How many values a percentile takes: as many as put at least one of them above it. min, mean, p50 and max take any.
+LEAST_VALUES = {"p90": 10, "p95": 20, "p99": 100}
+#: Stands for a percentile that the values are too few for.
+NOT_GIVEN = "-"
+
+
+def latencies(measured: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The latencies that say something of this point: one row alone is the last one too."""
+    batch = measured["batch"] > 1
+    # Documents of before there was a last row's have none.
+    return {key: names for key, names in LATENCIES.items() if key in measured and (batch or "last_row" not in key)}
+
+
+def gives(count: int, statistic: str) -> bool:
+    """Whether so many values give this statistic."""
+    return count >= LEAST_VALUES.get(statistic, 1)
+
+
+def statistics(figures: Mapping[str, Any], write: Callable[[float], str]) -> list[str]:
+    """A distribution's figures in the order of STATISTICS, a dash for those that it has too few values for."""
+    return [write(figures[name]) if gives(figures["count"], name) else NOT_GIVEN for name in STATISTICS]
+
+
+def tail(figures: Mapping[str, Any]) -> str:
+    """The slow end of a distribution of ms: its p99, else its max."""
+    name = "p99" if gives(figures["count"], "p99") else "max"
+    return f"{name} {milliseconds(figures[name])} ms"
+
+
+def microseconds(value: float) -> str:
+    """In µs, without decimals."""
+    return f"{value:,.0f}"
 
 
 def milliseconds(value: float) -> str:
@@ -59,8 +93,19 @@ def run_line(document: Mapping[str, Any]) -> str:
     load = environment["load_average"]
     load_text = "" if load is None else f" · load average {load[0]:.1f}"
     return (
-        f"{run['repeats']} runs behind {run['warmup']} of warm-up · {environment['machine']['cpu']} · "
+        f"{run['repeats']} runs after {run['warmup']} of warm-up · {environment['machine']['cpu']} · "
         f"{environment['created']}{load_text}"
+    )
+
+
+def load_warning(environment: Mapping[str, Any]) -> str | None:
+    """That the machine had other work when the measurement began; None where it had none to speak of."""
+    load, cores = environment["load_average"], environment["machine"]["physical_cores"]
+    if load is None or load[0] <= cores:
+        return None
+    return (
+        f"the load average was {load[0]:.2f} before the measurement, on {cores} core{'s' if cores > 1 else ''}: "
+        "other work takes time from it; measure again when the machine is idle"
     )
 
 
@@ -78,3 +123,9 @@ def drafts(measured: Mapping[str, Any]) -> str | None:
 def point_line(measured: Mapping[str, Any]) -> str:
     """One point of the sweep."""
     return f"{measured['prompt_tokens']} prompt tokens, {measured['new_tokens']} new tokens, batch {measured['batch']}"
+
+
+def rest_ms(phase: Mapping[str, Any]) -> float | None:
+    """What a phase's run takes beyond its operators; None where these overlap and take longer than the run."""
+    rest: float = phase["run_ms"] - phase["operators_ms"]
+    return None if rest < -1e-6 * phase["run_ms"] else max(rest, 0.0)

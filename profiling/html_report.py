@@ -9,10 +9,14 @@ from typing import Any
 
 from starling.profiling import charts
 from starling.profiling.figures import (
-    LATENCIES,
+    NOT_GIVEN,
     STATISTICS,
     bundle_line,
     drafts,
+    gives,
+    latencies,
+    load_warning,
+    microseconds,
     milliseconds,
     operations,
     point_line,
@@ -20,7 +24,10 @@ from starling.profiling.figures import (
     rate,
     run_line,
     size,
+    statistics,
+    tail,
 )
+from starling.profiling.legend import legend, operators_legend
 
 Document = Mapping[str, Any]
 
@@ -33,6 +40,7 @@ def html_report(document: Document) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">{escape(bundle_line(document))}<br>{escape(run_line(document))}</p>',
+        _warning(document),
         _tiles(document),
         *([_sweep(points, document)] if len(points) > 1 else []),
         *(_point(measured) for measured in points),
@@ -40,6 +48,7 @@ def html_report(document: Document) -> str:
         *([_operators(document["operators"])] if document["operators"] is not None else []),
         _start_and_memory(document),
         _environment(document),
+        f"<h2>Terms</h2>{_card(_list(legend(document).items()))}",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -49,14 +58,19 @@ def html_report(document: Document) -> str:
     )
 
 
+def _warning(document: Document) -> str:
+    warning = load_warning(document["environment"])
+    return "" if warning is None else f'<p class="warning">{escape(warning)}</p>'
+
+
 def _tiles(document: Document) -> str:
     """The figures of the first point that are looked for first."""
     measured, memory = document["measurements"][0], document["memory"]
     speed, roof = measured["output_tokens_per_second"], measured["decode_roof"]
     ttft, itl = measured["time_to_first_token_ms"], measured["inter_token_latency_ms"]
     tiles = [
-        ("TTFT, median", milliseconds(ttft["p50"]), "ms", f"p99 {milliseconds(ttft['p99'])} ms"),
-        ("ITL, median", milliseconds(itl["p50"]), "ms", f"p99 {milliseconds(itl['p99'])} ms"),
+        ("TTFT, median", milliseconds(ttft["p50"]), "ms", tail(ttft)),
+        ("ITL, median", milliseconds(itl["p50"]), "ms", tail(itl)),
         ("decode", f"{speed['total']:.1f}", "tok/s", f"runs {speed['slowest_run']:.1f} to {speed['fastest_run']:.1f}"),
         ("host time", f"{measured['host_us_per_step']['p50']:.0f}", "µs", "a step, outside the model's run"),
     ]
@@ -72,6 +86,7 @@ def _tiles(document: Document) -> str:
 
 
 def _sweep(points: Sequence[Document], document: Document) -> str:
+    batches = any(point["batch"] > 1 for point in points)
     headings = [
         "prompt",
         "new",
@@ -79,8 +94,7 @@ def _sweep(points: Sequence[Document], document: Document) -> str:
         "TTFT p50",
         "ITL p50",
         "ITL p99",
-        "tok/s a row",
-        "tok/s together",
+        *(("tok/s a row", "tok/s all rows") if batches else ("tok/s",)),
         "decode roof",
     ]
     rows = [
@@ -90,9 +104,9 @@ def _sweep(points: Sequence[Document], document: Document) -> str:
             str(point["batch"]),
             milliseconds(point["time_to_first_token_ms"]["p50"]),
             milliseconds(point["inter_token_latency_ms"]["p50"]),
-            milliseconds(point["inter_token_latency_ms"]["p99"]),
+            _p99(point["inter_token_latency_ms"]),
             f"{point['output_tokens_per_second']['per_row']:.1f}",
-            f"{point['output_tokens_per_second']['total']:.1f}",
+            *([f"{point['output_tokens_per_second']['total']:.1f}"] if batches else []),
             "none" if point["decode_roof"] is None else f"{point['decode_roof']['share']:.0%}",
         ]
         for point in points
@@ -108,9 +122,19 @@ def _sweep(points: Sequence[Document], document: Document) -> str:
     return f"<h2>Sweep</h2>{_card(_table(headings, rows))}{grid}"
 
 
+def _p99(figures: Document) -> str:
+    return milliseconds(figures["p99"]) if gives(figures["count"], "p99") else NOT_GIVEN
+
+
 def _point(measured: Document) -> str:
-    rows = [[title, *(milliseconds(measured[key][name]) for name in STATISTICS)] for key, title in LATENCIES.items()]
-    rows.append(["host time of a step, µs", *(f"{measured['host_us_per_step'][name]:.0f}" for name in STATISTICS)])
+    host = measured["host_us_per_step"]
+    rows = [
+        *(
+            [name, str(measured[key]["count"]), *statistics(measured[key], milliseconds)]
+            for key, (name, _) in latencies(measured).items()
+        ),
+        ["host time, µs", str(host["count"]), *statistics(host, microseconds)],
+    ]
     grid = _grid(
         [
             ("Inter-token latency: how it is spread", charts.latency_distribution(measured)),
@@ -123,7 +147,8 @@ def _point(measured: Document) -> str:
     gpu = "" if measured["gpu"] is None else _card(_gpu(measured["gpu"]))
     drafted = drafts(measured)
     speculation = "" if drafted is None else f'<p class="quiet">speculation: {escape(drafted)}</p>'
-    return f"<h2>{escape(point_line(measured))}</h2>{speculation}{_card(_table(['ms', *STATISTICS], rows))}{grid}{gpu}"
+    table = _card(_table(["ms", "n", *STATISTICS], rows))
+    return f"<h2>{escape(point_line(measured))}</h2>{speculation}{table}{grid}{gpu}"
 
 
 def _gpu(gpu: Document) -> str:
@@ -152,7 +177,6 @@ def _roofline(document: Document) -> str:
                     f"{roof['share']:.0%}",
                 ]
             )
-    headings = ["", "GOP", "MB", "reached", "moved", "bound by", "of the roof"]
     headings = ["", "GOP", "MB", "reached", "moved", "bound by", "of the roof"]
     return (
         f'<h2>Roofline</h2><div class="grid"><div class="card">{charts.roofline(document)}</div>'
@@ -187,14 +211,16 @@ def _operators(operators: Document) -> str:
                 ]
             )
     headings = ["phase", "part", "operator", "calls", "ms", "µs a call", "share"]
+    rows_text = f" of {operators['batch']} rows" if operators["batch"] > 1 else ""
     note = (
-        f"{operators['profiler']}'s profiler, median of {operators['prefill']['runs']} prefills of "
-        f"{operators['prompt_tokens']} tokens and {operators['decode']['runs']} decode steps of "
-        f"{operators['batch']} row(s). It slows small operators: read the shares."
+        f"{operators['profiler']}'s profiler: the median of {operators['prefill']['runs']} prefills of "
+        f"{operators['prompt_tokens']} tokens and {operators['decode']['runs']} decode steps{rows_text}. "
+        "It slows small operators: read the shares."
     )
+    terms = "".join(f"<br>{escape(f'{name}: {text}.')}" for name, text in operators_legend(operators).items())
     return (
         f"<h2>Where the time goes</h2>{_card(charts.operator_bars(operators))}"
-        f'<p class="quiet"><small>{escape(note)}</small></p>'
+        f'<p class="quiet"><small>{escape(note)}{terms}</small></p>'
         f"<details><summary>All operators</summary>{_card(_table(headings, rows, escaped=True))}</details>"
     )
 

@@ -25,7 +25,7 @@ class Drafts:
     accepted_tokens: int
     #: accepted / drafted.
     acceptance: float
-    #: Tokens that a run of the model gave behind the first token; 1 without speculation.
+    #: Tokens that a run of the model gave after the first token; 1 without speculation.
     tokens_per_run: float
 
 
@@ -49,6 +49,11 @@ class Latencies:
         return distribution(row.ttft_ms for run in self.runs for row in run)
 
     @property
+    def last_row_ttft_ms(self) -> Distribution:
+        """Of each run the TTFT of the row that waited longest; with one row the same as `ttft_ms`."""
+        return distribution(max(row.ttft_ms for row in run) for run in self.runs)
+
+    @property
     def itl_ms(self) -> Distribution:
         """Inter-token latency. A step's time is the same for every row: counting each row's would only repeat it."""
         return distribution(seconds * 1e3 for run in self.runs for seconds in run[0].itl_s)
@@ -60,8 +65,13 @@ class Latencies:
 
     @property
     def request_latency_ms(self) -> Distribution:
-        """From the call to each row's last token."""
+        """TTFT and decode steps of each row: from the call to its last token, but for the prefills of later rows."""
         return distribution(row.total_s * 1e3 for run in self.runs for row in run)
+
+    @property
+    def last_row_latency_ms(self) -> Distribution:
+        """Of each run the request latency of the row that took longest: from the call to the batch's last token."""
+        return distribution(max(row.total_s for row in run) * 1e3 for run in self.runs)
 
     @property
     def host_us(self) -> Distribution:
@@ -104,7 +114,7 @@ def measure_latencies(
 ) -> Latencies:
     """Run the engine, which has at least the point's rows and positions.
 
-    Greedy decoding that goes on behind end tokens, from prompts of real sentences, different ones in every row and run.
+    Greedy decoding that goes on after end tokens, from prompts of real sentences, different ones in every row and run.
     """
     runs: list[Run] = []
     with watch_gpu(engine.backend.provider) as gpu:

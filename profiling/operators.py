@@ -5,16 +5,18 @@ A profiler of the runtime times the kernels; what is here runs both phases and a
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from starling.engine.backend import Backend, Tokens
 from starling.profiling.layer_parts import PARTS
 
-#: Runs of each phase behind one that does not count.
+Kernels = TypeVar("Kernels")
+
+#: Runs of each phase after one that does not count.
 PREFILLS, DECODES = 3, 24
 
 
@@ -51,9 +53,10 @@ class OperatorTime:
 
 @dataclass(frozen=True, slots=True)
 class PhaseTime:
-    """One phase: the median over its `runs` of what each operator took; `run_ms` the run as the profiler saw it.
+    """One phase of `runs` runs: `run_ms` the median of what the profiler saw a run take, and the operators' part of it.
 
-    What `run_ms` has beyond the operators' sum is the executor's own time and the profiler's.
+    What `run_ms` has beyond the operators' sum is the executor's own time and the profiler's. The sum is above `run_ms`
+    only where operators run side by side, as a GPU's may.
     """
 
     runs: int
@@ -72,7 +75,7 @@ class PhaseTime:
 
 @dataclass(frozen=True, slots=True)
 class OperatorProfile:
-    """Prefill of one row's `prompt_tokens` tokens in one run, and decode of `batch` rows behind them."""
+    """Prefill of one row's `prompt_tokens` tokens in one run, and decode of `batch` rows after them."""
 
     profiler: str
     prompt_tokens: int
@@ -82,9 +85,9 @@ class OperatorProfile:
 
 
 def run_phases(backend: Backend, tokens: Tokens, batch: int) -> int:
-    """Prefill `tokens` int64 [n], one run each, then decode `batch` rows behind them; how many runs were prefills.
+    """Prefill `tokens` int64 [n], one run each, then decode `batch` rows after them; how many runs were prefills.
 
-    Each phase's first run does not count. Behind the cache's end a row stays at its last position.
+    Each phase's first run does not count. At the cache's end a row stays at its last position.
     """
     prefills = max(batch, PREFILLS + 1)
     for row in range(prefills):
@@ -101,15 +104,25 @@ def by_phase(runs: Sequence[ProfiledRun], prefills: int, parts: KernelParts) -> 
 
 
 def group(runs: Iterable[tuple[float, list[Kernel]]], parts: KernelParts) -> PhaseTime:
-    """The median over the runs, each (milliseconds, kernels), of every operator's time in every part."""
-    listed = list(runs)
-    times: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * len(listed))
-    calls: dict[tuple[str, str], int] = defaultdict(int)
-    for number, (_, kernels) in enumerate(listed):
-        for kernel in kernels:
-            key = parts.part(kernel.name, kernel.operator), kernel.operator
-            times[key][number] += kernel.us / 1e3
-            calls[key] += 1
-    rows = [OperatorTime(*key, calls[key] / len(listed), median(values)) for key, values in times.items()]
+    """What every operator of every part takes in the median run; each run is (milliseconds, kernels).
+
+    Its time is its mean share of the middle half of the runs, by their length, times the median run. A median of each
+    operator alone would not add up: on a busy machine different runs are slow in different operators, and the sum of
+    the medians lies far below the median run, or above it.
+    """
+    listed = [(ms, [((parts.part(name, operator), operator), us) for name, operator, us in run]) for ms, run in runs]
+    run_ms, middle = median(ms for ms, _ in listed), _middle_half(listed)
+    times: dict[tuple[str, str], float] = defaultdict(float)
+    for ms, kernels in middle:
+        for key, us in kernels:
+            times[key] += us / 1e3 / ms * run_ms / len(middle)
+    calls = Counter(key for _, kernels in listed for key, _ in kernels)
+    rows = [OperatorTime(*key, count / len(listed), times[key]) for key, count in calls.items()]
     rows.sort(key=lambda row: (PARTS.index(row.part), -row.ms))
-    return PhaseTime(len(listed), median(ms for ms, _ in listed), tuple(rows))
+    return PhaseTime(len(listed), run_ms, tuple(rows))
+
+
+def _middle_half(runs: Sequence[tuple[float, Kernels]]) -> list[tuple[float, Kernels]]:
+    """The runs without the fastest and the slowest quarter; at least one."""
+    left_out = len(runs) // 4 if len(runs) > 3 else (len(runs) - 1) // 2
+    return sorted(runs, key=lambda run: run[0])[left_out : len(runs) - left_out]

@@ -52,7 +52,7 @@ def _runs(events: list[dict[str, object]]) -> list[ProfiledRun]:
         name, args = str(event["name"]), event.get("args")
         if event.get("cat") == "Node" and name.endswith("_kernel_time") and isinstance(args, dict):
             kernels.append(Kernel(name.removesuffix("_kernel_time"), str(args["op_name"]), float(str(event["dur"]))))
-        elif name == "model_run":  # written when the run is over, behind its kernels
+        elif name == "model_run":  # written when the run is over, after its kernels
             runs.append(ProfiledRun(float(str(event["dur"])) / 1e3, kernels))
             kernels = []
     return runs

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from starling.engine.backend import PREFILL_CHUNK, Backend, default_threads
 from starling.engine.bundle import Bundle
 from starling.engine.engine import Engine
+from starling.engine.errors import UserError
+from starling.engine.ort_backend import choose_provider
 from starling.profiling.cold_start import ColdStart, measure_cold_start
 from starling.profiling.environment import Environment, describe_environment
+from starling.profiling.figures import load_warning, size
 from starling.profiling.latency import Latencies, measure_latencies
 from starling.profiling.machine import peak_rss_bytes
 from starling.profiling.operators import OperatorProfile
@@ -21,7 +24,7 @@ from starling.profiling.roofline import Roof, decode_work, prefill_work, under_r
 from starling.profiling.settings import Point, Sweep
 from starling.profiling.tensorrt_operators import profile_tensorrt_operators
 
-#: Told what is being done, and how many of how many steps are behind it.
+#: Told what is being done, and how many of how many steps are done.
 Progress = Callable[[str, int, int], None]
 
 
@@ -76,14 +79,19 @@ class Profile:
 
 
 def measure(
-    bundle: Bundle, sweep: Sweep, options: Options, progress: Progress = lambda text, done, total: None
+    bundle: Bundle,
+    sweep: Sweep,
+    options: Options,
+    progress: Progress = lambda text, done, total: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Profile:
-    """Measure `bundle`, one point after the other on one engine.
+    """Measure `bundle`, one point after the other on one engine; `warn` is told before the first what will spoil them.
 
     Raises UserError for settings that the model has no room for, BackendError where it cannot be run.
     """
     positions = sweep.positions(bundle, options.max_seq)
     environment, steps = describe_environment(), _Steps(sweep, options, progress)
+    _require_memory(bundle, sweep, options.backend, positions, environment.machine["memory_available_bytes"])
     cold = _cold_start(bundle, sweep, options, positions, steps) if options.cold_start else None
     steps.next("loading")
     with Engine(
@@ -97,6 +105,8 @@ def measure(
     ) as engine:
         if options.nvtx:
             engine.backend = RangedBackend(engine.backend)
+        if (warning := load_warning(asdict(environment))) is not None:
+            warn(warning)
         latencies = [measure_latencies(engine, point, sweep, steps.of(point)) for point in sweep.points]
         backend, load_s, cache = engine.backend, engine.load_seconds, engine.kv_cache_bytes
     peak, threads = peak_rss_bytes(), options.threads or default_threads()
@@ -151,6 +161,18 @@ def _cold_start(bundle: Bundle, sweep: Sweep, options: Options, positions: int, 
         engine=options.engine,
         threads=options.threads,
     )
+
+
+def _require_memory(bundle: Bundle, sweep: Sweep, backend: str, positions: int, free: int) -> None:
+    """Raises UserError for a KV cache that this machine cannot hold; opening takes it, and writing to it fails."""
+    cache = bundle.kv_cache.bytes_per_token * positions * sweep.max_batch
+    if bundle.dialect != "ort" or backend.startswith("tensorrt") or cache <= free:
+        return
+    if choose_provider(bundle, backend) == CPU_PROVIDER:
+        raise UserError(
+            f"--batch {sweep.max_batch} with {positions} positions a row needs a KV cache of {size(cache)}, and "
+            f"{size(free)} of memory is free: lower --batch, --prompt-tokens or --max-seq"
+        )
 
 
 def _measurement(bundle: Bundle, latencies: Latencies, peaks: MachinePeaks | None) -> Measurement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -12,7 +12,7 @@ from starling.engine.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One combination of lengths and batch: `batch` rows that each generate `new_tokens` behind `prompt_tokens`."""
+    """One combination of lengths and batch: `batch` rows that each generate `new_tokens` after `prompt_tokens`."""
 
     prompt_tokens: int
     new_tokens: int
@@ -26,9 +26,10 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Every combination of the lengths and batches; each is measured `repeats` times behind `warmup` unmeasured runs.
+    """Every combination of the lengths and batches; each is measured `repeats` times after `warmup` unmeasured runs.
 
-    Raises UserError for a count below 1, or fewer than two new tokens (decoding begins with the second).
+    Raises UserError for a count below 1, fewer than two new tokens (decoding begins with the second), or a value that a
+    list has twice: its points could not be told apart.
     """
 
     prompt_tokens: tuple[int, ...] = (128,)
@@ -56,19 +57,24 @@ class Sweep:
 
     def positions(self, bundle: Bundle, max_seq: int | None = None) -> int:
         """Positions for the KV cache: `max_seq`, else as many as the longest run needs. Raises UserError if too few."""
+        if max_seq is not None:
+            _check("max_seq", (max_seq,), 1)
         longest = max(self.points, key=lambda point: point.positions)
-        room, what = (bundle.architecture.max_positions, "this model has")
+        room, what, more = bundle.architecture.max_positions, "this model has", ""
         if max_seq is not None and max_seq <= room:
-            room, what = max_seq, "--max-seq is"
+            room, what, more = max_seq, "--max-seq is", ", or raise --max-seq"
         if longest.positions > room:
             raise UserError(
                 f"{longest.prompt_tokens} prompt tokens and {longest.new_tokens} new ones need {longest.positions} "
-                f"positions, but {what} {room}: lower --prompt-tokens or --new-tokens"
+                f"positions, but {what} {room}: lower --prompt-tokens or --new-tokens{more}"
             )
         return max_seq or longest.positions
 
 
-def _check(name: str, values: Iterable[int], bound: int) -> None:
+def _check(name: str, values: Sequence[int], bound: int) -> None:
+    option = f"--{name.replace('_', '-')}"
     for value in values:
         if value < bound:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give {bound} or more")
+            raise UserError(f"{option} is {value}: give {bound} or more")
+        if values.count(value) > 1:
+            raise UserError(f"{option} has {value} twice: give every value once")

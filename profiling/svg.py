@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from math import ceil, floor, log10
 
 WIDTH, HEIGHT = 500, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 46
+#: Height of a line of text, the widest that its characters are on average, and how far it stays from what it names.
+LINE, CHARACTER, BESIDE = 14, 7.2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Plot:
     x: Axis
     y: Axis
     height: int = HEIGHT
+    #: Room above the plot, for what `rules` says.
+    head: int = 0
     _marks: list[str] = field(default_factory=list)
 
     def px(self, value: float) -> float:
@@ -52,7 +56,7 @@ class Plot:
 
     def py(self, value: float) -> float:
         """Vertical place of a value."""
-        return self.height - BOTTOM - self.y.place(value) * (self.height - TOP - BOTTOM)
+        return self.height - BOTTOM - self.y.place(value) * (self.height - TOP - self.head - BOTTOM)
 
     def line(self, points: Sequence[tuple[float, float]], kind: str) -> None:
         """A line through the points."""
@@ -80,12 +84,24 @@ class Plot:
         if label:
             self._marks.append(_text(px - 9 if left else px + 9, py + 4, label, "end" if left else "start"))
 
-    def rule(self, x: float, label: str, level: int = 0) -> None:
-        """A vertical line across the drawing, with its name at the top, `level` lines lower."""
-        px, side = self.px(x), self.x.place(x) > 0.85
-        self._marks.append(f'<line class="rule" x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}" y2="{self.height - BOTTOM}"/>')
-        anchor = "end" if side else "start"
-        self._marks.append(_text(px - 4 if side else px + 4, TOP + 9 + 14 * level, label, anchor))
+    def rules(self, rules: Sequence[tuple[float, str]]) -> None:
+        """Vertical lines with their names above the plot, from left to right, each a line of text below the one before.
+
+        So a name lies above the lines to its right; the axis must end where the last names have room.
+        """
+        for level, (x, label) in enumerate(rules):
+            px, top = self.px(x), LINE * level + BESIDE
+            self._marks.append(
+                f'<line class="rule" x1="{px:.1f}" x2="{px:.1f}" y1="{top}" y2="{self.height - BOTTOM}"/>'
+            )
+            self._marks.append(_text(px + BESIDE, top + LINE - BESIDE, label, "start"))
+
+    def names(self, ends: Sequence[tuple[tuple[float, float], str]]) -> None:
+        """A name beside the end of each line; those that would overlap are moved apart, upwards from the lowest."""
+        lowest = float(self.height - BOTTOM + LINE)
+        for (x, y), label in sorted(ends, key=lambda end: end[0][1]):
+            lowest = min(self.py(y) + BESIDE, lowest - LINE)
+            self._marks.append(_text(self.px(x) + 2 * BESIDE, lowest, label, "start"))
 
     def text(self, x: float, y: float, label: str, anchor: str = "start") -> None:
         """Words at a place."""
@@ -105,7 +121,7 @@ class Plot:
             grid.append(_text(x, floor_y + 18, tick(value), "middle"))
         grid.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor_y}" y2="{floor_y}"/>')
         grid.append(_text((LEFT + WIDTH - RIGHT) / 2, self.height - 8, self.x.label, "middle", "label"))
-        middle = (TOP + floor_y) / 2
+        middle = (TOP + self.head + floor_y) / 2
         grid.append(
             f'<text class="label" transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">'
             f"{escape(self.y.label)}</text>"
@@ -117,6 +133,18 @@ class Plot:
 
     def _points(self, points: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{self.px(x):.1f},{self.py(y):.1f}" for x, y in points)
+
+
+def rules_head(rules: int) -> int:
+    """Room above a plot for the names of so many rules."""
+    return LINE * rules - TOP + BESIDE if rules else 0
+
+
+def end_with_room(low: float, high: float, labels: Iterable[tuple[float, str]]) -> float:
+    """Where a linear axis from `low` ends so that every label, at its value and to the right of it, fits into it."""
+    width = WIDTH - LEFT - RIGHT
+    ends = [low + (x - low) * width / (width - 2 * BESIDE - CHARACTER * len(label)) for x, label in labels]
+    return max(high, *ends) if ends else high
 
 
 def _text(x: float, y: float, content: str, anchor: str, kind: str = "") -> str:

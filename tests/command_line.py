@@ -1,12 +1,17 @@
 """Run the real `starling` command in processes of its own, and damage copies of bundles for it."""
 
+import fcntl
 import hashlib
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
 import sysconfig
+import termios
 import venv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +50,27 @@ def succeed(*arguments: str | Path, stdin: str = "") -> str:
     finished = starling(*arguments, stdin=stdin)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
+
+
+def on_terminal(width: int, *arguments: str | Path) -> str:
+    """What `starling ARGUMENTS…`, which must succeed, shows on a terminal of that width; without its colours."""
+    terminal, end_of_process = pty.openpty()
+    fcntl.ioctl(end_of_process, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    environment["TERM"] = "xterm-256color"
+    with subprocess.Popen(_command(arguments, None), stdout=end_of_process, env=environment) as process:
+        os.close(end_of_process)
+        shown = b"".join(iter(lambda: _read_terminal(terminal), b""))
+    os.close(terminal)
+    assert process.returncode == 0, shown
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r\n", "\n")
+
+
+def _read_terminal(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # Linux says so where the process has closed its end
+        return b""
 
 
 def document(*arguments: str | Path, stdin: str = "") -> Any:

@@ -180,6 +180,15 @@ def test_peak_memory_is_the_process_own_and_not_its_parents() -> None:
         (("--batch", "1,0"), "--batch is 0: give 1 or more"),
         (("--repeats", "0"), "--repeats is 0: give 1 or more"),
         (("--warmup", "-1"), "--warmup is -1: give 0 or more"),
+        (("--batch", "2,1,2"), "--batch has 2 twice: give every value once"),
+        (("--batch", ""), "'' is not a list of whole numbers like 128,1024"),
+        (("--batch", "1,"), "'1,' is not a list of whole numbers like 128,1024"),
+        (("--batch", "1_0"), "'1_0' is not a list of whole numbers like 128,1024"),
+        (("--batch", "-3"), "--batch is -3: give 1 or more"),
+        (("--new-tokens", "9" * 30), "is not a list of whole numbers like 128,1024"),
+        (("--batch", "1,9000000"), "--batch 9000000 with 176 positions a row needs a KV cache of 25952.26 GB, and"),
+        (("--max-seq", "0"), "--max-seq is 0: give 1 or more"),
+        (("--compare", "a.json", "b.json", "--html", "x.html", "--repeats", "9"), ", --repeats, --html out"),
         (("--prompt-tokens", "128,many"), "'128,many' is not a list of whole numbers like 128,1024"),
         (("--prompt-tokens", "128,9000"), "need 9048 positions, but this model has 8192"),
         (("--max-seq", "64"), "need 176 positions, but --max-seq is 64"),
@@ -190,6 +199,11 @@ def test_peak_memory_is_the_process_own_and_not_its_parents() -> None:
 )
 def test_impossible_settings(options: tuple[str, ...], expected: str, tiny_bundle: Path) -> None:
     assert expected in refusal("profile", tiny_bundle, *options)
+
+
+def test_spaces_in_a_list_are_no_mistake(tiny_bundle: Path) -> None:
+    profile = document("profile", tiny_bundle, *QUICK, "--batch", "1, 2")
+    assert [measured["batch"] for measured in profile["measurements"]] == [1, 2]
 
 
 def test_a_bundle_is_asked_for() -> None:

@@ -167,6 +167,8 @@ def test_files_that_cannot_be_compared(profile: Any, tmp_path: Path) -> None:
     assert 'does not say "format": "starling-profile"' in refusal("profile", "--compare", good, bad)
     bad.write_text('{"format": "starling-profile", "format_version": 1}')
     assert "has format_version 1, this Starling reads 2" in refusal("profile", "--compare", good, bad)
+    bad.write_text('{"format": "starling-profile", "format_version": 2, "bundle": {}}')
+    assert "has no environment, run, load_s" in refusal("profile", "--compare", good, bad)
     bad.write_text(json.dumps({**profile, "measurements": profile["measurements"][:1]}))
     assert len(document("profile", "--compare", good, bad)["differences"]) == 6
     bad.write_text(json.dumps({**profile, "measurements": []}))
