@@ -16,7 +16,7 @@ TPOT = "time per output token: the mean of a run's inter-token latencies"
 HOST = "a step outside the model's run: choosing the token, its text, stops"
 LAST_ROW = "the slowest row of a run; their prompts are prefilled one by one"
 _ROW = "one prompt of a batch, with its answer"
-_LATENCY = "to a row's last token, but for the prefills of later rows"
+_LATENCY = "of a row: to its last token, but for the prefills of later rows"
 _ROOF = "the least time that memory or arithmetic allow, of the time taken"
 _CACHES = "above it, the weights come from the processor's caches"
 _REST = "the runtime's own work, and the profiler's"
@@ -38,7 +38,7 @@ def legend(document: Document) -> dict[str, str]:
     if any(_leaves_out(measured) for measured in points):
         terms[NOT_GIVEN] = _FEW
     if any(measured["batch"] > 1 for measured in points):
-        terms |= {"row": _ROW, "last row": LAST_ROW, "request latency": _LATENCY}
+        terms |= {"row": _ROW, "last row": LAST_ROW, "latency": _LATENCY}
     roofs = [roof for measured in points for roof in _roofs(measured)]
     if roofs:
         terms["roof"] = _ROOF
