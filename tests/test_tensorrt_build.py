@@ -238,7 +238,8 @@ def test_a_graph_that_lacks_layers(bundle: Path) -> None:
 def test_an_engine_is_replaced_by_force_only(bundle: Path) -> None:
     first = document("build", bundle, "--target", "sm89", "--max-seq", "128", "--engine", "mine")
     line = refusal("build", bundle, "--target", "sm120", "--engine", "mine")
-    assert line == f"{bundle}/engines/mine.plan exists; give another name with --engine, or --force to replace the engine"
+    plan = f"{bundle}/engines/mine.plan"
+    assert line == f"{plan} exists; give another name with --engine, or --force to replace the engine"
     assert open_engine(Bundle.open(bundle), "mine").plan.sha256 == first["plan"]["sha256"]
     again = document("build", bundle, "--target", "sm120", "--max-seq", "256", "--engine", "mine", "--force")
     assert open_engine(Bundle.open(bundle), "mine").to_json().items() <= again.items()
