@@ -49,7 +49,7 @@ def command(bundle: Path, **options: Any) -> None:
       starling serve smollm2 --slots 8 --max-seq 4096 --port 8080
       starling serve starling-7b --host 0.0.0.0 --api-key-file keys.txt --model-name starling
       curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
-        -d '{"model": "smollm2", "prompt": "The capital of France is", "max_tokens": 8}'
+        -d '{"model": "smollm2", "prompt": "The largest city in Japan is", "max_tokens": 6}'
     """
     from starling.serving.http.api_keys import read_api_keys
     from starling.serving.http.app import make_app
