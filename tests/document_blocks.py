@@ -5,6 +5,7 @@ A mark is an HTML comment above the block's fence, which GitHub does not show:
     <!-- not run: needs a GPU -->                              the whole block
     <!-- not run, "--backend tensorrt": needs a GPU -->        the commands that have this text in them
     <!-- run apart: half an hour of downloads -->              run with `pytest -m install` only
+    <!-- form of: answers.jsonl -->                            JSON with the names and types of that file's first line
 
 Commands that install something are apart without a mark.
 """
@@ -12,6 +13,7 @@ Commands that install something are apart without a mark.
 from __future__ import annotations
 
 import re
+import subprocess
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,10 @@ Fate = Literal["run", "apart", "not run"]
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 _MARKS = re.compile(r"(?:<!--[^>]*-->\s*)+\Z")
 _MARK = re.compile(r'<!--\s*(not run|run apart)(?:, "([^"]+)")?: (.+?)\s*-->', re.DOTALL)
+_SHOWS = re.compile(r"<!--\s*form of: (\S+)\s*-->")
 _INSTALLS = re.compile(
-    r"\b(pip3? (install|wheel)|uv (pip|venv|sync)|make (demo|test|install)|apt(-get)? install|git clone|-m venv)\b"
+    r"\b(pip3? (install|wheel)|uv (pip|venv|sync)|make (demo|test|install|dist)|apt(-get)? install|git clone|venv)\b"
+    r"|\bmake_environment\.sh\b"
 )
 _ACTIVATES = re.compile(r"^(\.|source) \S+/bin/activate$")
 
@@ -56,6 +60,8 @@ class Block:
     language: str
     text: str
     marks: tuple[Mark, ...] = ()
+    #: The file whose first line a `json` block has the form of.
+    shows: str | None = None
 
     @property
     def place(self) -> str:
@@ -72,7 +78,7 @@ class Block:
 
     def fate(self, command: Command) -> tuple[Fate, str]:
         """Whether the command is run with the others, and if not, why."""
-        for mark in self.marks:
+        for mark in sorted(self.marks, key=lambda mark: mark.text is None):  # the narrower one first
             if mark.text is None or mark.text in command.text:
                 return mark.fate, mark.reason
         if self.language in ("sh", "console") and (_INSTALLS.search(command.text) or _ACTIVATES.match(command.text)):
@@ -102,9 +108,12 @@ def blocks_of(path: Path) -> list[Block]:
 
 def _block(name: str, text: str, found: re.Match[str]) -> Block:
     above = _MARKS.search(text[: found.start()])
-    marks = _marks(name, above[0]) if above else ()
+    comments = above[0] if above else ""
+    shows = _SHOWS.search(comments)
     line = text.count("\n", 0, found.start()) + 1
-    return Block(name, line, found["language"], textwrap.dedent(found["text"]), marks)
+    return Block(
+        name, line, found["language"], textwrap.dedent(found["text"]), _marks(name, comments), shows and shows[1]
+    )
 
 
 def _marks(name: str, comments: str) -> tuple[Mark, ...]:
@@ -150,8 +159,6 @@ def _complete(lines: list[str]) -> list[str]:
 
 def _is_complete(text: str) -> bool:
     """Whether bash would run the command at this line's end: no open quote, bracket, loop, here-document or `\\`."""
-    import subprocess
-
     if text.endswith("\\"):
         return False
     finished = subprocess.run(["bash", "-n"], input=text + "\n", capture_output=True, text=True, check=False)
