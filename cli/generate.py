@@ -54,12 +54,12 @@ def command(context: click.Context, /, bundle: Path, no_stream: bool, as_json: b
 
     \b
     Examples:
-      starling generate smollm2 "What is the capital of France?"
-      starling generate smollm2 --raw "The capital of France is" --max-tokens 16
+      starling generate smollm2 "What is the capital of South Korea?"
+      starling generate smollm2 --raw "The largest city in Japan is" --max-tokens 6
       starling generate smollm2 "Write a haiku." --temperature 0.8 --top-p 0.95 --seed 7
       starling generate starling-7b --template code - < task.txt
       starling generate smollm2 --speculation prompt-lookup --prompt-file edit-this-code.txt
-      starling generate smollm2 "First question?" "Second question?" --json
+      starling generate smollm2 "What is the capital of South Korea?" "What is the capital of Japan?" --json
       starling generate smollm2 --ids 504,3575,282,4649,314
     """
     prompts = _prompts(options["prompts"], options["prompt_file"], options["ids"])

@@ -65,7 +65,7 @@ def starling(context: click.Context, debug: bool) -> None:
     \b
     Examples:
       starling export demo smollm2
-      starling generate smollm2 "What is the capital of France?"
+      starling generate smollm2 "What is the capital of South Korea?"
       starling profile smollm2
     """
     context.obj.debug = debug

@@ -37,7 +37,7 @@ class Engine:
 
     ```python
     with Engine("smollm2-int8") as engine:
-        print(engine.generate("The capital of France is", max_tokens=8).text)
+        print(engine.generate("The largest city in Japan is", max_tokens=6).text)
     ```
     """
 

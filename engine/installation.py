@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import tomllib
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -44,6 +42,9 @@ def extra_packages(extra: str) -> tuple[str, ...]:
 
 
 def _requirements() -> list[str]:
+    import tomllib
+    from importlib import metadata
+
     try:
         return metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # a checkout that is run where it lies
@@ -55,6 +56,8 @@ def _source() -> tuple[Path | str, bool]:
     """A folder or file, or a requirement without version; and whether the folder is installed in editable mode."""
     if (_ROOT / "pyproject.toml").is_file():
         return _ROOT, True
+    from importlib import metadata  # 20 ms that only a message needs
+
     try:
         recorded = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")  # PEP 610
     except metadata.PackageNotFoundError:

@@ -26,7 +26,7 @@ class ServingLoop:
 
     ```python
     with Engine("smollm2", max_batch=8) as engine, ServingLoop(engine) as loop:
-        handle = loop.submit("The capital of France is", SamplingParams(max_tokens=8))
+        handle = loop.submit("The largest city in Japan is", SamplingParams(max_tokens=6))
         print(handle.result().text)
     ```
     """
