@@ -29,7 +29,6 @@ _MARK = re.compile(r'<!--\s*(not run|run apart)(?:, "([^"]+)")?: (.+?)\s*-->', r
 _SHOWS = re.compile(r"<!--\s*form of: (\S+)\s*-->")
 _INSTALLS = re.compile(
     r"\b(pip3? (install|wheel)|uv (pip|venv|sync)|make (demo|test|install|dist)|apt(-get)? install|git clone|venv)\b"
-    r"|\bmake_environment\.sh\b"
 )
 _ACTIVATES = re.compile(r"^(\.|source) \S+/bin/activate$")
 

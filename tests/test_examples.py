@@ -42,7 +42,8 @@ KNOWN = {
     Example("What is the capital of France, and what is it known for?"): Known(
         "The capital of France is Paris", "Paris"
     ),
-    Example("What is Python?"): Known("Python is a", "programming language"),
+    Example("What is Python, in one sentence?"): Known("Python is a", "language"),
+    Example("The capital of France is", chat=False): Known(" Paris.", "Paris"),
     Example("The largest city in Japan is", chat=False): Known(" Tokyo, with a population of", "Tokyo"),
 }
 #: What docs/triton.md sends with fields that are refused.
