@@ -20,6 +20,7 @@ from starling.cli.options import (
     offline_options,
     refuse_options,
     sampling_options,
+    speculation_option,
 )
 from starling.cli.output import human_seconds, note
 from starling.engine.errors import UserError
@@ -52,6 +53,7 @@ _DEFAULTS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition
 @offline_options
 @click.option("--max-queue", "--queue", "max_queue", type=click.IntRange(0), hidden=True)
 @engine_options
+@speculation_option
 def command(bundle: Path, source: str, output: Path, **options: Any) -> None:
     """Answer every line of INPUT.jsonl; each result is on the disk in OUTPUT.jsonl before it counts.
 
@@ -122,7 +124,7 @@ def _run(
 def _answers(
     bundle: Path, todo: Iterable[Entry], on_bad_line: Callable[[BadLine], None], options: dict[str, Any]
 ) -> Generator[list[Record], None, None]:
-    settings = engine_settings(options) | {"max_batch": options["max_batch"]}
+    settings = engine_settings(options) | {name: options[name] for name in ("max_batch", "speculation")}
     if options["ray_address"] is not None:
         from starling.serving.batch.ray_job import RayJob, answer_on_ray
 

@@ -79,8 +79,10 @@ def command(context: click.Context, /, bundle: Path, no_stream: bool, as_json: b
             print_json(generation_json(results, engine))
         else:
             _print(results, engine, streamed=len(prompts) == 1 and not no_stream)
-            if options["speculation"] and len(prompts) > 1:
-                note("several prompts ran as one batch: without speculation, which is for one prompt at a time")
+            if options["speculation"] and engine.backend.verified_rows < len(prompts):
+                note(
+                    "the prompts drafted only while one was left: several rows draft where the CPU kernels run a bundle"
+                )
     if any(result.finish_reason == "interrupted" for result in results):
         context.exit(INTERRUPTED)
 

@@ -141,7 +141,7 @@ _SPECULATION = [
         show_default=True,
         callback=lambda context, option, value: None if value == "off" else value,
         help="Draft tokens from what the text said before, and verify several at a time: the same answer, sooner where "
-        "it repeats the prompt. For one prompt at a time.",
+        "it repeats the prompt. Several rows draft where the CPU kernels run the bundle, elsewhere one that is alone.",
     )
 ]
 _PREFILL_CHUNK = click.option(

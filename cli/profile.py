@@ -133,8 +133,6 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
     options = Options(**{name: value for name, value in settings.items() if name not in counts})
     with _progress() as progress:
         profile = measure(Bundle.open(folder), sweep, options, progress, lambda text: note(f"warning: {text}"))
-    if options.speculation is not None and sweep.max_batch > 1:
-        note("batches of several prompts ran without speculation, which is for one prompt at a time")
     for text in (profile.note, profile.kernels_note):
         if text is not None:
             note(text)
@@ -143,8 +141,8 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
 
 def _refuse_to_measure(bundle: Path | None) -> None:
     """Raises UserError where --compare stands beside what it would have to leave undone."""
-    own = ("bundle", "compare", "as_json")
-    others = list(given_options(name for name in click.get_current_context().params if name not in own))
+    own, options = (None, "bundle", "compare", "as_json"), click.get_current_context().command.params
+    others = list(given_options(option.name for option in options if option.name not in own))
     if bundle is not None:
         others.insert(0, str(bundle))
     if others:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import bundle_argument, engine_options, engine_settings, serving_options
+from starling.cli.options import bundle_argument, engine_options, engine_settings, serving_options, speculation_option
 from starling.cli.results import cache_figure
 from starling.engine.errors import UserError
 from starling.serving.http.logs import FORMATS, LEVELS, configure_logging
@@ -55,6 +55,7 @@ LOGGER = logging.getLogger("starling.serve")
 )
 @serving_options
 @engine_options
+@speculation_option
 def command(bundle: Path, **options: Any) -> None:
     """Serve BUNDLE by OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics.
 
@@ -77,7 +78,7 @@ def command(bundle: Path, **options: Any) -> None:
     from starling.serving.http.app import make_app
     from starling.serving.http.server import bind, serve
 
-    settings = engine_settings(options)
+    settings = {**engine_settings(options), "speculation": options["speculation"]}
     keys = read_api_keys(options["api_key_file"], os.environ)
     # Before the model is loaded: a port that is taken is known at once.
     listener = bind(options["host"], options["port"])

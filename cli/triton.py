@@ -17,6 +17,7 @@ from starling.cli.options import (
     max_batch_option,
     max_queue_option,
     max_seq_option,
+    speculation_option,
     verify_option,
 )
 from starling.engine.errors import UserError
@@ -32,6 +33,7 @@ from starling.engine.errors import UserError
 @max_seq_option
 @max_queue_option(128)
 @backend_options
+@speculation_option
 @click.option(
     "--env",
     "environment",

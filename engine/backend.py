@@ -20,8 +20,9 @@ BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda", "tenso
 #: Tokens that one call of the graph prefills at most. Attention's scratch memory is chunk x length x heads; SmolLM2
 #: prefills 1024 tokens within 3 % as fast in chunks of 256 as of 512 (the best), and Ctrl-C waits for one chunk.
 PREFILL_CHUNK = 256
-#: Tokens that `Backend.verify` takes at most: the newest one and a draft behind it.
+#: Tokens of a row that `Backend.verify` takes at most: the newest one and a draft after it; and of all rows together.
 MOST_VERIFIED = 17
+MOST_VERIFIED_TOGETHER = 64
 
 
 class Room(TypedDict):
@@ -72,7 +73,7 @@ class TokenPipeline(Protocol):
     def tokens(self) -> list[int]:
         """Wait for the oldest launched step whose tokens were not asked for; the token chosen in each of its rows.
 
-        Raises BackendError where the greatest logit of a row is not finite.
+        -1 stands for a row whose greatest logit is not finite.
         """
         ...
 
@@ -106,8 +107,8 @@ class Backend(Protocol):
         """Where tokens are chosen and fed on the device: how to run steps ahead of the host. None elsewhere."""
         ...
 
-    def prefill(self, slot: int, tokens: Tokens, start: int) -> StepOutput:
-        """Write `tokens` int64 [n] at positions start..start+n of row `slot`; the output is of that one row.
+    def prefill(self, row: int, tokens: Tokens, start: int) -> StepOutput:
+        """Write `tokens` int64 [n] at positions start..start+n of row `row`; the output is of that one row.
 
         `start` may lie behind a non-empty cache: positions before it are attended to, those after it are overwritten.
         """
@@ -117,14 +118,19 @@ class Backend(Protocol):
         """One step of the first k rows: token i of `tokens` [k] is written at `positions`[i] of row i."""
         ...
 
+    #: Rows that `verify` takes together: 0 where it is not to be had.
+    verified_rows: int
+
     def check_verifies(self) -> None:
         """Raise BackendError, with the reason, where `verify` is not to be had."""
         ...
 
-    def verify(self, slot: int, tokens: Sequence[int], start: int) -> StepOutput:
-        """Write `tokens` [n], n at most MOST_VERIFIED, at start..start+n of row `slot`, and choose behind each of them.
+    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> StepOutput:
+        """Write k rows' `tokens` [k, n] at `starts`[i]..+n of row first + i, and choose a token after each of them.
 
-        The output has n rows: row i is what follows tokens 0..i. Raises BackendError as `check_verifies` does.
+        The output has k * n rows: row i * n + j is what follows tokens 0..j of row first + i. n is at most
+        MOST_VERIFIED, k * n at most MOST_VERIFIED_TOGETHER, k at most `verified_rows`. Raises BackendError as
+        `check_verifies` does, and for more than that.
         """
         ...
 

@@ -86,7 +86,8 @@ class Engine:
     def speculation(self) -> str | None:
         """Where drafts come from that the model verifies several tokens at a time: "prompt-lookup", or None (off).
 
-        The tokens are the same. It is for one prompt at a time; static batches and serving loops run without. Setting
+        The tokens are the same. Several rows are verified together where the CPU kernels run the bundle, elsewhere one
+        row while it decodes alone; a serving loop takes it over as it is at the loop's beginning. Setting
         it raises UserError for an unknown name, BackendError where backend or bundle cannot verify drafts.
         """
         return self._speculation

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from starling.engine.backend import MOST_VERIFIED, StepOutput, Tokens, check_room, chunk_length
+from starling.engine.backend import MOST_VERIFIED, MOST_VERIFIED_TOGETHER, StepOutput, Tokens, check_room, chunk_length
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.graph_names import LOGITS_TO_KEEP
@@ -87,7 +87,7 @@ class _Step:
 
 @dataclass(slots=True, eq=False)
 class _Verification:
-    """All that verifying so many tokens of a row needs, made once."""
+    """All that verifying so many tokens of some rows needs, made once."""
 
     binding: Any
     output: OrtOutput
@@ -127,27 +127,29 @@ class OrtBackend:
         self.model_seconds = 0.0
         self._chunk = min(prefill_chunk, max_seq)
         self._cache = allocate_cache(self._ort, bundle, self._device, max_batch, max_seq)
-        longest = max(self._chunk, MOST_VERIFIED)
+        longest = max(self._chunk, MOST_VERIFIED_TOGETHER)
         self._inputs = INPUTS[bundle.dialect](self._ort, self._device, max_batch, longest, max_seq)
         self._why_no_verify = _why_no_verify(bundle)
         self._kept = KeptPositions(self._ort, self._device, MOST_VERIFIED) if self._why_no_verify is None else None
-        self._outputs = StepOutputs(bundle, max(max_batch, MOST_VERIFIED))  # a page takes memory when it is written to
-        self._verifications: dict[tuple[int, int], _Verification] = {}
+        # A page of it takes memory when it is written to.
+        self._outputs = StepOutputs(bundle, max(max_batch, MOST_VERIFIED_TOGETHER))
+        self._verifications: dict[tuple[int, int, int], _Verification] = {}
         self._row_bindings: dict[int, Any] = {}
         self._steps: dict[int, _Step] = {}
         self._row_output = self._outputs.output(1)
+        self.verified_rows = self._find_verified_rows()
 
-    def prefill(self, slot: int, tokens: Tokens, start: int) -> StepOutput:
-        """Write `tokens` int64 [n] at start..start+n of row `slot`.
+    def prefill(self, row: int, tokens: Tokens, start: int) -> StepOutput:
+        """Write `tokens` int64 [n] at start..start+n of row `row`.
 
         GroupQueryAttention takes a chunk behind a non-empty cache only with batch 1, hence the view of one row.
         """
         first = 0
         while first < len(tokens):
             chunk = tokens[first : first + chunk_length(len(tokens) - first, self._chunk)]
-            check_room(self, slot, start + first + len(chunk) - 1)
+            check_room(self, row, start + first + len(chunk) - 1)
             self._inputs.write_chunk(chunk, start + first)
-            self._run(self._row_binding(slot, len(chunk)))
+            self._run(self._row_binding(row, len(chunk)))
             first += len(chunk)
         return self._row_output
 
@@ -166,12 +168,13 @@ class OrtBackend:
         if self._why_no_verify is not None:
             raise BackendError(self._why_no_verify)
 
-    def verify(self, slot: int, tokens: Sequence[int], start: int) -> StepOutput:
-        """Write `tokens` [n] at start..start+n of row `slot`; the output has a row for each."""
+    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> StepOutput:
+        """Write `tokens` [k, n] at `starts`[i]..+n of row first + i; the output has k * n rows."""
         self.check_verifies()
-        check_room(self, slot, start + len(tokens) - 1)
-        found = self._verifications.get((slot, len(tokens))) or self._new_verification(slot, len(tokens))
-        self._inputs.write_chunk(tokens, start)
+        rows, length = len(tokens), len(tokens[0])
+        check_room(self, first + rows - 1, max(starts) + length - 1)
+        found = self._verifications.get((first, rows, length)) or self._new_verification(first, rows, length)
+        self._inputs.write_rows(tokens, starts)
         self._run(found.binding)
         return found.output
 
@@ -190,6 +193,23 @@ class OrtBackend:
         self._cache.clear()
         self._session = None
 
+    def _find_verified_rows(self) -> int:
+        """ONNX Runtime's GroupQueryAttention takes several new tokens of one row only, that of the kernels of many."""
+        if self._why_no_verify is not None:
+            return 0
+        self.verified_rows = self.max_batch if self.kernels is not None else 1
+        if self.verified_rows == 1 or self.max_seq < 2:
+            return 1
+        try:  # a bundle's graph for the kernels may have its products in them, and its attention not
+            self.verify(0, [[0, 0], [0, 0]], [0, 0])
+        except BackendError:
+            return 1
+        finally:
+            self.model_seconds = 0.0
+            for buffer in self._cache.values():
+                buffer.numpy()[:2, :, :2] = 0
+        return self.max_batch
+
     def _run(self, binding: Any) -> None:
         if self._device == "cuda":
             binding.synchronize_inputs()
@@ -207,18 +227,22 @@ class OrtBackend:
         step = self._steps[rows] = _Step(binding, self._inputs.step_writer(rows), self._outputs.output(rows))
         return step
 
-    def _new_verification(self, slot: int, length: int) -> _Verification:
-        if not 1 <= length <= MOST_VERIFIED:
-            raise BackendError(f"{length} tokens are to be verified in one step: give 1 to {MOST_VERIFIED}")
-        binding = self._bind(slot, 1, kept=length)
-        self._inputs.bind(binding, 1, length)
-        made = self._verifications[slot, length] = _Verification(binding, self._outputs.output(length))
+    def _new_verification(self, first: int, rows: int, length: int) -> _Verification:
+        if not 1 <= length <= MOST_VERIFIED or rows > self.verified_rows or rows * length > MOST_VERIFIED_TOGETHER:
+            raise BackendError(
+                f"{length} tokens are to be verified in one step of {rows} row(s): give 1 to {MOST_VERIFIED} for each "
+                f"of up to {self.verified_rows}, {MOST_VERIFIED_TOGETHER} in all"
+            )
+        binding = self._bind(first, rows, kept=length)
+        self._inputs.bind(binding, rows, length)
+        made = _Verification(binding, self._outputs.output(rows * length))
+        self._verifications[first, rows, length] = made
         return made
 
-    def _row_binding(self, slot: int, length: int) -> Any:
-        binding = self._row_bindings.get(slot)
+    def _row_binding(self, row: int, length: int) -> Any:
+        binding = self._row_bindings.get(row)
         if binding is None:
-            binding = self._row_bindings[slot] = self._bind(slot, 1)
+            binding = self._row_bindings[row] = self._bind(row, 1)
         self._inputs.bind(binding, 1, length)
         return binding
 

@@ -95,6 +95,11 @@ class StepOutputs:
             return chosen
 
         def choices() -> list[int]:
-            return [token if is_finite(values[row * vocab + token]) else -1 for row, token in enumerate(likeliest())]
+            chosen, start = likeliest(), 0
+            for row, token in enumerate(chosen):
+                if not is_finite(values[start + token]):
+                    chosen[row] = -1
+                start += vocab
+            return chosen
 
         return OrtOutput(next_tokens, choices, logits)

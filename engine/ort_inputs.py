@@ -59,6 +59,14 @@ class StepInputs:
         if self._on_device:
             self._push()
 
+    def write_rows(self, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        """Several rows: `tokens` [k, n] go to positions starts[i]..+n of each."""
+        length = len(tokens[0])
+        self._ids[: len(tokens) * length].reshape(len(tokens), length)[:] = tokens
+        self._place_rows(starts, length)
+        if self._on_device:
+            self._push()
+
     def step_writer(self, rows: int) -> StepWriter:
         """The function that writes one decode step of `rows` rows.
 
@@ -78,6 +86,10 @@ class StepInputs:
 
     def _place_chunk(self, start: int, end: int) -> None:
         """Say that one row's new tokens go to positions start..end."""
+        raise NotImplementedError
+
+    def _place_rows(self, starts: Sequence[int], length: int) -> None:
+        """Say that `length` new tokens of each row go to starts[i] and on: where a graph can verify drafts."""
         raise NotImplementedError
 
     def _placer(self, rows: int) -> Callable[[Sequence[int], int], None]:
@@ -107,6 +119,10 @@ class OrtInputs(StepInputs):
     def _place_chunk(self, start: int, end: int) -> None:
         self._lengths[0] = end - 1
         self._total.host[0] = end
+
+    def _place_rows(self, starts: Sequence[int], length: int) -> None:
+        self._lengths[: len(starts)] = [start + length - 1 for start in starts]
+        self._total.host[0] = max(starts) + length
 
     def _placer(self, rows: int) -> Callable[[Sequence[int], int], None]:
         lengths, total = self._lengths.data, self._total.host.data

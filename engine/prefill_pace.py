@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from math import inf
+from sys import maxsize
+from typing import Protocol
 
 #: Chunks are multiples of this, or a few shorter lengths: each length is a new shape to the backend.
 GRAIN = 8
@@ -19,12 +21,53 @@ FIRST_SHARE = 0.25
 OUTLIER = 3
 
 
+class Pace(Protocol):
+    """Divides a scheduler's time between prompts and running requests."""
+
+    #: Whether all prompts are prefilled before anything decodes.
+    prompts_first: bool
+
+    def decoded(self, rows: int, seconds: float, *, behind_chunk: bool) -> None:
+        """A decode step of so many live rows took so long."""
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """A chunk of so many tokens took so long."""
+
+    def budget(self, rows: int) -> float:
+        """Seconds of prefill before the next decode step of so many rows; infinite for one chunk, however long."""
+
+    def chunk(self, budget: float) -> int:
+        """Tokens that can be prefilled within `budget` seconds, 0 where not even the smallest chunk fits in."""
+
+
+class PromptsFirst:
+    """A static batch: its prompts are prefilled whole, one after the other, and then decode together."""
+
+    prompts_first = True
+
+    def decoded(self, rows: int, seconds: float, *, behind_chunk: bool) -> None:
+        """Nothing to learn."""
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """Nothing to learn."""
+
+    def budget(self, rows: int) -> float:
+        """No bound."""
+        return inf
+
+    def chunk(self, budget: float) -> int:
+        """The whole prompt."""
+        return maxsize
+
+
 class PrefillPace:
     """Learns from the steps themselves what a chunk may cost.
 
     While requests decode, the time from one token to the next, which is a chunk and a decode step, may grow to
     `slowdown` times a quiet decode step of as many rows. Without any, chunks are `most` tokens.
     """
+
+    prompts_first = False
 
     def __init__(self, most: int, slowdown: float) -> None:
         self._most, self._slowdown = most, slowdown

@@ -1,4 +1,4 @@
-"""One request to a serving loop: what the scheduler knows of it, and the handle of whoever submitted it."""
+"""One request: what the scheduler knows of it, and the handle of the caller who submitted it to a serving loop."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ from uuid import uuid4
 
 from starling.engine.errors import DeadlineExceeded, RequestFailed
 from starling.engine.mailbox import Mailbox
+from starling.engine.prompt_lookup import PromptLookup
 from starling.engine.results import GenerationChunk, GenerationResult
 from starling.engine.sequence import GenerationSequence
+
+NEVER = inf
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A sequence on its way through the scheduler. Times are of `time.perf_counter`, in seconds."""
+    """A sequence on its way through the scheduler. Times are of the scheduler's clock, in seconds."""
 
     sequence: GenerationSequence
-    mailbox: Mailbox
     #: When the caller came with it.
     submitted: float
-    deadline: float = inf
+    #: Where a serving loop puts its chunks.
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    deadline: float = NEVER
     id: str = field(default_factory=lambda: uuid4().hex)
     #: Set by any thread; the scheduler looks at it before each step.
     cancelled: bool = False
     #: Row of the cache; -1 while it waits, and when it has ended.
-    slot: int = -1
+    row: int = -1
     #: Prompt tokens that the row holds.
     written: int = 0
+    #: Where its drafts come from, once it decodes; None: it has none. `draft` is the newest, [] where none is known.
+    lookup: PromptLookup | None = None
+    draft: list[int] = field(default_factory=list)
     #: When its newest token was there, and the backend's model seconds then.
     newest: float = 0.0
     newest_model_s: float = 0.0

@@ -17,6 +17,7 @@ from starling.engine.results import GenerationChunk
 from starling.engine.sampling import SamplingParams
 from starling.engine.scheduler import Scheduler
 from starling.engine.serving_stats import ServingCounters, ServingStats
+from starling.engine.speculation import checked_speculation
 
 LOGGER = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ class ServingLoop:
         """Take the engine over until `close`. `queue_limit` requests may wait beside those that have a row.
 
         Prompts are prefilled in chunks of at most `prefill_chunk` tokens; while requests decode, of so few that their
-        inter-token latency grows to about `slowdown` times its quiet value. Raises UserError for a setting out of
-        range, or where the engine serves another loop.
+        inter-token latency grows to about `slowdown` times its quiet value. It speculates as the engine does. Raises
+        UserError for a setting out of range, or where the engine serves another loop.
         """
         if queue_limit < 0 or prefill_chunk < 1 or not slowdown > 1:
             raise UserError(
@@ -48,7 +49,12 @@ class ServingLoop:
         self.engine = engine
         self._queue_limit = queue_limit
         self._counters = ServingCounters(engine.max_batch, queue_limit)
-        self._scheduler = Scheduler(engine.backend, self._counters, PrefillPace(prefill_chunk, slowdown))
+        self._scheduler = Scheduler(
+            engine.backend,
+            self._counters,
+            PrefillPace(prefill_chunk, slowdown),
+            speculation=checked_speculation(engine.speculation, engine.backend),
+        )
         self._arrived: list[Request] = []
         self._changed = Condition()
         self._closing = self._drains = False
@@ -80,7 +86,7 @@ class ServingLoop:
         if deadline_s is not None and not deadline_s > 0:
             raise UserError(f"deadline_s is {deadline_s}: give seconds above 0, or None")
         sequence = self.engine.prepare(prompt, params or SamplingParams(), reply=reply)
-        request = Request(sequence, Mailbox(on_chunk), submitted)
+        request = Request(sequence, submitted, Mailbox(on_chunk))
         if request_id is not None:
             request.id = request_id
         if deadline_s is not None:
@@ -131,7 +137,7 @@ class ServingLoop:
         try:
             while self._take_arrived():
                 try:
-                    self._scheduler.step()
+                    self._scheduler.serve_step()
                 except Exception as error:  # a mistake of ours: nobody may wait for ever because of it
                     LOGGER.exception("a step of the serving loop failed")
                     self._scheduler.fail_all(error)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import Lock
 from types import MappingProxyType
+from typing import Protocol
 
 from starling.engine.results import FinishReason
 
@@ -30,6 +31,38 @@ class ServingStats:
     #: Prompt tokens prefilled, and tokens generated, those of requests that were ended early too.
     prompt_tokens: int
     generated_tokens: int
+
+
+class Counters(Protocol):
+    """What a scheduler counts."""
+
+    def admit(self) -> None:
+        """A waiting request got a row."""
+
+    def leave(self, reason: FinishReason, *, running: bool) -> None:
+        """A request that was running, or waiting, has ended."""
+
+    def count_prompt(self, tokens: int) -> None:
+        """Tokens that were prefilled."""
+
+    def count_token(self) -> None:
+        """A token was generated."""
+
+
+class Uncounted:
+    """Counts nothing: for a single call's own scheduler."""
+
+    def admit(self) -> None:
+        """Nothing to count."""
+
+    def leave(self, reason: FinishReason, *, running: bool) -> None:
+        """Nothing to count."""
+
+    def count_prompt(self, tokens: int) -> None:
+        """Nothing to count."""
+
+    def count_token(self) -> None:
+        """Nothing to count."""
 
 
 class ServingCounters:
@@ -66,11 +99,15 @@ class ServingCounters:
             self._waiting -= not running
             self._ended[reason] += 1
 
-    def count_tokens(self, *, prompt: int = 0, generated: int = 0) -> None:
-        """Tokens that were prefilled or generated."""
+    def count_prompt(self, tokens: int) -> None:
+        """Tokens that were prefilled."""
         with self._lock:
-            self._prompt_tokens += prompt
-            self._generated_tokens += generated
+            self._prompt_tokens += tokens
+
+    def count_token(self) -> None:
+        """A token was generated."""
+        with self._lock:
+            self._generated_tokens += 1
 
     def snapshot(self) -> ServingStats:
         """The figures at this moment."""

@@ -31,6 +31,7 @@ class RangedBackend:
         self.kernels, self.kernels_note = backend.kernels, backend.kernels_note
         self.max_seq, self.max_batch, self.vocab_size = backend.max_seq, backend.max_batch, backend.vocab_size
         self.kv_cache_bytes = backend.kv_cache_bytes
+        self.verified_rows = backend.verified_rows
         pipeline = backend.pipeline
         self.pipeline: TokenPipeline | None = None if pipeline is None else RangedPipeline(pipeline, self._annotate)
 
@@ -43,10 +44,10 @@ class RangedBackend:
     def model_seconds(self, seconds: float) -> None:
         self._backend.model_seconds = seconds
 
-    def prefill(self, slot: int, tokens: Tokens, start: int) -> StepOutput:
+    def prefill(self, row: int, tokens: Tokens, start: int) -> StepOutput:
         """As the backend's."""
         with self._annotate(f"prefill {len(tokens)} tokens", domain=DOMAIN, color="blue"):
-            return self._backend.prefill(slot, tokens, start)
+            return self._backend.prefill(row, tokens, start)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
         """As the backend's."""
@@ -57,10 +58,10 @@ class RangedBackend:
         """As the backend's."""
         self._backend.check_verifies()
 
-    def verify(self, slot: int, tokens: Sequence[int], start: int) -> StepOutput:
+    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> StepOutput:
         """As the backend's."""
-        with self._annotate(f"verify {len(tokens)} tokens", domain=DOMAIN, color="green"):
-            return self._backend.verify(slot, tokens, start)
+        with self._annotate(f"verify {len(tokens)} rows of {len(tokens[0])} tokens", domain=DOMAIN, color="green"):
+            return self._backend.verify(first, tokens, starts)
 
     def clear(self, row: int) -> None:
         """As the backend's."""

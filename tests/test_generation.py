@@ -189,8 +189,8 @@ def test_ctrl_c_keeps_the_text_so_far(backend: Backend, tokenizer: Tokenizer, at
 def test_ctrl_c_ends_every_row_of_a_batch(backend: Backend, tokenizer: Tokenizer) -> None:
     short = sequence(tokenizer, PROMPTS[0], SamplingParams(max_tokens=2, ignore_eos=True))
     rows = [short, interrupting(sequence(tokenizer, PROMPTS[1]), at_token=4), sequence(tokenizer, PROMPTS[2])]
-    last = {row: chunk for row, chunk in generate(backend, rows)}
-    assert [last[row].finish_reason for row in range(3)] == ["length", "interrupted", "interrupted"]
+    last = {id(request.sequence): chunk for request, chunk in generate(backend, rows)}
+    assert [last[id(row)].finish_reason for row in rows] == ["length", "interrupted", "interrupted"]
 
 
 def test_ctrl_c_hands_out_text_that_was_held_back(backend: Backend, tokenizer: Tokenizer) -> None:

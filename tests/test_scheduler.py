@@ -42,7 +42,7 @@ class Served:
         **settings: Any,
     ) -> tuple[Request, RequestHandle]:
         sequence = self.engine.prepare(prompt, SamplingParams(**{"max_tokens": tokens, "ignore_eos": True, **settings}))
-        request = Request(sequence, Mailbox(on_chunk), perf_counter())
+        request = Request(sequence, perf_counter(), Mailbox(on_chunk))
         assert self.counters.enter()
         self.scheduler.add(request)
         return request, RequestHandle(request)
@@ -51,7 +51,7 @@ class Served:
         for _ in range(10_000):
             if self.scheduler.idle:
                 return
-            self.scheduler.step()
+            self.scheduler.serve_step()
         raise AssertionError("the scheduler never came to an end")
 
     def alone(self, prompt: Sequence[int] = SHORT, tokens: int = 8) -> GenerationResult:
@@ -81,8 +81,8 @@ def test_requests_that_join_and_leave_answer_as_alone(served: Served) -> None:
     handles = []
     for prompt, length in zip(prompts, lengths, strict=True):
         handles.append(served.submit(prompt, length)[1])
-        served.scheduler.step()
-        served.scheduler.step()
+        served.scheduler.serve_step()
+        served.scheduler.serve_step()
     served.run()
     for handle, expected in zip(handles, alone, strict=True):
         result = handle.result(0)
@@ -95,12 +95,12 @@ def test_a_long_prompt_is_prefilled_between_the_steps_of_the_others(served: Serv
     expected = served.alone(tokens=30), served.alone(LONG, 5)
     running, handle = served.submit(tokens=30)
     while not running.sequence.tokens:
-        served.scheduler.step()
+        served.scheduler.serve_step()
     long, long_handle = served.submit(LONG, 5)
     before = len(running.sequence.tokens)
     while not long.sequence.tokens:
         tokens = len(running.sequence.tokens)
-        served.scheduler.step()
+        served.scheduler.serve_step()
         assert len(running.sequence.tokens) == tokens + 1, "every step gives the running request a token"
     assert len(running.sequence.tokens) - before >= 3, "the prompt came in several chunks"
     served.run()
@@ -121,14 +121,14 @@ def test_a_decode_step_leaves_a_half_prefilled_row_below_it_right(
     first, _ = served.submit(tokens=2)
     served.submit(tokens=60)
     while not first.mailbox.complete:
-        served.scheduler.step()
+        served.scheduler.serve_step()
     monkeypatch.setattr(served.engine.backend, "decode", recorded)
     long, handle = served.submit(LONG, 6)
     held = []
     while not long.sequence.tokens:
         held.append(long.written)
-        served.scheduler.step()
-    assert long.slot == 0, "the lowest free row, below the one that decodes"
+        served.scheduler.serve_step()
+    assert long.row == 0, "the lowest free row, below the one that decodes"
     assert len(held) > 3
     for written, (tokens, positions) in zip(held[1:], steps[1:], strict=False):
         assert (tokens[0], positions[0]) == (LONG[written], written), "where the next chunk writes anyway"
@@ -142,7 +142,7 @@ def test_free_rows_in_between_stay_inside_the_cache_and_the_next_prompt_is_right
     assert len(expected[1]) == 1, "a prompt that fills the cache has room for one token"
     handles = [served.submit(full, 9)[1], served.submit(tokens=2)[1], served.submit(tokens=40)[1]]
     for _ in range(40):
-        served.scheduler.step()
+        served.scheduler.serve_step()
     assert handles[1].done, "rows 0 and 1 are free, row 2 decodes"
     assert handles[0].result(0).tokens == expected[1]
     late = served.submit(LONG, 4)[1]
@@ -179,10 +179,10 @@ def test_cancelling_takes_effect_within_one_step(served: Served) -> None:
     requests = [served.submit(tokens=80, prompt=LONG[:9])[0] for _ in range(ROWS)]
     prefilling_or_waiting = [served.submit(LONG)[0] for _ in range(2)]
     while not all(request.sequence.tokens for request in requests):
-        served.scheduler.step()
+        served.scheduler.serve_step()
     for request in [requests[1], *prefilling_or_waiting]:
         request.cancelled = True
-    served.scheduler.step()
+    served.scheduler.serve_step()
     for request in [requests[1], *prefilling_or_waiting]:
         assert request.mailbox.complete
         assert RequestHandle(request).result(0).finish_reason == "cancelled"
@@ -199,12 +199,12 @@ def test_cancelling_takes_effect_within_one_step(served: Served) -> None:
 def test_what_is_late_ends_where_it_is_and_waiting_counts(served: Served) -> None:
     running, handle = served.submit(tokens=80)
     while len(running.sequence.tokens) < 3:
-        served.scheduler.step()
+        served.scheduler.serve_step()
     for _ in range(ROWS):
         served.submit(tokens=60)
     waiting, _ = served.submit()
     running.deadline = waiting.deadline = perf_counter()
-    served.scheduler.step()
+    served.scheduler.serve_step()
     assert running.mailbox.complete
     assert waiting.mailbox.complete
     with pytest.raises(Exception, match=r"its deadline passed after \d+ token"):
@@ -241,13 +241,13 @@ def test_numbers_that_are_not_finite_end_their_own_row_and_stay_there(served: Se
     expected = served.alone(tokens=20).tokens, served.alone(LONG, 9).tokens
     good, (bad, bad_handle) = served.submit(tokens=20)[1], served.submit(LONG, 20)
     while len(bad.sequence.tokens) < 2:
-        served.scheduler.step()
+        served.scheduler.serve_step()
     backend = served.engine.backend
     assert isinstance(backend, OrtBackend)
     for buffer in backend._cache.values():
-        buffer.numpy()[bad.slot] = np.nan
-    row = bad.slot
-    served.scheduler.step()
+        buffer.numpy()[bad.row] = np.nan
+    row = bad.row
+    served.scheduler.serve_step()
     with pytest.raises(RequestFailed, match="greatest logit is nan"):
         bad_handle.result(0)
     later = served.submit(LONG, 9)[1]
@@ -263,10 +263,10 @@ def test_a_step_of_the_model_that_fails_ends_those_in_it_and_the_loop_goes_on(
     running = [served.submit(tokens=60) for _ in range(ROWS)]
     waiting = served.submit(LONG, 5)[1]
     while not all(request.sequence.tokens for request, _ in running):
-        served.scheduler.step()
+        served.scheduler.serve_step()
     with monkeypatch.context() as patch:
         patch.setattr(served.engine.backend, "_session", None)  # what is left of a session that broke
-        served.scheduler.step()
+        served.scheduler.serve_step()
     for _, handle in running:
         with pytest.raises(RequestFailed, match="ONNX Runtime failed in a step of the model") as failure:
             handle.result(0)
@@ -280,7 +280,7 @@ def test_a_prefill_that_fails_ends_its_own_request(served: Served, monkeypatch: 
     expected = served.alone(tokens=20).tokens
     running, handle = served.submit(tokens=20)
     while not running.sequence.tokens:
-        served.scheduler.step()
+        served.scheduler.serve_step()
     prefill = served.engine.backend.prefill
 
     def fails_later(slot: int, tokens: Tokens, start: int) -> StepOutput:

@@ -22,6 +22,7 @@ from starling.engine.graph_names import LOGITS_TO_KEEP
 from starling.engine.ort_backend import OrtBackend
 from starling.engine.results import GenerationResult
 from starling.engine.sampling import SamplingParams, make_sampler
+from starling.engine.serving_loop import ServingLoop
 
 MAX_SEQ = 320
 LIST = """Copy this list, sorted as it is.
@@ -195,11 +196,69 @@ def test_times_add_up_and_tokens_verified_together_share_a_run(engine: Engine, c
     assert timings.acceptance == timings.accepted_tokens / timings.drafted_tokens
 
 
-def test_a_static_batch_runs_without(engine: Engine, copied: GenerationResult) -> None:
+def test_the_rows_of_a_static_batch_are_verified_together(engine: Engine, copied: GenerationResult) -> None:
+    other = engine.generate("The colours of the rainbow are", max_tokens=40, reply=True)
     engine.speculation = "prompt-lookup"
-    results = engine.generate([list(copied.prompt_tokens)] * 2, max_tokens=40, reply=True)
-    assert [result.tokens for result in results] == [copied.tokens] * 2
-    assert [result.timings.drafted_tokens for result in results] == [0, 0]
+    prompts = [list(copied.prompt_tokens), list(other.prompt_tokens)]
+    together, alone = engine.generate(prompts, max_tokens=40, reply=True)
+    assert (together.tokens, alone.tokens) == (copied.tokens, other.tokens)
+    if engine.backend.verified_rows > 1:
+        assert together.timings.accepted_tokens > 10
+    else:
+        assert together.timings.drafted_tokens == 0
+
+
+@pytest.fixture(scope="module")
+def served(demo_bundle: Path) -> Iterator[Engine]:
+    """An engine of four rows."""
+    with Engine(demo_bundle, backend="onnxruntime-cpu", max_seq=MAX_SEQ, max_batch=4, threads=2) as engine:
+        yield engine
+
+
+class TestUnderAServingLoop:
+    """Rows that join, leave and draft at different times answer as alone."""
+
+    PROMPTS = ("Repeat this: one two three four one two three four one two three four", "Once upon a time")
+
+    @pytest.mark.parametrize(
+        "params",
+        [
+            SamplingParams(max_tokens=40, ignore_eos=True),
+            SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.7, seed=3),
+            SamplingParams(max_tokens=40, stop=("three",), logprobs=2),
+        ],
+        ids=["greedy", "drawn", "stop and logprobs"],
+    )
+    def test_the_answers_are_those_without(self, served: Engine, params: SamplingParams) -> None:
+        prompts = [f"{prompt} {number}" for number in range(3) for prompt in self.PROMPTS]
+        answers: list[list[GenerationResult]] = []
+        for speculation in (None, "prompt-lookup"):
+            served.speculation = speculation
+            with ServingLoop(served, prefill_chunk=16) as loop:
+                handles = [loop.submit(prompt, params) for prompt in prompts]
+                answers.append([handle.result(120) for handle in handles])
+        without, drafted = answers
+        for one, other in zip(without, drafted, strict=True):
+            assert (other.tokens, other.text, other.finish_reason) == (one.tokens, one.text, one.finish_reason)
+            assert [entry.token for entry in other.logprobs or ()] == [entry.token for entry in one.logprobs or ()]
+        assert all(result.timings.drafted_tokens == 0 for result in without)
+        if served.backend.verified_rows > 1 and not params.stop:
+            least = 0 if params.temperature else 20
+            assert sum(result.timings.accepted_tokens for result in drafted) > least
+
+    def test_what_is_cancelled_or_full_leaves_the_others_right(self, served: Engine) -> None:
+        params = SamplingParams(max_tokens=MAX_SEQ, ignore_eos=True)
+        served.speculation = None
+        expected = served.generate(self.PROMPTS[0], params)
+        served.speculation = "prompt-lookup"
+        with ServingLoop(served) as loop:
+            going = loop.submit(self.PROMPTS[0], params)  # to the end of its row
+            gone = loop.submit(self.PROMPTS[0], params)
+            next(gone)
+            gone.cancel()
+            assert going.result(120).tokens == expected.tokens
+            assert gone.partial.tokens == expected.tokens[: len(gone.partial.tokens)]
+            assert loop.stats().running == 0
 
 
 def test_it_is_off_unless_asked_for(demo_bundle: Path) -> None:
@@ -266,7 +325,7 @@ def test_verifying_gives_what_decoding_one_by_one_gives(backend: OrtBackend, cou
     tokens = ids(10 + count)
     for row in range(2):
         backend.prefill(row, np.array(tokens[:10]), 0)
-    verified = backend.verify(1, tokens[10:], 10)
+    verified = backend.verify(1, [tokens[10:]], [10])
     choices, logits = verified.choices(), verified.logits().copy()
     assert logits.shape == (count, backend.vocab_size)
     for at in range(count):
@@ -275,12 +334,28 @@ def test_verifying_gives_what_decoding_one_by_one_gives(backend: OrtBackend, cou
         assert [choices[at]] == decoded.next_tokens()
 
 
+def test_verifying_several_rows_gives_what_each_gives(backend: OrtBackend) -> None:
+    if backend.verified_rows < 2:
+        pytest.skip("ONNX Runtime's own attention verifies one row")
+    rows, starts = [ids(20), ids(26)[::-1]], [14, 20]
+    tokens = [row[start : start + 6] for row, start in zip(rows, starts, strict=True)]
+    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        backend.prefill(number, np.array(row[:start]), 0)
+    together = backend.verify(0, tokens, starts).logits().copy()
+    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        backend.prefill(number, np.array(row[:start]), 0)
+        alone = backend.verify(number, [tokens[number]], [start])
+        np.testing.assert_allclose(together[6 * number : 6 * number + 6], alone.logits(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(BackendError, match=r"tokens are to be verified in one step of 3 row\(s\)|outside the KV cache"):
+        backend.verify(0, [*tokens, tokens[0]], [*starts, 3])
+
+
 def test_what_a_wrong_draft_wrote_is_overwritten(backend: OrtBackend) -> None:
     tokens = ids(12)
     backend.prefill(0, np.array(tokens[:10]), 0)
     wanted = backend.decode(tokens[10:11], [10]).logits().copy()
     backend.prefill(0, np.array(tokens[:10]), 0)
-    backend.verify(0, [9, 8, 7, 6], 10)
+    backend.verify(0, [[9, 8, 7, 6]], [10])
     np.testing.assert_array_equal(backend.decode(tokens[10:11], [10]).logits(), wanted)
 
 
@@ -289,7 +364,7 @@ def test_nothing_is_allocated_or_bound_per_verification(backend: OrtBackend) -> 
 
     def verify_100() -> None:
         for start in range(50):
-            backend.verify(0, draft, start).choices()
+            backend.verify(0, [draft], [start]).choices()
 
     verify_100()
     made, traced = dict(backend._verifications), []
@@ -304,6 +379,6 @@ def test_nothing_is_allocated_or_bound_per_verification(backend: OrtBackend) -> 
 
 def test_verifying_outside_the_cache_or_too_much_at_once_is_refused(backend: OrtBackend) -> None:
     with pytest.raises(BackendError, match="position 64 of row 0 lies outside the KV cache"):
-        backend.verify(0, ids(5), 60)
+        backend.verify(0, [ids(5)], [60])
     with pytest.raises(BackendError, match=f"{MOST_VERIFIED + 1} tokens are to be verified in one step"):
-        backend.verify(0, ids(MOST_VERIFIED + 1), 0)
+        backend.verify(0, [ids(MOST_VERIFIED + 1)], [0])

@@ -172,7 +172,7 @@ def test_no_step_is_launched_behind_the_end_of_the_cache(gpu: Opened) -> None:
 
 
 def test_drafts_are_refused(gpu: Opened) -> None:
-    for attempt in (gpu.backend.check_verifies, lambda: gpu.backend.verify(0, [5, 6], 3)):
+    for attempt in (gpu.backend.check_verifies, lambda: gpu.backend.verify(0, [[5, 6]], [3])):
         with pytest.raises(BackendError, match="no draft can be verified: speculate with a bundle of --dialect ort"):
             attempt()
 
@@ -271,13 +271,12 @@ def test_greedy_and_top_k_within_the_limit_are_chosen_on_the_device() -> None:
     )
 
 
-def test_logits_that_are_no_numbers_are_an_error(gpu: Opened) -> None:
+def test_logits_that_are_no_numbers_show_as_no_token(gpu: Opened) -> None:
     gpu.backend.prefill(0, tokens(4), 0)
     for buffer in cache(gpu).values():
         buffer[0, :, :4] = np.nan
     gpu.backend.launch(1)
-    with pytest.raises(BackendError, match="greatest logit is nan"):
-        gpu.backend.tokens()
+    assert gpu.backend.tokens() == [-1]
 
 
 def test_close_frees_everything(bundle: Bundle) -> None:

@@ -221,3 +221,24 @@ def test_served_requests_answer_as_alone_drawn_on_the_device_or_on_the_host(engi
         handles = [loop.submit(prompt, params) for prompt, params in zip(prompts, settings, strict=True)]
         same([handle.result(60) for handle in handles], alone)
     assert len({result.tokens for result in alone[:4]}) == 4
+
+
+def test_a_serving_loop_launches_steps_ahead_and_drops_none_that_it_needs(
+    engine: Engine, oracle: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that join while steps are under way, leave between them, and one that must see logits on the host."""
+    lengths = [12, 3, 20, 7, 16, 9]
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(len(lengths))]
+    settings = [replace(GREEDY, max_tokens=length) for length in lengths]
+    settings[1] = replace(settings[1], logprobs=2)
+    alone = [oracle.generate(prompt, params) for prompt, params in zip(prompts, settings, strict=True)]
+    launched = []
+    backend = engine.backend
+    assert isinstance(backend, TensorRTBackend)
+    launch = backend.launch
+    monkeypatch.setattr(backend, "launch", lambda rows: (launched.append(rows), launch(rows)))
+    with ServingLoop(engine, prefill_chunk=8) as loop:
+        handles = [loop.submit(prompt, params) for prompt, params in zip(prompts, settings, strict=True)]
+        results = [handle.result(60) for handle in handles]
+    same(results, alone)
+    assert len(launched) > 8

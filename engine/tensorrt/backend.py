@@ -23,7 +23,7 @@ from starling.engine.tensorrt.execution import PlanExecution
 from starling.engine.tensorrt.layer_times import LayerTimes, TimedRun
 from starling.engine.tensorrt.library import Library
 from starling.engine.tensorrt.memory import DeviceMemory
-from starling.engine.tensorrt.output import DeviceOutput, HostLogits, checked_tokens
+from starling.engine.tensorrt.output import DeviceOutput, HostLogits
 from starling.engine.tensorrt.pipeline import TOKEN_BYTES, LaunchedSteps
 from starling.engine.tensorrt.plan import EngineRecord
 from starling.engine.tensorrt.steps import DecodeStep, PrefillStep
@@ -57,6 +57,7 @@ class TensorRTBackend:
         self.model_seconds = 0.0
         self.note: str | None = None
         self.kernels: str | None = None
+        self.verified_rows = 0
         self.kernels_note: str | None = None
         with ExitStack() as closing:
             self._memory = memory = DeviceMemory(device)
@@ -99,13 +100,13 @@ class TensorRTBackend:
         """Itself: tokens are chosen on the device, and a step finds there those of the step before."""
         return self
 
-    def prefill(self, slot: int, tokens: Tokens, start: int) -> DeviceOutput:
-        """Write `tokens` int64 [n] at start..start+n of row `slot`; the output is that of the last one."""
-        check_room(self, slot, start + len(tokens) - 1)
+    def prefill(self, row: int, tokens: Tokens, start: int) -> DeviceOutput:
+        """Write `tokens` int64 [n] at start..start+n of row `row`; the output is that of the last one."""
+        check_room(self, row, start + len(tokens) - 1)
         begin = perf_counter()
         self.drop()  # Ctrl-C may have left work behind that still reads the buffers
-        self._launched.launch(lambda: self._prefill.enqueue(slot, tokens, start), 1, self._chunk.addresses[NEXT_TOKENS])
-        self._lengths[slot] = start + len(tokens)
+        self._launched.launch(lambda: self._prefill.enqueue(row, tokens, start), 1, self._chunk.addresses[NEXT_TOKENS])
+        self._lengths[row] = start + len(tokens)
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin
         return DeviceOutput(chosen, self._logits, self._chunk)
@@ -128,7 +129,7 @@ class TensorRTBackend:
             "speculate with a bundle of --dialect ort and --backend onnxruntime"
         )
 
-    def verify(self, slot: int, tokens: Sequence[int], start: int) -> NoReturn:
+    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> NoReturn:
         """Raise BackendError, as `check_verifies` does."""
         self.check_verifies()
 
@@ -155,11 +156,11 @@ class TensorRTBackend:
         self._launched.launch(self._steps[rows].launch, rows, self._batch.addresses[NEXT_TOKENS])
 
     def tokens(self) -> list[int]:
-        """Wait for the oldest launched step; the token chosen in each of its rows."""
+        """Wait for the oldest launched step; the token chosen in each of its rows, -1 where it cannot be chosen."""
         begin = perf_counter()
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin
-        return checked_tokens(chosen)
+        return chosen
 
     def drop(self) -> None:
         """Wait for everything launched, and forget the tokens that nobody asked for."""

@@ -37,7 +37,9 @@ class DeviceOutput:
 
     def next_tokens(self) -> list[int]:
         """The token chosen on the device, one for each row. Raises BackendError for logits that are no numbers."""
-        return checked_tokens(self._tokens)
+        if min(self._tokens) < 0:
+            check_finite(math.nan)
+        return self._tokens
 
     def choices(self) -> list[int]:
         """The same, with -1 for a row of logits that are no numbers."""
@@ -46,10 +48,3 @@ class DeviceOutput:
     def logits(self) -> Logits:
         """Float32 [rows, vocab], copied from the device by this call."""
         return self._logits.fetch(self._step, len(self._tokens))
-
-
-def checked_tokens(tokens: list[int]) -> list[int]:
-    """The tokens. Raises BackendError where one is what the graph chooses when the greatest logit is no number."""
-    if min(tokens) < 0:
-        check_finite(math.nan)
-    return tokens

@@ -97,4 +97,7 @@ def engine_settings(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         name: int(texts[name]) for name in ("max_batch", "max_seq", "threads", "queue_limit") if name in texts
     }
-    return {**numbers, **{name: texts[name] for name in ("bundle", "backend", "engine") if name in texts}}
+    return {
+        **numbers,
+        **{name: texts[name] for name in ("bundle", "backend", "engine", "speculation") if name in texts},
+    }

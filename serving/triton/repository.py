@@ -55,6 +55,8 @@ class RepositoryOptions:
     max_seq: int | None = None
     max_queue: int = 128
     threads: int | None = None
+    #: Where drafts come from, None for none.
+    speculation: str | None = None
     #: Environment for EXECUTION_ENV_PATH: a folder with bin/activate, or a packed .tar.gz.
     environment: Path | None = None
     #: Put the bundle into the repository; otherwise it is named by its absolute path.
@@ -70,6 +72,7 @@ class RepositoryOptions:
             "max_seq": self.max_seq,
             "queue_limit": self.max_queue,
             "threads": self.threads,
+            "speculation": self.speculation,
         }
         return {name: str(value) for name, value in given.items() if value is not None}
 
