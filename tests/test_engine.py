@@ -43,6 +43,19 @@ def test_a_list_of_prompts_gives_a_list_of_results(engine: Engine) -> None:
     assert single.tokens == engine.generate([1, 420, 6316], SHORT).tokens
 
 
+def test_a_row_that_ends_before_the_others_keeps_what_a_next_turn_reuses(engine: Engine) -> None:
+    first, second = [1, 420, 6316, 28781], [1, 315, 837]
+    ends = engine.generate(first, SHORT).tokens[2]
+    params = SamplingParams(max_tokens=30, ignore_eos=True, stop_token_ids=(ends,))
+    early, late = engine.generate([first, second], params)
+    assert len(early.tokens) == 3 < len(late.tokens)
+    turn = [*first, *early.tokens, 420, 6316]
+    stream = engine.stream_reply(turn, SHORT)
+    reply = [chunk.token for chunk in stream]
+    assert stream.result.timings.reused_tokens == len(first) + 2  # all but the token that was never decoded
+    assert tuple(reply) == engine.generate(turn, SHORT).tokens
+
+
 def test_overrides_change_single_settings(engine: Engine) -> None:
     assert len(engine.generate("Hello", SHORT, max_tokens=3).tokens) == 3
     assert len(engine.generate("Hello", max_tokens=2, ignore_eos=True).tokens) == 2

@@ -194,6 +194,22 @@ def test_a_callback_gets_every_chunk_and_the_result_with_the_last(loop: ServingL
         next(handle)
 
 
+@pytest.mark.parametrize("leaving", [SystemExit(3), asyncio.CancelledError(), KeyboardInterrupt()], ids=repr)
+def test_a_callback_that_would_end_a_thread_ends_its_own_request_only(
+    loop: ServingLoop, leaving: BaseException
+) -> None:
+    def on_chunk(chunk: GenerationChunk) -> None:
+        if chunk.finish_reason is None:
+            raise leaving
+
+    other = loop.submit("Hello", some(6))
+    handle = loop.submit("Hello", some(6), on_chunk=on_chunk)
+    with pytest.raises(RequestFailed, match=type(leaving).__name__):
+        handle.result(PATIENCE)
+    assert len(other.result(PATIENCE).tokens) == 6
+    assert len(loop.submit("Hello", some(4)).result(PATIENCE).tokens) == 4
+
+
 def test_a_callback_that_fails_hears_of_it_and_hurts_nobody(loop: ServingLoop) -> None:
     reasons: list[str | None] = []
 
