@@ -16,13 +16,13 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from document_blocks import Block, Command
+from triton_server import answers
 
 #: A command that does not end by itself.
 _SERVER = re.compile(r"\bstarling serve (?!.*--help)|\bstart\.sh\b")
@@ -244,16 +244,8 @@ def _form(document: Any) -> Any:
 def _gets_ready(port: int, process: int) -> bool:
     """Whether a server takes requests before it ends or its time is up."""
     end = time.monotonic() + READY_S
-    while not any(_answers(f"http://127.0.0.1:{port}{path}") for path in READY_PATHS):
+    while not any(answers(f"http://127.0.0.1:{port}{path}") for path in READY_PATHS):
         if time.monotonic() > end or not Path(f"/proc/{process}").exists():
             return False
         time.sleep(0.1)
     return True
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False

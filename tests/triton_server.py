@@ -85,7 +85,7 @@ class TritonServer:
         """Until the server and its models are ready; fails with the log's end where it ends before."""
         end = time.monotonic() + READY_S
         while time.monotonic() < end and self.process.poll() is None:
-            if _answers(f"http://{self.http}/v2/health/ready"):
+            if answers(f"http://{self.http}/v2/health/ready"):
                 return
             time.sleep(0.1)
         pytest.fail(f"tritonserver is not ready:\n{self.log.read_text(errors='replace')[-4000:]}")
@@ -214,7 +214,8 @@ def _python(version: str) -> str | None:
     return found if works else None
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a GET of this address is answered with 200."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return bool(answer.status == 200)
