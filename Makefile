@@ -17,6 +17,7 @@ demo: install
 	$(BIN)/starling export demo $(DEMO) --force
 	$(BIN)/starling generate $(DEMO) "What is the capital of France, and what is it known for?" --max-tokens 96
 	$(BIN)/starling profile $(DEMO)
+	@echo 'The command is $(BIN)/starling; in this shell, after: . $(BIN)/activate'
 
 # Two processes: tracing and tokenizers leave the second core idle.
 test: install

@@ -22,6 +22,12 @@ RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13", "cuda-bindings")
 GPU_FIELDS = ("name", "memory.total", "driver_version", "compute_cap")
 GPU_TIMEOUT_S = 10
+#: Subject, extra, and what is possible with it.
+_FURTHER = (
+    ("serve", "serve", "OpenAI's API over a bundle"),
+    ("batch --ray", "ray", "batches on a Ray cluster"),
+    ("profile on a GPU", "profiling", "NVTX ranges, and the GPU's memory, clocks, power and energy"),
+)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -34,6 +40,7 @@ def describe_environment() -> dict[str, Any]:
         _cuda(runtime, gpus),
         _kernels(),
         _export(export),
+        *(_extra(subject, extra, text) for subject, extra, text in _FURTHER),
         *(_tensorrt(name, gpus) for name in RUNTIMES),
     ]
     return {
@@ -129,6 +136,13 @@ def _export(packages: dict[str, str | None]) -> dict[str, Any]:
         text = f"needs {', '.join(missing)}: {install_command('export')}"
         return _finding("export", False, text)
     return _finding("export", True, f"checkpoints become bundles (torch {packages.get('torch')})")
+
+
+def _extra(subject: str, extra: str, text: str) -> dict[str, Any]:
+    missing = [name for name, version in _versions(extra_packages(extra)).items() if version is None]
+    if missing:
+        return _finding(subject, False, f"needs {', '.join(missing)}: {install_command(extra)}")
+    return _finding(subject, True, text)
 
 
 def _tensorrt(name: RuntimeName, gpus: list[dict[str, str]]) -> dict[str, Any]:

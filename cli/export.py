@@ -13,6 +13,7 @@ import click
 from starling.cli.completion import BundlePath, complete_model
 from starling.cli.examples import after_export
 from starling.cli.export_progress import export_progress
+from starling.cli.extras import require_extra
 from starling.cli.inspect import parity_line, precision
 from starling.cli.options import Choice, json_option, refuse_options
 from starling.cli.output import human_bytes, human_seconds, print_json
@@ -86,7 +87,12 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
     with export_progress(terminal=sys.stderr.isatty()) as progress:
         from starling.export.model_source import find_model
 
-        found = find_model(model, revision=revision, fetching=progress.phase)
+        def fetching(text: str) -> None:
+            require_extra("export")  # before a model of gigabytes is fetched
+            progress.phase(text)
+
+        found = find_model(model, revision=revision, fetching=fetching)
+        require_extra("export")
         progress.phase("loading PyTorch")
         from starling.export.checkpoint import open_checkpoint
         from starling.export.exporter import ExportOptions, export_bundle

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 from starling.engine.installation import extra_packages
 
 #: Extras without which a whole command cannot do its work, and what that is.
@@ -14,3 +16,12 @@ def extra_of(module: str) -> str | None:
         if module in {name.replace("-", "_") for name in extra_packages(extra)}:
             return extra
     return None
+
+
+def require_extra(extra: str) -> None:
+    """Raise ModuleNotFoundError for the first package of the extra that is not installed."""
+    for name in extra_packages(extra):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            raise ModuleNotFoundError(name=name.replace("-", "_")) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -84,9 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         return _fail("interrupted", INTERRUPTED)
     except Exception as error:
+        message, code = describe(error)
         if session.debug:
-            raise
-        return _fail(*describe(error))
+            traceback.print_exception(error)
+            return code
+        return _fail(message, code)
     finally:
         _finish_output()
 

@@ -131,9 +131,10 @@ class Engine:
     ) -> GenerationResult | list[GenerationResult]:
         """Generate an answer to a prompt, or to each prompt of a list in one static batch of at most `max_batch`.
 
-        A prompt is text or token ids; `overrides` change fields of `params`. With `reply` the text is one of its own,
-        as for a chat, and does not begin with the space that would continue the prompt. Raises PromptError or
-        SamplingError, and on Ctrl-C GenerationInterrupted, which has the results so far.
+        A prompt is text or token ids, which the answer continues: no chat template is applied (see `chat`). `overrides`
+        change fields of `params`. With `reply` the text is one of its own, as for a chat, and does not begin with the
+        space that would continue the prompt. Raises PromptError or SamplingError, and on Ctrl-C GenerationInterrupted,
+        which has the results so far.
         """
         single = is_single(prompt)
         prompts = cast(list[Prompt], [prompt] if single else list(prompt))

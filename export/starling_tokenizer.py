@@ -25,7 +25,7 @@ OPENCHAT_MODES = {"default": "GPT4 Correct", "code": "Code", "math": "Math Corre
 def starling_tokenizer_json() -> str:
     """tokenizer.json of Starling-LM-7B-alpha: 32,000 pieces, `<|end_of_turn|>` 32000, `<|pad_0|>` 32001, BOS put first.
 
-    Raises CheckpointError where mistral-common or its model file is missing.
+    Raises ModuleNotFoundError without mistral-common, CheckpointError where it has no such model.
     """
     return sentencepiece_tokenizer_json(read_pieces(mistral_model_file()), extra=EXTRA_TOKENS, bos=BOS)
 
@@ -73,7 +73,7 @@ def mistral_model_file() -> Path:
     # find_spec does not import mistral_common, whose import takes a second.
     spec = importlib.util.find_spec("mistral_common")
     if spec is None or spec.origin is None:
-        raise CheckpointError("Starling's tokenizer comes with the package mistral-common: pip install mistral-common")
+        raise ModuleNotFoundError("Starling's tokenizer comes with the package mistral-common", name="mistral_common")
     path = Path(spec.origin).parent / "data" / "tokenizer.model.v1"
     if not path.is_file():
         raise CheckpointError("this mistral-common has no data/tokenizer.model.v1: pip install 'mistral-common>=1.8'")

@@ -175,7 +175,7 @@ def test_an_unknown_command_or_a_missing_argument() -> None:
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     finished = starling("--debug", "inspect", tmp_path)
-    assert finished.returncode != 0
+    assert finished.returncode == 2
     assert "Traceback" in finished.stderr
     assert "BundleError" in finished.stderr
 
@@ -196,6 +196,9 @@ def test_without_the_export_extra(tmp_path: Path) -> None:
     line = refusal("export", "demo", tmp_path / "out", code=1, python=python)
     assert line == f"exporting needs the package torch, which is not installed: {install_hint('export')}"
     assert f"needs torch: {install_hint('export')}" in starling("doctor", python=python).stdout
+    # Before anything is fetched, whatever the model.
+    for model in ("some-one/some-model", "random:starling-tiny"):
+        assert refusal("export", model, tmp_path / "out", code=1, python=python) == line
 
 
 @pytest.mark.parametrize(

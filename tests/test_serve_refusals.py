@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from command_line import install_hint, python_without, refusal
+from command_line import install_hint, python_without, refusal, starling
 from http_server import MODEL, Server, serving, wait_until
 
 PROMPT = "Once upon a time"
@@ -195,6 +195,7 @@ def test_what_cannot_be_served_is_one_line(tiny_bundle: Path, tmp_path: Path, se
 def test_without_its_packages_it_says_what_to_install(tiny_bundle: Path, tmp_path: Path) -> None:
     python = python_without(tmp_path / "bare", "starlette", "uvicorn")
     assert install_hint("serve") in refusal("serve", tiny_bundle, code=1, python=python)
+    assert f"serve: needs starlette, uvicorn: {install_hint('serve')}" in starling("doctor", python=python).stdout
 
 
 def test_a_killed_server_can_start_again_on_its_port(tiny_bundle: Path) -> None:

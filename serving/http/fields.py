@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias, TypeVar
 
+from starling.engine.errors import did_you_mean
 from starling.serving.http.errors import ApiError, bad_field
 
 T = TypeVar("T")
@@ -73,7 +74,8 @@ class Fields:
         for name in self.values:
             if name not in known:
                 short = name[:60]  # a name may be as long as the body
-                raise bad_field(short, f"there is no parameter {short!r} here: leave it out", "unknown_parameter")
+                near = did_you_mean(short, known)
+                raise bad_field(short, f"there is no parameter {short!r} here{near}: leave it out", "unknown_parameter")
 
 
 def _checked(name: str, value: Any, kind: type[T]) -> T:
