@@ -30,13 +30,18 @@ def latency_distribution(measured: Document) -> str:
     counts, edges = np.histogram(np.minimum(gaps, high), BINS, (low - margin, high + margin))
     given = [name for name in ("p50", "p95", "p99") if gives(figures["count"], name)]
     rules = [(min(figures[name], high), f"{name} {milliseconds(figures[name])}") for name in given]
+    longest = float(gaps.max())
+    beyond = f"; the last bar: up to {milliseconds(longest)}" if longest > high else ""
     plot = Plot(
-        Axis(float(edges[0]), end_with_room(float(edges[0]), float(edges[-1]), rules), "inter-token latency, ms"),
+        Axis(
+            float(edges[0]), end_with_room(float(edges[0]), float(edges[-1]), rules), f"inter-token latency, ms{beyond}"
+        ),
         Axis(0, float(counts.max()) * 1.08, "steps"),
         head=rules_head(len(rules)),
     )
     for count, left, right in zip(counts, edges, edges[1:], strict=False):
-        plot.bar(float(left), float(right), float(count), "c1", f"{count} steps of {left:.2f} to {right:.2f} ms")
+        end = longest if left <= high < right else right
+        plot.bar(float(left), float(right), float(count), "c1", f"{count} steps of {left:.2f} to {end:.2f} ms")
     plot.rules(rules)
     return plot.render("Histogram of inter-token latencies")
 
@@ -48,9 +53,11 @@ def latency_by_position(measured: Document) -> str:
     positions = [float(first + i) for i in range(runs.shape[1])]
     middle, low, high = (np.quantile(runs, share, axis=0) for share in (0.5, 0.0, 1.0))
     top = min(float(high.max()), float(np.quantile(runs, 0.99)) * CLIP) * 1.08
+    longest = float(high.max())
+    beyond = f"; cut, the longest: {milliseconds(longest)}" if longest > top else ""
     plot = Plot(
         Axis(positions[0], positions[-1] + 1e-9, "position in the sequence"),
-        Axis(0, top, "inter-token latency, ms"),
+        Axis(0, top, f"inter-token latency, ms{beyond}"),
     )
     upper = [(x, min(float(y), top)) for x, y in zip(positions, high, strict=True)]
     lower = [(x, min(float(y), top)) for x, y in zip(positions, low, strict=True)]

@@ -77,6 +77,21 @@ def test_the_histogram_counts_every_step_once(profile: Any) -> None:
     assert sum(map(int, counts)) == 4 * 4
 
 
+def test_a_stall_is_said_where_the_charts_are_cut(profile: Any) -> None:
+    stalled = json.loads(json.dumps({**profile, "measurements": profile["measurements"][:1]}))
+    [measured] = stalled["measurements"]
+    assert "the last bar" not in html_report(stalled)
+    steps = [0.01] * 200
+    for run in measured["runs"]:
+        run[0]["itl_s"] = steps
+    measured["runs"][0][0]["itl_s"] = [*steps[:-1], 0.5]
+    measured["inter_token_latency_ms"] |= {"p50": 10.0, "p95": 10.0, "p99": 10.0, "max": 500.0, "count": 800}
+    page = html_report(stalled)
+    assert "inter-token latency, ms; the last bar: up to 500" in page
+    assert re.search(r"<title>1 steps of [\d.]+ to 500.00 ms", page)
+    assert "inter-token latency, ms; cut, the longest: 500" in page
+
+
 def test_a_page_can_be_made_of_a_profile_without_extras(profile: Any) -> None:
     bare = {**profile, "operators": None, "machine_peaks": None, "cold_start": None}
     bare["measurements"] = [
