@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import document, end, read_until, refusal, running, starling, succeed
+from safetensors.numpy import save_file
 
 TINY = "random:starling-tiny"
 HUB_OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -200,6 +202,8 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "flying-spaghetti", "vocab_size": 8}))
+    save_file({"weight": np.zeros((8, 8), np.float32)}, model / "model.safetensors")
+    (model / "tokenizer.json").write_text("{}")
     assert "flying-spaghetti" in refusal("export", model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
