@@ -37,12 +37,17 @@ def starling(
         input=stdin.encode() if isinstance(stdin, str) else stdin,
         capture_output=True,
         timeout=TIMEOUT_S,
-        env={**os.environ, **(env or {})},
+        env={**_unsized(), **(env or {})},
         check=False,
     )
     return subprocess.CompletedProcess(
         finished.args, finished.returncode, finished.stdout.decode(), finished.stderr.decode()
     )
+
+
+def _unsized() -> dict[str, str]:
+    """The environment without a terminal's size, which pytest-xdist sets."""
+    return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
 
 
 def succeed(*arguments: str | Path, stdin: str = "") -> str:
@@ -56,8 +61,7 @@ def on_terminal(width: int, *arguments: str | Path) -> str:
     """What `starling ARGUMENTS…`, which must succeed, shows on a terminal of that width; without its colours."""
     terminal, end_of_process = pty.openpty()
     fcntl.ioctl(end_of_process, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    environment["TERM"] = "xterm-256color"
+    environment = {**_unsized(), "TERM": "xterm-256color"}
     with subprocess.Popen(_command(arguments, None), stdout=end_of_process, env=environment) as process:
         os.close(end_of_process)
         shown = b"".join(iter(lambda: _read_terminal(terminal), b""))

@@ -10,6 +10,8 @@ import pytest
 from command_line import document, end, refusal, running, starling, succeed
 from http_server import wait_until
 
+pytestmark = pytest.mark.slow
+
 FIT = ("--max-seq", "256", "--threads", "2")
 
 

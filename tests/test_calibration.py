@@ -26,6 +26,8 @@ from starling.export.qdq.calibration import input_absmax
 from starling.export.qdq.streamed_model import StreamedModel
 from starling.export.reference import load_reference
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def encoder(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:

@@ -19,6 +19,8 @@ from starling.cli.options import BACKENDS, speculation_option
 from starling.engine import backend, speculation
 from starling.export import dialects, tracer
 
+pytestmark = pytest.mark.slow
+
 HEAVY = ("numpy", "onnxruntime", "torch", "transformers", "onnx", "tokenizers", "jinja2", "rich")
 # The three token-id lists of Starling's model card.
 SINGLE_TURN = [1, 420, 6316, 28781, 3198, 3123, 1247, 28747, 22557, 32000, 420, 6316, 28781, 3198, 3123, 21631, 28747]

@@ -19,6 +19,8 @@ from command_line import (
 
 from starling.cli.failures import describe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def copied(tiny_bundle: Path, tmp_path: Path) -> Path:

@@ -12,6 +12,8 @@ from test_cli import HEAVY
 from starling.cli.main import COMMANDS
 from starling.export.choices import DIALECTS, SCHEMES
 
+pytestmark = pytest.mark.slow
+
 COMPLETE = (
     "import sys\n"
     "from starling.cli.main import main\n"

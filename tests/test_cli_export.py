@@ -13,6 +13,8 @@ import pytest
 from command_line import document, end, read_until, refusal, running, starling, succeed
 from safetensors.numpy import save_file
 
+pytestmark = pytest.mark.slow
+
 TINY = "random:starling-tiny"
 HUB_OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
@@ -32,7 +34,7 @@ def test_an_export_shows_its_phases_and_what_to_do_next(tmp_path: Path) -> None:
     assert "int8 weights (block 64, symmetric, accuracy level 4), fp32, ort dialect" in first
     for figure in ("max |Δlogit|", "KL mean", "top-1 agreement", "perplexity"):
         assert figure in parity
-    assert last == f'next: starling generate {out} "What is the capital of France?"'
+    assert last == f'next: starling generate {out} "What is the capital of South Korea?"'
     assert document("inspect", out)["quantization"]["block_size"] == 64
     succeed("generate", out, "Hello", "--max-tokens", "2")
 

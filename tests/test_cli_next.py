@@ -13,6 +13,8 @@ from starling.engine.bundle import Bundle
 from starling.engine.tensorrt.targets import check_precision, present_target
 from starling.export.choices import DTYPES, SCHEMES
 
+pytestmark = pytest.mark.slow
+
 TINY = "random:starling-tiny"
 
 

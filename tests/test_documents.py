@@ -23,6 +23,8 @@ from document_blocks import ROOT, RUN_LANGUAGES, Block, Command, Fate, blocks_of
 from document_runner import Reader, reading
 from example_prompts import help_texts, parsed
 
+pytestmark = pytest.mark.slow
+
 README, *PAGES = documents()
 NOT_RUN = Path(__file__).parent / "data" / "blocks_not_run.txt"
 #: The README's export, which its test makes as it is written.

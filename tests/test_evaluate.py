@@ -17,6 +17,8 @@ from starling.profiling.precision_table import markdown_table, read_results
 from starling.profiling.quality import QualityTotals
 from starling.profiling.stored_logits import StoredLogits
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("--window", "48", "--context", "8", "--text-tokens", "150", "--threads", "1")
 
 

@@ -21,6 +21,8 @@ from starling.export.parity import Parity, require_fp32
 from starling.export.tracer import trace
 from starling.export.weights import weight_of
 
+pytestmark = pytest.mark.slow
+
 
 def manifest_of(bundle: Path) -> dict:
     return json.loads((bundle / "bundle.json").read_text())

@@ -17,6 +17,8 @@ from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization import Quantization
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 40  # well beyond every window below
 WINDOW = 9
 LLAMA3_ROPE = {

@@ -27,6 +27,8 @@ from starling.export.checkpoint import Checkpoint, open_checkpoint
 from starling.export.demo_model import demo_gguf
 from starling.export.starling_tokenizer import mistral_model_file, read_pieces
 
+pytestmark = pytest.mark.slow
+
 # Made with llama.cpp itself (build 11549, /tokenize with add_special and parse_special off).
 LLAMA_CPP_IDS = Path(__file__).parent / "data" / "smollm2_llama_cpp_ids.json"
 SHAPE: dict[str, Any] = {

@@ -28,6 +28,8 @@ from starling.profiling.peers.peers_file import read_peers, write_peers
 from starling.profiling.peers.setup import choose, set_up
 from starling.profiling.stored_logits import StoredLogits
 
+pytestmark = pytest.mark.slow
+
 FOLDER = os.environ.get("STARLING_PEERS")
 NAMES = [recipe for peer in PEERS["cpu"] for recipe in (f"{peer.name} {one.name}" for one in peer.recipes)]
 #: What a precision may cost in mean KL on this small model, in nats: an upside-down scale or mask costs whole nats.

@@ -14,6 +14,8 @@ from starling.engine.bundle import Bundle
 from starling.profiling.machine import peak_rss_bytes
 from starling.profiling.statistics import distribution
 
+pytestmark = pytest.mark.slow
+
 RUN = ("--prompt-tokens", "24", "--new-tokens", "9", "--repeats", "3")
 QUICK = (*RUN, "--no-cold-start")
 LATENCIES = ("time_to_first_token_ms", "inter_token_latency_ms", "time_per_output_token_ms", "request_latency_ms")

@@ -27,6 +27,8 @@ from starling.profiling.report import render
 from starling.profiling.settings import Sweep
 from starling.profiling.tables import Figures
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = (60, 80, 120)
 IDLE, BUSY = [0.5, 0.5, 0.5], [9.25, 4.0, 2.0]
 SWEEP = ("--prompt-tokens", "8,24", "--new-tokens", "5", "--batch", "1,2", "--repeats", "4", "--threads", "1")

@@ -26,6 +26,8 @@ from starling.export.reference import load_reference, reference_logits
 from starling.export.weight_file import write_weights
 from starling.export.weights import Rows, new_weight
 
+pytestmark = pytest.mark.slow
+
 FEW = Calibration(tokens=512)
 
 

@@ -19,6 +19,8 @@ from starling.export.qdq.scheme import MAX_MEAN_KL
 from starling.export.qdq.settings import QdqQuantization
 from starling.export.quality import require_quality
 
+pytestmark = pytest.mark.slow
+
 TENSORRT = ("--dialect", "tensorrt", "--quant")
 
 

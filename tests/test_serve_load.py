@@ -8,6 +8,8 @@ from http_server import serving
 
 from starling.profiling import serve_load
 
+pytestmark = pytest.mark.slow
+
 
 def test_mixed_requests_all_end_and_leave_slots_and_metrics_even(
     tiny_bundle: Path, capsys: pytest.CaptureFixture[str]

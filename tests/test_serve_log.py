@@ -28,6 +28,8 @@ from starling.serving.http.request_log import FIELDS, RequestLog, request_trace
 from starling.serving.http.requests import Limits, completion_request
 from starling.serving.http.service import Service
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "Once upon a time"
 BASE: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3}
 ENDLESS: dict[str, Any] = BASE | {"max_tokens": 4000, "ignore_eos": True}

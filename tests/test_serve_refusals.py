@@ -14,6 +14,8 @@ import pytest
 from command_line import install_hint, python_without, refusal, starling
 from http_server import MODEL, Server, serving, wait_until
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "Once upon a time"
 #: Answers that take seconds, since nothing ends them before the cache does.
 LONG: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4000, "extra_body": {"ignore_eos": True}}

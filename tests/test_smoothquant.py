@@ -18,6 +18,8 @@ from starling.export.qdq.simulation import Simulation, mean_kl
 from starling.export.qdq.smoothquant import InputGroup, SmoothedTensors, input_groups, smoothing_factors
 from starling.export.tracer import trace
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = [
     Family("llama", "llama"),
     Family("qwen2-bias", "qwen2", {"tie_word_embeddings": True}),

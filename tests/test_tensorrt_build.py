@@ -37,7 +37,10 @@ from starling.engine.tensorrt.timing_cache import cache_file, load_timing_cache,
 from starling.export.checkpoint import Checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 
-pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="NVIDIA has no TensorRT for macOS")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "darwin", reason="NVIDIA has no TensorRT for macOS"),
+]
 
 LAYERS, WINDOW, POSITIONS = 2, 4096, 8192
 KERNELS_BYTES = 16 * 2**20

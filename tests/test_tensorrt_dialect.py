@@ -26,6 +26,8 @@ from starling.export.device_sampling import choose_tokens
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.reference import load_reference
 
+pytestmark = pytest.mark.slow
+
 WINDOW = 9
 POSITIONS = 48
 FP16_TOLERANCE = 0.05  # measured: 0.022, where the logits have a standard deviation of 1.25

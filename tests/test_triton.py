@@ -21,6 +21,8 @@ from triton_server import TritonServer, running
 
 from starling.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "The capital of France is"
 ROWS = 4
 TIMEOUT_S = 60

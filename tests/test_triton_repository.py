@@ -19,6 +19,8 @@ from starling.serving.triton.request import Delta, Job, Logprob, RequestError, d
 from starling.serving.triton.tensorrt_llm import TensorRtLlmInterface
 from starling.serving.triton.vllm import VllmInterface
 
+pytestmark = pytest.mark.slow
+
 MODELS = ("starling", "ensemble", "vllm_model")
 
 
