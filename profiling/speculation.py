@@ -101,7 +101,7 @@ def measure(
 
     Raises BackendError where the engine cannot speculate.
     """
-    prompts = [_prompt(engine, text.text) for text in texts]
+    prompts = [prompt_ids(engine, text.text) for text in texts]
     _both(engine, prompts[0], SamplingParams(max_tokens=WARM_UP_TOKENS), 0)
     runs: list[list[tuple[GenerationResult, GenerationResult]]] = [[] for _ in texts]
     for number in range(rounds):
@@ -137,7 +137,8 @@ def report(engine: Engine, params: SamplingParams, rounds: int, answers: list[An
     }
 
 
-def _prompt(engine: Engine, text: str) -> list[int]:
+def prompt_ids(engine: Engine, text: str) -> list[int]:
+    """A text as the user turn of a chat, or as it is where the bundle has no chat template."""
     if engine.chat_templates.names:
         return engine.apply_chat_template([{"role": "user", "content": text}])
     return engine.tokenizer.encode(text)

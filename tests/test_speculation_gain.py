@@ -8,6 +8,7 @@ import pytest
 
 from starling.engine import Engine
 from starling.engine.sampling import SamplingParams
+from starling.profiling import served_speculation
 from starling.profiling.speculation import KINDS, Answer, measure, read_texts, report, summarize, tables
 
 
@@ -39,3 +40,12 @@ def test_a_summary_counts_identical_answers_and_takes_the_geometric_mean() -> No
     [summary] = summarize([answer, worse])
     assert (summary.prompts, summary.identical, summary.acceptance) == (2, 1, 0.25)
     assert (summary.gain, summary.least_gain, summary.greatest_gain) == (1.0, 0.5, 2.0)
+
+
+def test_served_streams_are_compared_both_ways(demo_bundle: Path) -> None:
+    with Engine(demo_bundle, max_seq=1024, max_batch=4, speculation="prompt-lookup") as engine:
+        gain = served_speculation.measure(engine, "repetitive", SamplingParams(max_tokens=24, ignore_eos=True), 1)
+        assert gain.same_tokens
+        assert gain.prompts == 10
+        assert len(gain.tokens_per_second_with) == len(gain.tokens_per_second_without) == 1
+        assert gain.drafted_tokens > 0 or engine.backend.verified_rows == 1
