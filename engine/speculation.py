@@ -18,8 +18,8 @@ from starling.engine.request import Request
 #: Where drafts come from.
 Speculation = Literal["prompt-lookup"]
 #: Share of a run's places for drafts that must have one: the others cost as much and give nothing. Four streams of
-#: SmolLM2 int8 decode 1.38 times as fast with 0.5 on texts that repeat themselves and 0.96 on others; 1.27 and 0.88
-#: without a bound.
+#: SmolLM2 int8 give 1.22 times the tokens a second with 0.5 on texts that repeat themselves and 0.93 on others, and
+#: 0.82 and 0.86 without a bound (profiling/served_speculation.py).
 WORTHWHILE = 0.5
 
 
