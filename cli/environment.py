@@ -11,10 +11,11 @@ from importlib import metadata
 from typing import Any
 
 from starling import __version__
+from starling.engine.backend import CUDA
 from starling.engine.errors import BackendError
 from starling.engine.installation import extra_packages, install_command
 from starling.engine.kernels import SWITCH, KernelsUnavailable, SlowInt8, faster_kernel_library, require_kernel_library
-from starling.engine.ort_backend import CUDA, import_onnxruntime
+from starling.engine.ort_backend import import_onnxruntime
 from starling.engine.tensorrt.library import RUNTIMES, TITLES, RuntimeName, load_library
 from starling.profiling.machine import describe_machine
 

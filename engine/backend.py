@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,8 @@ from starling.engine.logits import Logits
 Tokens = npt.NDArray[np.int64]
 
 BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
-#: Tokens that one call of the graph prefills at most. Attention's scratch memory is chunk x length x heads; SmolLM2
+CUDA = "CUDAExecutionProvider"
+#: Tokens that one run prefills at most on the CPU. Attention's scratch memory is chunk x length x heads; SmolLM2
 #: prefills 1024 tokens within 3 % as fast in chunks of 256 as of 512 (the best), and Ctrl-C waits for one chunk.
 PREFILL_CHUNK = 256
 #: Tokens of a row that `Backend.verify` takes at most: the newest one and a draft after it; and of all rows together.
@@ -54,6 +55,9 @@ class StepOutput(Protocol):
 
 class TokenPipeline(Protocol):
     """Steps of the first rows that are launched before the host has seen the tokens of the step before."""
+
+    #: Whether the device draws tokens too, by a `DeviceChoice`. Otherwise it takes the likeliest, and only that.
+    draws: bool
 
     def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
         """From now on choose the row's tokens by `choice`; its first draw is for the step that writes `first`.
@@ -174,7 +178,7 @@ def open_backend(
     "auto" takes TensorRT for a bundle of that dialect where there are a GPU and a fitting engine; else, as
     "onnxruntime" does, CUDA where it is installed and can run the bundle, else the CPU. `engine` names the TensorRT
     engine to take. `threads` is for the CPU (default: physical cores of this process); `prefill_chunk` is how many
-    tokens one run prefills at most (default: PREFILL_CHUNK on ONNX Runtime, what the engine allows on TensorRT).
+    tokens one run prefills at most (default: PREFILL_CHUNK on the CPU, 2,048 on CUDA, the engine's most on TensorRT).
 
     Raises BackendError when the backend is unknown, not installed, or cannot run the bundle on this machine, PlanError
     where no engine fits, UserError for a size below 1.
@@ -223,20 +227,37 @@ def _open_tensorrt(bundle: Bundle, runtime: str | None, engine: str | None, room
 
 
 def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None, room: Room) -> Backend:
-    from starling.engine.ort_backend import OrtBackend, choose_provider
+    from starling.engine.ort_backend import OrtBackend, check_runs_on_cpu, import_onnxruntime, why_not_on_cuda
 
-    chunk = room["prefill_chunk"] or PREFILL_CHUNK
-    provider = choose_provider(bundle, name)
+    ort = import_onnxruntime()
+    if name == "onnxruntime-cuda":
+        if (reason := why_not_on_cuda(ort, bundle)) is not None:
+            raise BackendError(reason)
+        return _open_cuda(ort, bundle, room)
+    if name != "onnxruntime-cpu" and CUDA in ort.get_available_providers():
+        reason = why_not_on_cuda(ort, bundle)
+        try:
+            if reason is None:
+                return _open_cuda(ort, bundle, room)
+        except BackendError as error:
+            reason = str(error)
+        note = note or f"the CPU runs the bundle, since CUDA cannot run here: {reason}"
+    check_runs_on_cpu(bundle)
     backend = OrtBackend(
         bundle,
-        provider=provider,
         threads=threads,
         max_seq=room["max_seq"],
         max_batch=room["max_batch"],
-        prefill_chunk=chunk,
+        prefill_chunk=room["prefill_chunk"] or PREFILL_CHUNK,
     )
     backend.note = note
     return backend
+
+
+def _open_cuda(ort: Any, bundle: Bundle, room: Room) -> Backend:
+    from starling.engine.ort_cuda import open_cuda
+
+    return open_cuda(ort, bundle, **room)
 
 
 def chunk_length(remaining: int, most: int) -> int:

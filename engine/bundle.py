@@ -116,7 +116,8 @@ class Bundle:
     """Typed view of a bundle folder. `raw` is bundle.json as it was read; `parity` what the export measured.
 
     `reference_graph` is a second file with the same nodes, in which operators of the dialect's own have a meaning;
-    `kernel_graph` one over the same weights for `starling.engine.kernels`. None: there is none.
+    `kernel_graph` one over the same weights for `starling.engine.kernels`, `cuda_graph` one for decode steps that stay
+    on a GPU. None: there is none.
     """
 
     folder: Path
@@ -128,6 +129,7 @@ class Bundle:
     graph: Graph
     reference_graph: str | None
     kernel_graph: str | None
+    cuda_graph: str | None
     kv_cache: KVCache
     weights: Weights
     tokens: SpecialTokens
@@ -207,9 +209,8 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
     top = JsonFields(f"{folder}/bundle.json", raw)
     kv, weights = top.inside("kv_cache"), top.inside("weights")
     graph, files = _graph(top.inside("graph")), _files(top.inside("files"))
-    reference_graph, kernel_graph = (top.optional(field, str) for field in ("reference_graph", "kernel_graph"))
-    named = {"graph.file": graph.file, "reference_graph": reference_graph, "kernel_graph": kernel_graph}
-    for field, file in named.items():
+    others = {field: top.optional(field, str) for field in ("reference_graph", "kernel_graph", "cuda_graph")}
+    for field, file in {"graph.file": graph.file, **others}.items():
         if file is not None and file not in files:
             raise top.bad(field, file, "one of the files that bundle.json lists")
     return Bundle(
@@ -220,8 +221,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
         dtype=cast(DType, top.choice("dtype", get_args(DType))),
         quantization=_quantization(top.inside("quantization")) if raw.get("quantization") is not None else None,
         graph=graph,
-        reference_graph=reference_graph,
-        kernel_graph=kernel_graph,
+        **others,
         kv_cache=KVCache(kv.choice("dtype", ("float32", "float16", "bfloat16")), kv.get("bytes_per_token", int)),
         weights=Weights(weights.get("bytes", int), weights.get("bytes_per_token", int)),
         tokens=_tokens(top.inside("tokens")),

@@ -261,7 +261,7 @@ class Engine:
             max_seq=self.max_seq,
             reused=reused,
             encode_s=encode_s,
-            on_device=self.backend.pipeline is not None,
+            on_device=self.backend.pipeline is not None and self.backend.pipeline.draws,
         )
 
     def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:

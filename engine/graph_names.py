@@ -6,6 +6,8 @@ LOGITS_TO_KEEP = "logits_to_keep"
 NEXT_TOKENS = "next_tokens"
 #: int64 [batch]: valid positions of each row behind the step; the next step's `past_lengths`.
 NEXT_LENGTHS = "next_lengths"
+#: int32 [batch]: the next step's `seqlens_k`, in the graph for CUDA.
+NEXT_SEQLENS = "next_seqlens_k"
 #: int64 [batch]: valid positions of each row before the step.
 PAST_LENGTHS = "past_lengths"
 #: float32 [batch].

@@ -1,19 +1,23 @@
-"""ONNX Runtime backend: a session whose KV cache is allocated once, and bound as past and as present.
-
-The CUDA path has not been run on a GPU yet; the CPU path is tested.
-"""
+"""ONNX Runtime on the CPU: a session whose KV cache is allocated once, and bound as past and as present."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from starling.engine.backend import MOST_VERIFIED, MOST_VERIFIED_TOGETHER, StepOutput, Tokens, check_room, chunk_length
+from starling.engine.backend import (
+    CUDA,
+    MOST_VERIFIED,
+    MOST_VERIFIED_TOGETHER,
+    StepOutput,
+    Tokens,
+    check_room,
+    chunk_length,
+)
 from starling.engine.bundle import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.graph_names import LOGITS_TO_KEEP
@@ -28,9 +32,7 @@ from starling.engine.ort_buffers import (
 )
 from starling.engine.ort_inputs import INPUTS, KeptPositions, StepWriter
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# What ONNX Runtime 1.32 has kernels for: MatMul on the CPU lacks bf16, GroupQueryAttention on CUDA lacks fp32.
-RUNNABLE = {CPU: ("fp32", "fp16"), CUDA: ("fp16", "bf16")}
+CPU = "CPUExecutionProvider"
 
 
 def import_onnxruntime() -> Any:
@@ -43,37 +45,28 @@ def import_onnxruntime() -> Any:
         ) from error
 
 
-def choose_provider(bundle: Bundle, backend: str) -> str:
-    """The execution provider for `backend` ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda")."""
-    available = import_onnxruntime().get_available_providers()
-    if backend == "onnxruntime-cuda":
-        if CUDA not in available:
-            raise BackendError(
-                "backend onnxruntime-cuda: this onnxruntime is built without CUDA; "
-                f"pip uninstall onnxruntime, then {install_command('gpu')}; or use --backend onnxruntime-cpu"
-            )
-        _check_runnable(bundle, CUDA)
-        return CUDA
-    if backend != "onnxruntime-cpu" and CUDA in available and _why_not(bundle, CUDA) is None:
-        return CUDA
-    _check_runnable(bundle, CPU)
-    return CPU
+def why_not_on_cuda(ort: Any, bundle: Bundle) -> str | None:
+    """Why ONNX Runtime's CUDA provider cannot run the bundle; None where it may be tried."""
+    if CUDA not in ort.get_available_providers():
+        return (
+            "backend onnxruntime-cuda: this onnxruntime is built without CUDA; "
+            f"pip uninstall onnxruntime, then {install_command('gpu')}; or use --backend onnxruntime-cpu"
+        )
+    refused = f"{bundle.folder}: ONNX Runtime's {CUDA} cannot run this bundle: "
+    if bundle.dialect != "ort":
+        return f"{refused}it runs the {bundle.dialect} dialect as the CPU's reference only: export with --dialect ort"
+    if bundle.dtype == "fp32":
+        return f"{refused}fp32 attention has no CUDA kernel: export with --dtype fp16, or use the CPU"
+    return None
 
 
-def _why_not(bundle: Bundle, provider: str) -> str | None:
-    if provider == CUDA and bundle.dialect != "ort":
-        return f"ONNX Runtime runs the {bundle.dialect} dialect as the CPU's reference only: export with --dialect ort"
-    if bundle.dtype in RUNNABLE[provider]:
-        return None
-    if provider == CUDA:
-        return f"{bundle.dtype} attention has no CUDA kernel: export with --dtype fp16, or use the CPU"
-    return f"{bundle.dtype} has no CPU kernels: export with --dtype fp32, or use CUDA ({install_command('gpu')})"
-
-
-def _check_runnable(bundle: Bundle, provider: str) -> None:
-    reason = _why_not(bundle, provider)
-    if reason is not None:
-        raise BackendError(f"{bundle.folder}: ONNX Runtime's {provider} cannot run this bundle: {reason}")
+def check_runs_on_cpu(bundle: Bundle) -> None:
+    """Raise BackendError where ONNX Runtime's CPU provider has no kernels for the bundle: MatMul lacks bf16."""
+    if bundle.dtype == "bf16":
+        raise BackendError(
+            f"{bundle.folder}: ONNX Runtime's {CPU} cannot run this bundle: bf16 has no CPU kernels: export with "
+            f"--dtype fp32, or use CUDA ({install_command('gpu')})"
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -94,9 +87,10 @@ class _Verification:
 
 
 class OrtBackend:
-    """Implements `starling.engine.backend.Backend` with ONNX Runtime on one device. Not thread-safe."""
+    """Implements `starling.engine.backend.Backend` with ONNX Runtime on the CPU. Not thread-safe."""
 
     name = "onnxruntime"
+    provider = CPU
     pipeline = None
     note: str | None = None
 
@@ -104,7 +98,6 @@ class OrtBackend:
         self,
         bundle: Bundle,
         *,
-        provider: str,
         max_seq: int,
         max_batch: int,
         threads: int,
@@ -113,24 +106,22 @@ class OrtBackend:
     ) -> None:
         """With `profile_prefix` ONNX Runtime times every operator; `end_profiling` then gives the file."""
         self._ort = import_onnxruntime()
-        kernels, self.kernels_note = _kernels(bundle, provider)
+        kernels, self.kernels_note = _kernels(bundle)
         self.kernels: str | None = None if kernels is None else kernels.instruction_set
         #: The file that was loaded.
         self.graph_path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)
         options = _session_options(self._ort, bundle, threads, kernels, profile_prefix)
-        self._session: Any = _open_session(self._ort, self.graph_path, provider, options)
-        self.provider: str = self._session.get_providers()[0]
-        self._device = "cuda" if self.provider == CUDA else "cpu"
+        self._session: Any = _open_session(self._ort, self.graph_path, options)
         self.threads, self.max_seq, self.max_batch = threads, max_seq, max_batch
         self.vocab_size = bundle.architecture.vocab_size
         self.kv_cache_bytes = bundle.kv_cache.bytes_per_token * max_seq * max_batch
         self.model_seconds = 0.0
         self._chunk = min(prefill_chunk, max_seq)
-        self._cache = allocate_cache(self._ort, bundle, self._device, max_batch, max_seq)
+        self._cache = allocate_cache(self._ort, bundle, max_batch, max_seq)
         longest = max(self._chunk, MOST_VERIFIED_TOGETHER)
-        self._inputs = INPUTS[bundle.dialect](self._ort, self._device, max_batch, longest, max_seq)
+        self._inputs = INPUTS[bundle.dialect](max_batch, longest, max_seq)
         self._why_no_verify = _why_no_verify(bundle)
-        self._kept = KeptPositions(self._ort, self._device, MOST_VERIFIED) if self._why_no_verify is None else None
+        self._kept = KeptPositions(MOST_VERIFIED) if self._why_no_verify is None else None
         # A page of it takes memory when it is written to.
         self._outputs = StepOutputs(bundle, max(max_batch, MOST_VERIFIED_TOGETHER))
         self._verifications: dict[tuple[int, int, int], _Verification] = {}
@@ -211,8 +202,6 @@ class OrtBackend:
         return self.max_batch
 
     def _run(self, binding: Any) -> None:
-        if self._device == "cuda":
-            binding.synchronize_inputs()
         begin = perf_counter()
         try:
             self._session.run_with_iobinding(binding)
@@ -256,8 +245,8 @@ class OrtBackend:
             _, heads, positions, head_dim = buffer.shape()
             kind, shape = buffer.element_type(), [rows, heads, positions, head_dim]
             pointer = buffer.data_ptr() + buffer.tensor_size_in_bytes() // self.max_batch * first
-            binding.bind_input(f"past_key_values.{name}", self._device, 0, kind, shape, pointer)
-            binding.bind_output(f"present.{name}", self._device, 0, kind, shape, pointer)
+            binding.bind_input(f"past_key_values.{name}", "cpu", 0, kind, shape, pointer)
+            binding.bind_output(f"present.{name}", "cpu", 0, kind, shape, pointer)
         if self._kept is not None:
             self._kept.bind(binding, kept)
         self._outputs.bind(binding, rows, kept)
@@ -272,9 +261,9 @@ def _why_no_verify(bundle: Bundle) -> str | None:
     return f"{bundle.folder}: its graph gives the last token's logits only, so no draft can be verified: {how}"
 
 
-def _kernels(bundle: Bundle, provider: str) -> tuple[KernelLibrary | None, str | None]:
+def _kernels(bundle: Bundle) -> tuple[KernelLibrary | None, str | None]:
     """The CPU kernels for this bundle, or why there are none where it could be otherwise."""
-    if provider != CPU or bundle.kernel_graph is None:
+    if bundle.kernel_graph is None:
         return None, None
     how = bundle.quantization
     try:
@@ -302,16 +291,9 @@ def _session_options(
     return options
 
 
-def _open_session(ort: Any, graph: Path, provider: str, options: Any) -> Any:
-    if provider == CUDA:
-        ort.preload_dlls()
+def _open_session(ort: Any, graph: Path, options: Any) -> Any:
     try:
-        with huge_pages() if provider == CPU else nullcontext():
-            session = ort.InferenceSession(str(graph), options, providers=[provider])
+        with huge_pages():
+            return ort.InferenceSession(str(graph), options, providers=[CPU])
     except Exception as error:
         raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error
-    if session.get_providers()[0] != provider:
-        raise BackendError(
-            f"{provider} did not start on this machine; see `starling doctor`, or use --backend onnxruntime-cpu"
-        )
-    return session

@@ -22,19 +22,17 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def allocate_cache(ort: Any, bundle: Bundle, device: str, rows: int, positions: int) -> dict[str, Any]:
+def allocate_cache(ort: Any, bundle: Bundle, rows: int, positions: int) -> dict[str, Any]:
     """OrtValues "{layer}.key" and "{layer}.value", each [max_batch, kv_heads, max_seq, head_dim]."""
     shape = [rows, bundle.architecture.kv_heads, positions, bundle.architecture.head_dim]
     kind = bundle.kv_cache.dtype
 
-    def allocate() -> Any:
-        if device == "cpu":  # zeroed pages cost no memory until a token is written to them
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, HOST_TYPES[kind]), ONNX_TYPES[kind])
-        return ort.OrtValue.ortvalue_from_shape_and_type(shape, ONNX_TYPES[kind], device, 0)
+    def allocate() -> Any:  # zeroed pages cost no memory until a token is written to them
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, HOST_TYPES[kind]), ONNX_TYPES[kind])
 
     try:
         return {f"{i}.{side}": allocate() for i in range(bundle.architecture.layers) for side in ("key", "value")}
-    except Exception as error:  # MemoryError from NumPy, an exception of ONNX Runtime's own from a GPU
+    except MemoryError as error:
         raise BackendError(
             f"no memory for a KV cache of {rows} row(s) of {positions} positions; lower --max-seq or the number of "
             f"rows: {first_line(error)}"

@@ -16,17 +16,11 @@ StepWriter: TypeAlias = Callable[[Sequence[int], Sequence[int], int], None]
 
 
 class _Input:
-    """A small input of the graph: `host` is written at every step, and the graph reads `value` on its device."""
+    """A small input of the graph: `host` is written at every step, in the memory that the graph reads."""
 
-    def __init__(self, ort: Any, kind: str, shape: int | tuple[int, int], device: str) -> None:
-        self.kind, self.device = ONNX_TYPES[kind], device
+    def __init__(self, kind: str, shape: int | tuple[int, int]) -> None:
+        self.kind = ONNX_TYPES[kind]
         self.host = np.zeros(shape, kind)
-        # On the CPU the OrtValue is the NumPy array's own memory, so writing `host` is all there is to do.
-        self.value = ort.OrtValue.ortvalue_from_numpy(self.host, device, 0)
-
-    def push(self) -> None:
-        """Copy `host` to the device."""
-        self.value.update_inplace(self.host)
 
 
 class StepInputs:
@@ -38,11 +32,10 @@ class StepInputs:
     per_token: ClassVar[tuple[str, ...]] = ()
     per_row: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, ort: Any, device: str, rows: int, chunk: int, positions: int) -> None:
-        self._on_device = device != "cpu"
+    def __init__(self, rows: int, chunk: int, positions: int) -> None:
         tokens = max(rows, chunk)
-        self._per_token = {name: _Input(ort, "int64", tokens, device) for name in ("input_ids", *self.per_token)}
-        self._per_row = {name: _Input(ort, kind, rows, device) for name, kind in self.per_row.items()}
+        self._per_token = {name: _Input("int64", tokens) for name in ("input_ids", *self.per_token)}
+        self._per_row = {name: _Input(kind, rows) for name, kind in self.per_row.items()}
         self._ids = self._per_token["input_ids"].host
 
     def bind(self, binding: Any, rows: int, length: int) -> None:
@@ -56,16 +49,12 @@ class StepInputs:
         """One row: `tokens` [n] go to positions start..start+n."""
         self._ids[: len(tokens)] = tokens
         self._place_chunk(start, start + len(tokens))
-        if self._on_device:
-            self._push()
 
     def write_rows(self, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         """Several rows: `tokens` [k, n] go to positions starts[i]..+n of each."""
         length = len(tokens[0])
         self._ids[: len(tokens) * length].reshape(len(tokens), length)[:] = tokens
         self._place_rows(starts, length)
-        if self._on_device:
-            self._push()
 
     def step_writer(self, rows: int) -> StepWriter:
         """The function that writes one decode step of `rows` rows.
@@ -73,14 +62,12 @@ class StepInputs:
         It writes through memoryviews that it keeps: behind a run of the model the caches are cold, and NumPy's paths
         are long.
         """
-        ids, place, on_device = self._ids.data, self._placer(rows), self._on_device
+        ids, place = self._ids.data, self._placer(rows)
 
         def write(tokens: Sequence[int], positions: Sequence[int], longest: int) -> None:
             for row, token in enumerate(tokens):
                 ids[row] = token
             place(positions, longest)
-            if on_device:
-                self._push()
 
         return write
 
@@ -96,21 +83,16 @@ class StepInputs:
         """A function (positions [rows], their greatest) that says where one new token of each row goes."""
         raise NotImplementedError
 
-    def _push(self) -> None:
-        for buffer in (*self._per_token.values(), *self._per_row.values()):
-            buffer.push()
-
 
 class OrtInputs(StepInputs):
     """GroupQueryAttention's lengths: by the operator's definition those of the rows after the step, minus 1."""
 
     per_row: ClassVar = {"seqlens_k": "int32"}
 
-    def __init__(self, ort: Any, device: str, rows: int, chunk: int, positions: int) -> None:
-        super().__init__(ort, device, rows, chunk, positions)
+    def __init__(self, rows: int, chunk: int, positions: int) -> None:
+        super().__init__(rows, chunk, positions)
         self._lengths = self._per_row["seqlens_k"].host
-        # GroupQueryAttention reads this one on the host, whatever the device.
-        self._total = _Input(ort, "int32", 1, "cpu")
+        self._total = _Input("int32", 1)
 
     def bind(self, binding: Any, rows: int, length: int) -> None:
         super().bind(binding, rows, length)
@@ -141,8 +123,8 @@ class CanonicalInputs(StepInputs):
     per_token: ClassVar = ("position_ids",)
     per_row: ClassVar = {"write_indices": "int64", "nonpad_kv_seqlen": "int64"}
 
-    def __init__(self, ort: Any, device: str, rows: int, chunk: int, positions: int) -> None:
-        super().__init__(ort, device, rows, chunk, positions)
+    def __init__(self, rows: int, chunk: int, positions: int) -> None:
+        super().__init__(rows, chunk, positions)
         self._positions = self._per_token["position_ids"].host
         self._starts, self._lengths = (self._per_row[name].host for name in self.per_row)
 
@@ -167,12 +149,12 @@ class TensorrtInputs(StepInputs):
 
     per_row: ClassVar = {PAST_LENGTHS: "int64", TEMPERATURE: "float32", TOP_K: "int64", TOP_P: "float32"}
 
-    def __init__(self, ort: Any, device: str, rows: int, chunk: int, positions: int) -> None:
-        super().__init__(ort, device, rows, chunk, positions)
+    def __init__(self, rows: int, chunk: int, positions: int) -> None:
+        super().__init__(rows, chunk, positions)
         self._lengths = self._per_row[PAST_LENGTHS].host
         for name in (TEMPERATURE, TOP_K, TOP_P):
             self._per_row[name].host.fill(1)
-        self._noise = _Input(ort, "float32", (rows, positions), device)
+        self._noise = _Input("float32", (rows, positions))
 
     def bind(self, binding: Any, rows: int, length: int) -> None:
         super().bind(binding, rows, length)
@@ -193,10 +175,9 @@ class TensorrtInputs(StepInputs):
 class KeptPositions:
     """Which of a step's tokens get logits: so many of the last ones, at most `most`. Written once."""
 
-    def __init__(self, ort: Any, device: str, most: int) -> None:
-        self._input = _Input(ort, "int64", most, device)
+    def __init__(self, most: int) -> None:
+        self._input = _Input("int64", most)
         self._input.host[:] = np.arange(-most, 0)
-        self._input.push()
 
     def bind(self, binding: Any, kept: int) -> None:
         """Keep the last `kept` positions in every run of the binding."""
@@ -208,5 +189,5 @@ INPUTS: dict[str, type[StepInputs]] = {"ort": OrtInputs, "canonical": CanonicalI
 
 def _bind(binding: Any, name: str, buffer: _Input, shape: list[int], skip: int = 0) -> None:
     """Bind the buffer from its entry `skip` on."""
-    pointer = buffer.value.data_ptr() + skip * buffer.host.itemsize
-    binding.bind_input(name, buffer.device, 0, buffer.kind, shape, pointer)
+    pointer = buffer.host.ctypes.data + skip * buffer.host.itemsize
+    binding.bind_input(name, "cpu", 0, buffer.kind, shape, pointer)

@@ -42,8 +42,8 @@ class Scheduler:
 
     # A decode step touches it with cold caches: slots lie together.
     __slots__ = (
-        *("_backend", "_chunk_before_step", "_counters", "_launched", "_pace", "_prefilling", "_rows", "_speculation"),
-        *("_waiting", "idle_s"),
+        *("_backend", "_chunk_before_step", "_counters", "_drafts", "_launched", "_pace", "_prefilling", "_rows"),
+        *("_speculation", "_waiting", "idle_s"),
     )
 
     def __init__(
@@ -57,6 +57,7 @@ class Scheduler:
         """With `speculation` rows are drafted for as far as the backend can verify."""
         self._backend, self._counters, self._pace = backend, counters, pace
         self._speculation = speculation
+        self._drafts = speculation is not None and backend.verified_rows > 0
         #: Seconds that count for no request: who drives the steps was busy with something else.
         self.idle_s = 0.0
         self._waiting: deque[Request] = deque()
@@ -161,7 +162,7 @@ class Scheduler:
     def _decode(self) -> Iterable[Handout]:
         """The live rows' next tokens: launched ahead where the device chooses them, verified where drafts are known."""
         pipeline, requests = self._backend.pipeline, self._rows.live_requests
-        if pipeline is not None and (self._launched or not self._rows.needs_logits):
+        if pipeline is not None and (self._launched or not (self._drafts or self._rows.needs_logits)):
             self._launch(pipeline)
             if self._launched:
                 return self._accept_launched()

@@ -17,6 +17,8 @@ from starling.export import choices
 from starling.export.architecture import architecture_json
 from starling.export.bundle_folder import check_space, file_entry, new_folder, write_json, write_tokenizer
 from starling.export.checkpoint import Checkpoint
+from starling.export.cuda_graph import GRAPH_FILE as CUDA_GRAPH_FILE
+from starling.export.cuda_graph import cuda_graph
 from starling.export.dialects import get_dialect
 from starling.export.genai import GRAPH_FILE as GENAI_GRAPH_FILE
 from starling.export.genai import genai_config, genai_graph
@@ -145,6 +147,8 @@ def _write_model(
         write_json(folder / "genai_config.json", genai_config(arch, checkpoint))
         if (for_kernels := kernel_graph(graph, blocks)) is not None:
             ir.save(for_kernels, folder / KERNEL_GRAPH_FILE)
+        if (for_cuda := cuda_graph(graph, blocks)) is not None:
+            ir.save(for_cuda, folder / CUDA_GRAPH_FILE)
     elif options.dialect == "tensorrt":
         ir.save(reference_graph(graph), folder / REFERENCE_FILE)
     manifest = _manifest(checkpoint, arch, options, graph, total)
@@ -152,7 +156,8 @@ def _write_model(
         manifest["quantization"] = prepared.report
         manifest["notes"] += prepared.notes
     manifest["files"] = _files(folder, {WEIGHT_FILE: data})
-    manifest["kernel_graph"] = KERNEL_GRAPH_FILE if KERNEL_GRAPH_FILE in manifest["files"] else None
+    for companion, file in (("kernel_graph", KERNEL_GRAPH_FILE), ("cuda_graph", CUDA_GRAPH_FILE)):
+        manifest[companion] = file if file in manifest["files"] else None
     write_json(folder / "bundle.json", manifest)
     return manifest, arch
 
@@ -192,6 +197,7 @@ def _manifest(
         },
         "reference_graph": REFERENCE_FILE if options.dialect == "tensorrt" else None,
         "kernel_graph": None,
+        "cuda_graph": None,
         "kv_cache": {
             "dtype": _DTYPE_NAMES[options.dtype],
             "bytes_per_token": 2 * arch.layers * arch.kv_heads * arch.head_dim * width,

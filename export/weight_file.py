@@ -18,6 +18,7 @@ from starling.export.quantization import Quantization, quantize_rows
 from starling.export.weights import Blocks, QdqRows, Rows, Table, Weight, weight_of
 
 ALIGNMENT = 4096  # a tensor starts on a page, so that a reader can map it
+ROW_MULTIPLE = 64  # rows of zeros follow a quantized weight up to such a number: kernels of GPUs ask for it
 CHUNK_ELEMENTS = 8 * 1024 * 1024  # rows are read in pieces of this size: 32 MiB as float32
 
 _TORCH = {
@@ -110,9 +111,12 @@ class _Writer:
 
     def begin(self) -> int:
         """Pad to the next aligned offset and return it."""
-        padding = bytes(-self.position % ALIGNMENT)
-        self._append(padding)
+        self.pad(-self.position % ALIGNMENT)
         return self.position
+
+    def pad(self, size: int) -> None:
+        """Append so many zero bytes."""
+        self._append(bytes(size))
 
     def write(self, tensor: Tensor) -> None:
         """Append the tensor's bytes."""
@@ -187,6 +191,7 @@ def _write_blocks(
     places: dict[Weight, tuple[int, int]],
 ) -> None:
     """Quantize and write the data as the rows come; scales and zero points are small and follow."""
+    missing = -sum(tensors.shape(name)[0] for name in rows.names) % ROW_MULTIPLE
     start = writer.begin()
     scales, zeros = [], []
     for name in rows.names:
@@ -196,10 +201,12 @@ def _write_blocks(
             scales.append(_narrow(scale, dtype, name))
             zeros.append(zero)
     places[Blocks(rows, "data")] = (start, writer.position - start)
+    writer.pad(missing * data[0].nbytes)
     for piece_name, pieces in (("scales", scales), ("zero_points", zeros)):
         start = writer.begin()
         writer.write(torch.cat(pieces))
         places[Blocks(rows, piece_name)] = (start, writer.position - start)
+        writer.pad(missing * pieces[0][0].nbytes)
 
 
 def _write_qdq(

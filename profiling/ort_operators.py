@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 from starling.engine.backend import PREFILL_CHUNK
 from starling.engine.bundle import Bundle
-from starling.engine.ort_backend import OrtBackend, choose_provider
+from starling.engine.ort_backend import OrtBackend, import_onnxruntime
+from starling.engine.ort_cuda import open_cuda
 from starling.engine.tokenizer import Tokenizer
 from starling.profiling.graph_nodes import read_nodes
 from starling.profiling.layer_parts import LayerParts
@@ -18,7 +20,7 @@ from starling.profiling.operators import DECODES, Kernel, OperatorProfile, Profi
 from starling.profiling.prompts import prompt_tokens
 
 
-def profile_ort_operators(bundle: Bundle, *, prompt: int, batch: int, threads: int, backend: str) -> OperatorProfile:
+def profile_ort_operators(bundle: Bundle, *, prompt: int, batch: int, threads: int, on_gpu: bool) -> OperatorProfile:
     """Open the bundle in a session of its own with ONNX Runtime's profiler on, and run both phases.
 
     The prompt is cut to one chunk, so that a prefill is one run of the graph. Raises BackendError as opening does.
@@ -26,14 +28,12 @@ def profile_ort_operators(bundle: Bundle, *, prompt: int, batch: int, threads: i
     prompt = min(prompt, PREFILL_CHUNK)
     tokens = np.array(prompt_tokens(Tokenizer.load(bundle.folder, bundle.architecture.vocab_size), prompt, 0), np.int64)
     with TemporaryDirectory(prefix="starling-profile-") as folder:
-        running = OrtBackend(
-            bundle,
-            provider=choose_provider(bundle, backend),
-            threads=threads,
-            max_seq=prompt + DECODES + 1,
-            max_batch=batch,
-            prefill_chunk=prompt,
-            profile_prefix=Path(folder) / "run",
+        room: dict[str, Any] = {"max_seq": prompt + DECODES + 1, "max_batch": batch, "prefill_chunk": prompt}
+        prefix = Path(folder) / "run"
+        running = (
+            open_cuda(import_onnxruntime(), bundle, **room, profile_prefix=prefix)
+            if on_gpu
+            else OrtBackend(bundle, threads=threads, **room, profile_prefix=prefix)
         )
         try:
             prefills = run_phases(running, tokens, batch)

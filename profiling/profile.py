@@ -10,7 +10,7 @@ from starling.engine.backend import PREFILL_CHUNK, Backend, default_threads
 from starling.engine.bundle import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import UserError
-from starling.engine.ort_backend import choose_provider
+from starling.engine.ort_backend import import_onnxruntime, why_not_on_cuda
 from starling.profiling.cold_start import ColdStart, measure_cold_start
 from starling.profiling.environment import Environment, describe_environment
 from starling.profiling.figures import load_warning, size
@@ -168,7 +168,7 @@ def _require_memory(bundle: Bundle, sweep: Sweep, backend: str, positions: int, 
     cache = bundle.kv_cache.bytes_per_token * positions * sweep.max_batch
     if bundle.dialect != "ort" or backend.startswith("tensorrt") or cache <= free:
         return
-    if choose_provider(bundle, backend) == CPU_PROVIDER:
+    if backend == "onnxruntime-cpu" or why_not_on_cuda(import_onnxruntime(), bundle) is not None:
         raise UserError(
             f"--batch {sweep.max_batch} with {positions} positions a row needs a KV cache of {size(cache)}, and "
             f"{size(free)} of memory is free: lower --batch, --prompt-tokens or --max-seq"
@@ -200,8 +200,8 @@ def _operators(
     prompt, batch = sweep.prompt_tokens[0], sweep.batch[0]
     if measured.name == "onnxruntime":
         threads = options.threads or default_threads()
-        name = "onnxruntime-cpu" if measured.provider == CPU_PROVIDER else "onnxruntime-cuda"
-        return profile_ort_operators(bundle, prompt=prompt, batch=batch, threads=threads, backend=name)
+        on_gpu = measured.provider != CPU_PROVIDER
+        return profile_ort_operators(bundle, prompt=prompt, batch=batch, threads=threads, on_gpu=on_gpu)
     return profile_tensorrt_operators(
         bundle,
         runtime=measured.name,

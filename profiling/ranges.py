@@ -77,6 +77,7 @@ class RangedPipeline:
 
     def __init__(self, pipeline: TokenPipeline, annotate: Any) -> None:
         self._pipeline, self._annotate = pipeline, annotate
+        self.draws = pipeline.draws
 
     def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
         """As the pipeline's."""

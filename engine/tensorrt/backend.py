@@ -27,11 +27,13 @@ from starling.engine.tensorrt.output import DeviceOutput, HostLogits
 from starling.engine.tensorrt.pipeline import TOKEN_BYTES, LaunchedSteps
 from starling.engine.tensorrt.plan import EngineRecord
 from starling.engine.tensorrt.steps import DecodeStep, PrefillStep
-from starling.engine.tensorrt.tensors import INPUT_IDS, KVCache, StepTensors
+from starling.engine.tensorrt.tensors import INPUT_IDS, LOGITS, KVCache, StepTensors
 
 
 class TensorRTBackend:
     """`Backend` and `TokenPipeline` of starling.engine.backend, with a TensorRT plan on one GPU. Not thread-safe."""
+
+    draws = True
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class TensorRTBackend:
         self._lengths[row] = start + len(tokens)
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin
-        return DeviceOutput(chosen, self._logits, self._chunk)
+        return DeviceOutput(chosen, self._logits, self._chunk.addresses[LOGITS])
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> DeviceOutput:
         """One token for each of the first k rows: `tokens`[i] is written at `positions`[i] of row i."""
@@ -120,7 +122,7 @@ class TensorRTBackend:
         self._launched.launch(self._steps[rows].launch, rows, self._batch.addresses[NEXT_TOKENS])
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin
-        return DeviceOutput(chosen, self._logits, self._batch)
+        return DeviceOutput(chosen, self._logits, self._batch.addresses[LOGITS])
 
     def check_verifies(self) -> NoReturn:
         """Raise BackendError: the engines give logits behind a step's last token only."""

@@ -97,9 +97,12 @@ def host_view(address: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Hos
 class CudaDevice:
     """A `Device` by CUDA's runtime. CUDA_VISIBLE_DEVICES chooses which GPU is the first one."""
 
-    def __init__(self) -> None:
-        """Raises BackendError without cuda-bindings, a driver or a GPU."""
-        self._cuda = _import_cuda()
+    def __init__(self, cuda: Any = None) -> None:
+        """`cuda` has the calls of cuda-bindings, which it is by default.
+
+        Raises BackendError without it, without a driver and without a GPU.
+        """
+        self._cuda = _import_cuda() if cuda is None else cuda
         self._capture_mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         # The direction of a copy follows from the two addresses.
         self._any_direction = self._cuda.cudaMemcpyKind.cudaMemcpyDefault

@@ -10,7 +10,6 @@ from starling.engine.logits import HOST_TYPES, Logits, logits_reader
 from starling.engine.sampling import check_finite
 from starling.engine.tensorrt.device import address_of
 from starling.engine.tensorrt.memory import DeviceMemory
-from starling.engine.tensorrt.tensors import LOGITS, StepTensors
 
 
 class HostLogits:
@@ -21,10 +20,10 @@ class HostLogits:
         self._raw = memory.host((rows, vocab_size), HOST_TYPES[kind])
         self._float32 = self._raw if kind == "float32" else np.zeros(self._raw.shape, np.float32)
 
-    def fetch(self, step: StepTensors, rows: int) -> Logits:
-        """What the newest run of `step` left for its first `rows` rows; valid until the next call."""
+    def fetch(self, address: int, rows: int) -> Logits:
+        """What the newest step left at the device address for its first `rows` rows; valid until the next call."""
         raw = self._raw[:rows]
-        self._memory.copy(address_of(raw), step.addresses[LOGITS], raw.nbytes)
+        self._memory.copy(address_of(raw), address, raw.nbytes)
         self._memory.synchronize()
         return logits_reader(raw, self._float32[:rows], self._kind)()
 
@@ -32,8 +31,9 @@ class HostLogits:
 class DeviceOutput:
     """A step's output, valid until the backend's next call."""
 
-    def __init__(self, tokens: list[int], logits: HostLogits, step: StepTensors) -> None:
-        self._tokens, self._logits, self._step = tokens, logits, step
+    def __init__(self, tokens: list[int], logits: HostLogits, address: int) -> None:
+        """`address`: where the step's logits are on the device."""
+        self._tokens, self._logits, self._address = tokens, logits, address
 
     def next_tokens(self) -> list[int]:
         """The token chosen on the device, one for each row. Raises BackendError for logits that are no numbers."""
@@ -47,4 +47,4 @@ class DeviceOutput:
 
     def logits(self) -> Logits:
         """Float32 [rows, vocab], copied from the device by this call."""
-        return self._logits.fetch(self._step, len(self._tokens))
+        return self._logits.fetch(self._address, len(self._tokens))

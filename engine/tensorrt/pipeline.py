@@ -23,6 +23,11 @@ class LaunchedSteps:
         self._oldest = self._count = 0
 
     @property
+    def busy(self) -> bool:
+        """Whether something was launched whose tokens nobody has asked for."""
+        return self._count > 0
+
+    @property
     def full(self) -> bool:
         """Whether nothing more may be launched before `oldest` is asked for."""
         return self._count == DEPTH
