@@ -31,6 +31,12 @@ from starling.engine.tensorrt.tensors import ITEM_BYTES, KVCache
 PROVIDER = "CUDAExecutionProvider"
 #: Tokens that one run prefills at most: a prompt of 2,048 took 60 ms in one run on an H200, 89 ms in chunks of 256.
 PREFILL_CHUNK = 2048
+SESSION_SETTINGS = {
+    "session.intra_op.allow_spinning": "0",
+    # Weights lie beside the arena.
+    "session.use_device_allocator_for_initializers": "1",
+    "ep.cuda.fpa_intb_gemm": "1",
+}
 LENGTH_BYTES = 4
 _POSITIONS_MULTIPLE = 64  # every row of the cache then begins at an aligned address
 _UNCAPTURED = -1
@@ -385,12 +391,7 @@ def _open(ort: Any, graph: Path, stream: int, captures: bool, profile_prefix: Pa
     options.log_severity_level = 3
     if profile_prefix is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
-    for key, value in (
-        ("session.intra_op.allow_spinning", "0"),
-        # Weights beside the arena, which grows in powers of two, and by no more than is asked for: S6.
-        ("session.use_device_allocator_for_initializers", "1"),
-        ("ep.cuda.fpa_intb_gemm", "1"),
-    ):
+    for key, value in SESSION_SETTINGS.items():
         options.add_session_config_entry(key, value)
     settings = {
         "user_compute_stream": str(stream),
