@@ -5,9 +5,9 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING, Unpack
 
-from starling.engine.generation import GenerationStream
-from starling.engine.results import GenerationResult
-from starling.engine.sampling import SamplingOverrides, SamplingParams
+from starling.engine.batching.generation_stream import GenerationStream
+from starling.engine.generation.results import GenerationResult
+from starling.engine.generation.sampler import SamplingOverrides, SamplingParams
 
 if TYPE_CHECKING:
     from starling.engine.engine import Engine

@@ -4,8 +4,8 @@ A dialect is one module that implements `base.Dialect`. Adding one touches that 
 """
 
 from starling.engine.errors import UserError
-from starling.export.dialects.base import AttentionCall, Dialect, Rotary, StepInput
 from starling.export.dialects.canonical import CanonicalDialect
+from starling.export.dialects.dialect import AttentionCall, Dialect, Rotary, StepInput
 from starling.export.dialects.ort import OrtDialect
 from starling.export.dialects.tensorrt import TensorrtDialect
 

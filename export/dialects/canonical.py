@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from starling.export.choices import SCHEMES_OF
-from starling.export.dialects.base import AttentionCall, Attributes, Rotary, StepInput
+from starling.export.dialects.dialect import AttentionCall, Attributes, Rotary, StepInput
 
 
 class CanonicalDialect:

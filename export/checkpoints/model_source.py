@@ -1,0 +1,97 @@
+"""Where MODEL of `starling export` is, found and looked at before PyTorch is loaded, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from starling.engine.errors import CheckpointError
+from starling.export.choices import RANDOM_PREFIX, check_random
+
+if TYPE_CHECKING:
+    from starling.export.checkpoints.gguf_file import GgufFile
+
+_HUB_ALPHABET = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A checkpoint's `kind` and `name`, and where it is: a folder, a GGUF file with its header read, or nowhere."""
+
+    kind: str
+    name: str
+    folder: Path | None = None
+    gguf: GgufFile | None = None
+
+
+def find_model(
+    model: str, *, revision: str | None = None, fetching: Callable[[str], None] = lambda text: None
+) -> FoundModel:
+    """Find MODEL: a folder, a `.gguf` file, `demo`, `random:NAME`, or a hub id `org/name` (at `revision`).
+
+    What is not on this machine is fetched, which `fetching` is told. Files are checked as far as it goes without
+    PyTorch: what is missing, truncated, or of a kind that cannot be exported.
+    Raises CheckpointError, UnsupportedModelError and HubError as `open_checkpoint` does.
+    """
+    path = Path(model).expanduser()
+    is_hub = _is_hub_id(model) and not path.exists()
+    if revision is not None and not is_hub:
+        raise CheckpointError(f"--revision {revision} is for a hub id, which {model!r} is not: leave it out")
+    if model.startswith(RANDOM_PREFIX):
+        return _random(model.removeprefix(RANDOM_PREFIX))
+    if model == "demo":
+        return _demo(lambda: fetching(f"fetching {model}"))
+    if path.suffix == ".gguf" and not path.is_dir():
+        if not path.exists():  # the package gguf takes a second to load
+            raise CheckpointError(f"{model} cannot be read: No such file; give the path of a .gguf file")
+        from starling.export.checkpoints.gguf_file import open_gguf
+
+        return FoundModel("gguf", path.stem, gguf=open_gguf(path))
+    if path.is_dir():
+        return _folder(path, "huggingface", path.resolve().name)
+    if is_hub:
+        from starling.export.checkpoints.hub import download
+
+        fetching(f"fetching {model}")
+        return _folder(download(model, revision), "hub", model)
+    if path.is_file():
+        raise CheckpointError(f"{model} is a file, but no .gguf file: give the folder that holds the whole checkpoint")
+    raise CheckpointError(
+        f"{model!r} is no model: give a Hugging Face folder, a .gguf file, 'demo', 'random:starling-7b' or a hub id "
+        "such as 'org/name'"
+    )
+
+
+def _random(name: str) -> FoundModel:
+    from starling.export.tokenizers.starling_tokenizer import mistral_model_file
+
+    check_random(name)
+    mistral_model_file()
+    return FoundModel("random", name)
+
+
+def _demo(before_fetch: Callable[[], None]) -> FoundModel:
+    from starling.export.checkpoints.demo_model import DEMO_NAME, demo_gguf
+    from starling.export.checkpoints.gguf_file import open_gguf
+
+    return FoundModel("gguf", DEMO_NAME, gguf=open_gguf(demo_gguf(before_fetch)))
+
+
+def _folder(folder: Path, kind: str, name: str) -> FoundModel:
+    from starling.export.checkpoints.huggingface import check_folder
+
+    if not (folder / "config.json").exists():
+        if (folder / "bundle.json").is_file():
+            raise CheckpointError(f"{folder} is a bundle, which an export has made: give the checkpoint itself")
+        if files := sorted(folder.glob("*.gguf")):
+            raise CheckpointError(f"{folder} has no config.json, but {files[0].name}: give that file, {files[0]}")
+    check_folder(folder)
+    return FoundModel(kind, name, folder=folder)
+
+
+def _is_hub_id(model: str) -> bool:
+    parts = model.split("/")
+    allowed = all(part and set(part) <= _HUB_ALPHABET and part.strip(".") for part in parts)
+    return len(parts) == 2 and allowed
