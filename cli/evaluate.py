@@ -25,13 +25,13 @@ from starling.cli.shared.options import (
 )
 from starling.cli.shared.output import human_bytes, note, print_json, print_rows
 from starling.engine.errors import UserError
+from starling.engine.names import LOGITS_DTYPES
 
 if TYPE_CHECKING:
     from starling.engine.bundle.manifest import Bundle
     from starling.profiling.quality.evaluation import Evaluation
     from starling.profiling.quality.stored_logits import StoredLogits
 
-DTYPES = ("float16", "float32")
 FORMAT, FORMAT_VERSION = "starling-evaluation", 1
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -52,7 +52,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @backend_options
 @click.option("--save-logits", type=_FILE, help="Keep this bundle's logits (.npz), as a reference for others.")
-@click.option("--logits-dtype", type=Choice(DTYPES), default="float16", show_default=True, help="Their type.")
+@click.option("--logits-dtype", type=Choice(LOGITS_DTYPES), default="float16", show_default=True, help="Their type.")
 @click.option("--output", type=_FILE, help="Write the JSON document here too.")
 @json_option
 def command(

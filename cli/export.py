@@ -18,15 +18,14 @@ from starling.cli.shared.next_commands import after_export
 from starling.cli.shared.options import Choice, json_option, refuse_options
 from starling.cli.shared.output import human_bytes, human_seconds, print_json
 from starling.engine.errors import UserError
+from starling.engine.names import ACTIVATION_SCHEMES, DIALECTS, DTYPES, SCHEMES
 from starling.export.bundle_folder import check_target
-from starling.export.choices import DIALECTS, DTYPES, SCHEMES, check_scheme
 
 if TYPE_CHECKING:
     from starling.engine.bundle.manifest import Bundle
     from starling.export.quantization.blocks import Quantization
     from starling.export.quantization.qdq_settings import QdqQuantization
 
-_ACTIVATION_SCHEMES = ("w8a8", "fp8")
 _TENSORRT = "tensorrt"
 _BLOCK_OPTIONS = ("symmetric", "accuracy_level")
 _QDQ_OPTIONS = ("quantize_head", "keep_precision")
@@ -124,7 +123,7 @@ def _check_settings(out: Path, options: dict[str, Any]) -> Quantization | QdqQua
     if scheme is None:
         refuse_options(("block_size", *_BLOCK_OPTIONS), "is about quantized weights: add --quant int8 or int4")
         refuse_options(_QDQ_OPTIONS, "is about quantized weights: add --quant")
-    if scheme not in _ACTIVATION_SCHEMES:
+    if scheme not in ACTIVATION_SCHEMES:
         refuse_options(_ACTIVATION_OPTIONS, "is about quantized activations: add --quant w8a8 or fp8")
     elif dialect != _TENSORRT:
         raise UserError(f"--quant {scheme} is for --dialect tensorrt; dialect {dialect} quantizes weights only")
@@ -137,6 +136,8 @@ def _check_settings(out: Path, options: dict[str, Any]) -> Quantization | QdqQua
     check_target(out, force=options["force"])
     quantization = _quantization(options)
     if scheme is not None:
+        from starling.export.quantization.qdq_settings import check_scheme
+
         check_scheme(scheme, dialect)
     if options["calibration"] is not None:
         from starling.export.check.sample_texts import read_texts

@@ -11,6 +11,7 @@ from starling.cli.shared.completion import complete_engine
 from starling.cli.shared.options import bundle_argument, json_option, refuse_options
 from starling.cli.shared.output import human_bytes, print_json, print_rows
 from starling.engine.errors import UserError
+from starling.engine.names import DEFAULT_MAX_SEQ
 
 if TYPE_CHECKING:
     from starling.engine.bundle.manifest import Bundle
@@ -59,8 +60,6 @@ def command(bundle: Path, max_seq: int | None, engine: str | None, verify: bool,
 
 
 def _positions(bundle: Bundle, max_seq: int | None) -> int:
-    from starling.engine.engine import DEFAULT_MAX_SEQ
-
     most = bundle.architecture.max_positions
     if max_seq is not None and max_seq > most:
         raise UserError(f"--max-seq is {max_seq}, but this model has {most} positions: give 1 to {most}")

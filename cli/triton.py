@@ -9,7 +9,6 @@ import click
 
 from starling.cli.shared.next_commands import quoted
 from starling.cli.shared.options import (
-    GPU_BACKENDS,
     Choice,
     backend_options,
     bundle_argument,
@@ -21,6 +20,7 @@ from starling.cli.shared.options import (
     verify_option,
 )
 from starling.engine.errors import UserError
+from starling.engine.names import GPU_BACKENDS
 
 
 @click.command()

@@ -20,14 +20,12 @@ from starling.engine.generation.prompts import Prompt, checked_ids, common_prefi
 from starling.engine.generation.results import GenerationInterrupted, GenerationResult
 from starling.engine.generation.sampler import SamplingOverrides, SamplingParams
 from starling.engine.generation.sequence import GenerationSequence, make_sequence
+from starling.engine.names import DEFAULT_MAX_SEQ
 from starling.engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from starling.engine.chat_session import ChatSession
     from starling.engine.text.chat_template import ChatTemplates
-
-#: Positions of the KV cache unless the caller asks for more: the cache costs memory whether it is used or not.
-DEFAULT_MAX_SEQ = 2048
 
 T = TypeVar("T")
 
@@ -55,7 +53,7 @@ class Engine:
     ) -> None:
         """Load a bundle. The KV cache gets `max_batch` rows of `max_seq` positions (default: 2048 or the model's).
 
-        `backend` is one of `starling.engine.backends.backend.BACKENDS`, `engine` names one of the bundle's TensorRT
+        `backend` is one of `starling.engine.names.BACKENDS`, `engine` names one of the bundle's TensorRT
         engines; `verify` hashes the weights too; for `speculation` see the property. Raises BundleError, BackendError,
         PlanError where no TensorRT engine fits, or PromptError where `max_seq` is beyond the model's positions.
         """

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from starling import __version__
 from starling.engine.bundle.manifest import FORMAT, FORMAT_VERSION, Architecture
 from starling.engine.errors import UserError
-from starling.export import choices
+from starling.engine.names import DTYPES
 from starling.export.bundle_folder import check_space, file_entry, new_folder, write_json, write_tokenizer
 from starling.export.check.bundle_quality import CUT_LAYERS, fits, measure, require_quality
 from starling.export.check.parity import Parity, require_fp32
@@ -31,9 +31,9 @@ from starling.export.graphs.kernel_graph import kernel_graph
 from starling.export.graphs.projections import write_projections
 from starling.export.quantization.blocks import Quantization
 from starling.export.quantization.prepare_qdq import Calibration, prepare
-from starling.export.quantization.qdq_settings import QdqQuantization
+from starling.export.quantization.qdq_settings import QdqQuantization, check_scheme
 from starling.export.tracing.architecture import architecture_json
-from starling.export.tracing.tracer import DTYPES, trace
+from starling.export.tracing.tracer import TORCH_DTYPES, trace
 from starling.export.weights.weight_file import WrittenFile, bytes_per_token, planned_bytes, write_weights
 
 GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
@@ -82,13 +82,13 @@ class ExportOptions:
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
         if self.quantization is not None:
-            check_scheme(self.quantization, self.dialect)
+            check_quantization(self.quantization, self.dialect)
 
 
-def check_scheme(how: Quantization | QdqQuantization, dialect: str) -> None:
+def check_quantization(how: Quantization | QdqQuantization, dialect: str) -> None:
     """Raise UserError where the dialect has no operators for this quantization."""
     get_dialect(dialect)  # for the refusal of an unknown one
-    choices.check_scheme(how.scheme, dialect)
+    check_scheme(how.scheme, dialect)
     if isinstance(how, QdqQuantization) != (dialect == "tensorrt"):
         raise UserError(f"dialect {dialect} does not take the settings of a {type(how).__name__}")
 
@@ -177,7 +177,7 @@ def _clean(graph: ir.Model) -> None:
 def _manifest(
     checkpoint: Checkpoint, arch: Architecture, options: ExportOptions, graph: ir.Model, weight_bytes: int
 ) -> dict[str, Any]:
-    width = DTYPES[options.dtype].itemsize
+    width = TORCH_DTYPES[options.dtype].itemsize
     tokens = checkpoint.tokenizer
     defaults = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
     return {

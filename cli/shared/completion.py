@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
-from starling.export.choices import RANDOM_MODELS, RANDOM_PREFIX
+from starling.export.checkpoints.random_models import RANDOM_MODELS, RANDOM_PREFIX
 
 if TYPE_CHECKING:
     Item = CompletionItem[str]

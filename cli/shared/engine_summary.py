@@ -10,6 +10,7 @@ from starling.engine.backends.tensorrt.engine_folder import engine_names, open_e
 from starling.engine.backends.tensorrt.plan_record import EngineRecord, Profile
 from starling.engine.bundle.manifest import Bundle, TensorSpec
 from starling.engine.errors import PlanError
+from starling.engine.names import INPUT_IDS
 
 
 def engine_lines(bundle: Bundle, verified: bool) -> Iterator[str]:
@@ -72,7 +73,7 @@ def _precision(record: EngineRecord) -> str:
 
 def _shapes(profile: Profile) -> str:
     """The range of the one input that says all: input_ids."""
-    ids = profile.shapes["input_ids"]
+    ids = profile.shapes[INPUT_IDS]
     rows, tokens = zip(ids.min, ids.opt, ids.max, strict=True)
     return f"batch {_range(rows)}, tokens {_range(tokens)}"
 

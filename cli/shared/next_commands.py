@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from starling.engine.names import DEFAULT_MAX_SEQ
+
 if TYPE_CHECKING:
     from starling.engine.backends.tensorrt.plan_record import EngineRecord
     from starling.engine.bundle.manifest import Bundle
@@ -42,8 +44,6 @@ def after_export(bundle: Bundle) -> str:
 
 def after_build(bundle: Bundle, record: EngineRecord) -> str:
     """The line that tells what to do with a new engine."""
-    from starling.engine.engine import DEFAULT_MAX_SEQ
-
     options = [f"--backend {record.runtime}", f"--engine {record.name}"]
     if record.max_seq < min(DEFAULT_MAX_SEQ, bundle.architecture.max_positions):
         options.append(f"--max-seq {record.max_seq}")

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from starling.cli.shared.completion import BundlePath, complete_engine
 from starling.cli.shared.output import note
 from starling.engine.errors import UserError, did_you_mean
+from starling.engine.names import BACKENDS, GPU_BACKENDS, SPECULATIONS
 
 if TYPE_CHECKING:
     from starling.engine.generation.sampler import SamplingParams
@@ -23,11 +24,6 @@ else:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
-
-# Spelt out here, since importing starling.engine.backends.backend would bring numpy into `--help`; a test compares
-# the two.
-BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
-GPU_BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 class Choice(_Choice):
@@ -137,7 +133,7 @@ _SAMPLING = [
 _SPECULATION = [
     click.option(
         "--speculation",
-        type=Choice(("off", "prompt-lookup")),
+        type=Choice(("off", *SPECULATIONS)),
         default="off",
         show_default=True,
         callback=lambda context, option, value: None if value == "off" else value,

@@ -13,10 +13,10 @@ from starling.engine.backends.device_choice import DeviceChoice
 from starling.engine.backends.logits import Logits
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError, PlanError, UserError, did_you_mean
+from starling.engine.names import BACKENDS
 
 Tokens = npt.NDArray[np.int64]
 
-BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 CUDA = "CUDAExecutionProvider"
 #: Tokens that one run prefills at most on the CPU. Attention's scratch memory is chunk x length x heads; SmolLM2
 #: prefills 1024 tokens within 3 % as fast in chunks of 256 as of 512 (the best), and Ctrl-C waits for one chunk.

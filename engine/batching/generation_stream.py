@@ -10,10 +10,10 @@ from starling.engine.batching.prefill_pacing import PromptsFirst
 from starling.engine.batching.request import Request
 from starling.engine.batching.scheduler import Handout, Scheduler
 from starling.engine.batching.serving_stats import Uncounted
-from starling.engine.batching.speculation import Speculation
 from starling.engine.errors import UserError
 from starling.engine.generation.results import GenerationChunk, GenerationResult
 from starling.engine.generation.sequence import GenerationSequence, interrupt, interrupted_chunk
+from starling.engine.names import Speculation
 
 #: Requests with their chunks, as the tokens come.
 Chunks = Generator[Handout, None, None]

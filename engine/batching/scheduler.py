@@ -20,11 +20,12 @@ from starling.engine.batching.prefill_pacing import LEAST, Pace
 from starling.engine.batching.request import NEVER, Request
 from starling.engine.batching.rows import RowTable
 from starling.engine.batching.serving_stats import Counters
-from starling.engine.batching.speculation import Speculation, begin_drafts, longest_draft, write_drafts
+from starling.engine.batching.speculation import begin_drafts, longest_draft, write_drafts
 from starling.engine.errors import RequestFailed
 from starling.engine.generation.results import FinishReason, GenerationChunk
 from starling.engine.generation.sampler import check_finite
 from starling.engine.generation.sequence import accept, interrupted_chunk, next_chunk
+from starling.engine.names import Speculation
 
 LOGGER = logging.getLogger(__name__)
 

@@ -8,15 +8,13 @@ last one that was taken is overwritten by the next step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 from starling.engine.backends.backend import MOST_VERIFIED, MOST_VERIFIED_TOGETHER, Backend
 from starling.engine.batching.request import Request
 from starling.engine.errors import UserError
 from starling.engine.generation.prompt_lookup import PromptLookup
+from starling.engine.names import SPECULATIONS, Speculation
 
-#: Where drafts come from.
-Speculation = Literal["prompt-lookup"]
 #: Share of a run's places for drafts that must have one: the others cost as much and give nothing. Four streams of
 #: SmolLM2 int8 give 1.22 times the tokens a second with 0.5 on texts that repeat themselves and 0.93 on others, and
 #: 0.82 and 0.86 without a bound (profiling/load/served_speculation.py).
@@ -27,11 +25,11 @@ def checked_speculation(name: str | None, backend: Backend) -> Speculation | Non
     """The method called `name`, None for none. Raises UserError for an unknown one, BackendError where none can run."""
     if name is None:
         return None
-    for known in get_args(Speculation):
+    for known in SPECULATIONS:
         if name == known:
             backend.check_verifies()
-            return "prompt-lookup"
-    raise UserError(f"speculation is {name!r}: give None, or one of {', '.join(get_args(Speculation))}")
+            return known
+    raise UserError(f"speculation is {name!r}: give None, or one of {', '.join(SPECULATIONS)}")
 
 
 def begin_drafts(request: Request) -> None:

@@ -8,18 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 from starling.engine.bundle.json_fields import JsonFields
 from starling.engine.errors import BundleError
+from starling.engine.names import DIALECTS, DTYPES, Dialect, DType
 
 FORMAT = "starling-bundle"
 FORMAT_VERSION = 1
 #: Files up to this size are hashed at every open: the graph and the tokenizer cost milliseconds, the weights seconds.
 ALWAYS_HASHED_BYTES = 64 * 2**20
-
-Dialect = Literal["ort", "canonical", "tensorrt"]
-DType = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +215,8 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
         folder=folder,
         source=top.mapping("source"),
         architecture=_architecture(top.inside("architecture")),
-        dialect=cast(Dialect, top.choice("dialect", get_args(Dialect))),
-        dtype=cast(DType, top.choice("dtype", get_args(DType))),
+        dialect=cast(Dialect, top.choice("dialect", DIALECTS)),
+        dtype=cast(DType, top.choice("dtype", DTYPES)),
         quantization=_quantization(top.inside("quantization")) if raw.get("quantization") is not None else None,
         graph=graph,
         **others,

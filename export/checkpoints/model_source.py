@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starling.engine.errors import CheckpointError
-from starling.export.choices import RANDOM_PREFIX, check_random
+from starling.export.checkpoints.random_models import RANDOM_PREFIX, check_random
 
 if TYPE_CHECKING:
     from starling.export.checkpoints.gguf_file import GgufFile

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from starling.export.checkpoints.checkpoint import Checkpoint, Skeleton, TokenizerFiles, skeleton_of
-from starling.export.choices import RANDOM_MODELS, check_random
+from starling.export.checkpoints.random_models import RANDOM_MODELS, check_random
 from starling.export.tokenizers.starling_tokenizer import (
     BOS,
     END_OF_TURN,

@@ -6,8 +6,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS
-from starling.export.choices import SCHEMES_OF
+from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS, SCHEMES_OF
 from starling.export.dialects.dialect import AttentionCall, Attributes, StepInput
 from starling.export.graphs.rewrites import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
 

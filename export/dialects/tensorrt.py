@@ -10,8 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
-from starling.export.choices import SCHEMES_OF
+from starling.engine.names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, SCHEMES_OF, TEMPERATURE, TOP_K, TOP_P
 from starling.export.dialects.canonical import merge_heads, rms_norm, rotate, scatter, window_mask
 from starling.export.dialects.device_sampling import choose_tokens
 from starling.export.dialects.dialect import AttentionCall, StepInput

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
-from starling.engine.names import NEXT_SEQLENS, NEXT_TOKENS
+from starling.engine.names import LOGITS, NEXT_SEQLENS, NEXT_TOKENS
 from starling.export.graphs.rewrites import insert, required, take_over
 from starling.export.quantization.blocks import Quantization
 from starling.export.weights.weight_file import ROW_MULTIPLE
@@ -22,7 +22,7 @@ def cuda_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
     `next_tokens` is -1 where the greatest logit is not finite. `next_seqlens_k` int32 [batch] is the next step's
     `seqlens_k`; it is computed after everything that reads `seqlens_k`, so that both may be the same memory.
     """
-    if any(value.dtype == ir.DataType.FLOAT for value in model.graph.outputs if value.name == "logits"):
+    if any(value.dtype == ir.DataType.FLOAT for value in model.graph.outputs if value.name == LOGITS):
         return None
     twin = model.clone()
     graph = twin.graph

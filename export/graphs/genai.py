@@ -9,7 +9,16 @@ from typing import Any
 import onnx_ir as ir
 
 from starling.engine.bundle.manifest import Architecture
-from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS
+from starling.engine.names import (
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    NEXT_TOKENS,
+    PAST,
+    PRESENT,
+    SEQLENS_K,
+    TOTAL_SEQUENCE_LENGTH,
+)
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.graphs.rewrites import insert
 
@@ -37,10 +46,10 @@ def genai_graph(model: ir.Model) -> ir.Model:
     for choice in [output for output in graph.outputs if output.name == NEXT_TOKENS]:
         graph.outputs.remove(choice)
         graph.remove(choice.producer(), safe=True)  # type: ignore[arg-type]
-    for name, value in (("seqlens_k", seqlens), ("total_sequence_length", total), (LOGITS_TO_KEEP, last)):
+    for name, value in ((SEQLENS_K, seqlens), (TOTAL_SEQUENCE_LENGTH, total), (LOGITS_TO_KEEP, last)):
         ir.convenience.replace_all_uses_with(by_name[name], value)
         graph.inputs.remove(by_name[name])
-    logits = next(output for output in graph.outputs if output.name == "logits")
+    logits = next(output for output in graph.outputs if output.name == LOGITS)
     assert logits.shape is not None
     logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])  # by which onnxruntime-genai knows how many it gets
     return twin
@@ -65,15 +74,15 @@ def genai_config(arch: Architecture, checkpoint: Checkpoint) -> dict[str, Any]:
         "head_size": arch.head_dim,
         "hidden_size": arch.hidden_size,
         "inputs": {
-            "input_ids": "input_ids",
+            "input_ids": INPUT_IDS,
             "attention_mask": "attention_mask",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
+            "past_key_names": f"{PAST}%d.key",
+            "past_value_names": f"{PAST}%d.value",
         },
         "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
+            "logits": LOGITS,
+            "present_key_names": f"{PRESENT}%d.key",
+            "present_value_names": f"{PRESENT}%d.value",
         },
         "num_attention_heads": arch.query_heads,
         "num_hidden_layers": arch.layers,

@@ -1,4 +1,4 @@
-"""What can be asked of explicit quantization for TensorRT. Imports nothing heavy."""
+"""Which schemes a dialect has, and what can be asked of explicit quantization for TensorRT. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from starling.engine.errors import UserError
-from starling.export.choices import SCHEMES_OF
+from starling.engine.names import ACTIVATION_SCHEMES, SCHEMES_OF
 from starling.export.quantization.blocks import BLOCK_SIZES
 
 if TYPE_CHECKING:
@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
 DEFAULT_SMOOTHING = 0.8  # see profiling/results/quality-w8a8-smollm2.json
 _INT4_BLOCK = 128
-_WITH_ACTIVATIONS = ("w8a8", "fp8")
+
+
+def check_scheme(scheme: str, dialect: str) -> None:
+    """Raise UserError where the dialect has no operators for this quantization."""
+    known = SCHEMES_OF[dialect]
+    if not known:
+        raise UserError(f"dialect {dialect} is full precision only; use --dialect ort or tensorrt with --quant")
+    if scheme not in known:
+        raise UserError(f"--quant {scheme} is for --dialect tensorrt; dialect {dialect} has {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class QdqQuantization:
     @property
     def quantizes_activations(self) -> bool:
         """Whether the projections' inputs are rounded too."""
-        return self.scheme in _WITH_ACTIVATIONS
+        return self.scheme in ACTIVATION_SCHEMES
 
     @property
     def weights(self) -> Grid:

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from starling.engine.bundle.manifest import Architecture
 from starling.engine.errors import StarlingError, UnsupportedModelError
-from starling.engine.names import LOGITS_TO_KEEP
+from starling.engine.names import INPUT_IDS, LOGITS, LOGITS_TO_KEEP, PAST, PRESENT
 from starling.export.dialects import Dialect, StepInput
 from starling.export.graphs.rewrites import simplify
 from starling.export.tracing.architecture import check_supported, head_dim_of, kv_heads_of
 from starling.export.tracing.lowering import Lowering, Step, table_buffers
 from starling.export.weights.weight_plan import Rows, Table, set_weight
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _BATCH, _SEQUENCE, _CACHE, _KEPT = 2, 5, 16, 3  # example sizes; every one of them is a dynamic axis
 
 
@@ -114,16 +114,16 @@ def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str) -> Trace:
     """
     check_supported(config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model = _build(config, DTYPES[dtype])
+        model = _build(config, TORCH_DTYPES[dtype])
         with unset_fake_temporarily():
             lowering = Lowering(model, dialect)
         for index, table in enumerate(lowering.tables.values()):
             for name in table_buffers(index):
-                model.register_buffer(name, torch.empty(table.cos.shape, dtype=DTYPES[dtype]))
+                model.register_buffer(name, torch.empty(table.cos.shape, dtype=TORCH_DTYPES[dtype]))
         architecture = _architecture(model)
         tied = _tied_names(model)
         with lowering.installed():
-            graph = _export(lowering, dialect, architecture, DTYPES[dtype])
+            graph = _export(lowering, dialect, architecture, TORCH_DTYPES[dtype])
     _plan_weights(graph, tied, lowering)
     simplify(graph)
     return Trace(graph, architecture)
@@ -191,7 +191,7 @@ def _export(lowering: Lowering, dialect: Dialect, arch: Architecture, dtype: tor
         past,
     )
     dynamic = {
-        "input_ids": {0: "batch", 1: "sequence"},
+        INPUT_IDS: {0: "batch", 1: "sequence"},
         "step": [dict(enumerate(s.axes)) for s in steps],
         "past": [{0: "batch", 2: "cache"} for _ in names],
     }
@@ -202,8 +202,8 @@ def _export(lowering: Lowering, dialect: Dialect, arch: Architecture, dtype: tor
                 inputs,
                 dynamo=True,
                 opset_version=dialect.opset,
-                input_names=["input_ids", *(s.name for s in steps), *(f"past_key_values.{n}" for n in names)],
-                output_names=["logits", *(f"present.{n}" for n in names), *dialect.outputs],
+                input_names=[INPUT_IDS, *(s.name for s in steps), *(f"{PAST}{n}" for n in names)],
+                output_names=[LOGITS, *(f"{PRESENT}{n}" for n in names), *dialect.outputs],
                 dynamic_shapes=dynamic,
                 optimize=False,
                 verbose=False,

@@ -28,10 +28,11 @@ from starling.engine.engine import Engine
 from starling.engine.errors import StarlingError, UserError
 from starling.engine.generation.results import GenerationResult
 from starling.engine.generation.sampler import SamplingParams
+from starling.engine.names import SPECULATIONS
 from starling.profiling.machine.environment import describe_environment
 from starling.profiling.reports.profile_document import bundle_document
 
-METHOD = "prompt-lookup"
+[METHOD] = SPECULATIONS
 KINDS = ("repetitive", "free")
 PROMPTS = "texts/speculation.toml"
 WARM_UP_TOKENS = 24

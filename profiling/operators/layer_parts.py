@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from starling.engine.names import LOGITS
 from starling.profiling.operators.graph_nodes import Node
 
 EMBEDDING = "embedding"
@@ -24,7 +25,6 @@ OTHER = "other"
 #: Every part, in the order of a layer.
 PARTS = (EMBEDDING, NORM, ATTENTION_PROJECTIONS, ATTENTION, MLP_PROJECTIONS, MLP, LM_HEAD, SAMPLING, OTHER)
 
-_LOGITS = "logits"
 _CONSTANTS = frozenset({"Constant", "ConstantOfShape"})
 _NORMS = frozenset(
     {"SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization"}
@@ -75,12 +75,12 @@ class LayerParts:
             if node.operator == _DEQUANTIZE and node.inputs[0] not in written
         }
         own = {index: _own_part(node, written - stored.keys(), stored) for index, node in enumerate(nodes)}
-        after_logits = {_LOGITS}
+        after_logits = {LOGITS}
         for index, node in enumerate(nodes):
             if own[index] is None and any(value in after_logits for value in node.inputs):
                 own[index] = SAMPLING
                 after_logits.update(node.outputs)
-        wanted: dict[str, str] = {_LOGITS: LM_HEAD}
+        wanted: dict[str, str] = {LOGITS: LM_HEAD}
         parts: dict[str, str] = {}
         for index in reversed(range(len(nodes))):
             node = nodes[index]

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from starling.engine.divergence import Logits
 from starling.engine.errors import UserError
 
-DTYPES = ("float16", "float32")
-
 
 @dataclass(frozen=True, slots=True)
 class StoredLogits:

@@ -8,16 +8,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from command_line import document, end, install_hint, read_until, running, starling, succeed
 
-from starling.cli.export import DIALECTS, DTYPES, SCHEMES
 from starling.cli.main import COMMANDS
-from starling.cli.shared.options import BACKENDS, speculation_option
-from starling.engine.backends import backend
-from starling.engine.batching import speculation
+from starling.engine.names import DIALECTS, DTYPES, SCHEMES_OF
 from starling.export import dialects
 from starling.export.tracing import tracer
 
@@ -53,13 +49,9 @@ def test_the_bare_command_shows_the_help_and_version_the_version() -> None:
     assert succeed("--version") == "starling, version 0.1.0\n"
 
 
-def test_choices_are_those_of_the_packages_behind_them() -> None:
-    assert set(DIALECTS) == set(dialects.DIALECTS)
-    assert set(DTYPES) == set(tracer.DTYPES)
-    assert set(SCHEMES) == {scheme for dialect in dialects.DIALECTS.values() for scheme in dialect().schemes}
-    assert backend.BACKENDS == BACKENDS
-    [option] = speculation_option(lambda: None).__click_params__
-    assert option.type.choices == ("off", *get_args(speculation.Speculation))
+def test_what_can_be_asked_for_has_something_that_does_it() -> None:
+    assert set(DIALECTS) == set(SCHEMES_OF) == set(dialects.DIALECTS)
+    assert set(DTYPES) == set(tracer.TORCH_DTYPES)
 
 
 def test_tokenize_gives_the_model_cards_ids(tiny_bundle: Path) -> None:

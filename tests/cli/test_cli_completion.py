@@ -10,7 +10,7 @@ import pytest
 from test_cli import HEAVY
 
 from starling.cli.main import COMMANDS
-from starling.export.choices import DIALECTS, SCHEMES
+from starling.engine.names import DIALECTS, SCHEMES
 
 pytestmark = pytest.mark.slow
 

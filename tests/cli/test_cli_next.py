@@ -11,7 +11,7 @@ from command_line import copy_bundle, edit_manifest, starling, succeed
 from starling.cli.shared.next_commands import EXAMPLE_PROMPT, EXAMPLE_TARGET, after_export, quoted
 from starling.engine.backends.tensorrt.build.targets import check_precision, present_target
 from starling.engine.bundle.manifest import Bundle
-from starling.export.choices import DTYPES, SCHEMES
+from starling.engine.names import DTYPES, SCHEMES
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from starling.engine.bundle.manifest import Bundle
-from starling.engine.engine import DEFAULT_MAX_SEQ, Engine
+from starling.engine.engine import Engine
 from starling.engine.errors import BundleError, PromptError, SamplingError, UserError
 from starling.engine.generation.results import GenerationInterrupted
 from starling.engine.generation.sampler import SamplingParams
+from starling.engine.names import DEFAULT_MAX_SEQ
 
 MAX_SEQ = 48
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)

@@ -9,9 +9,18 @@ from starling.engine.backends.cuda.cuda_device import ALIGNMENT
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
-from starling.engine.names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
+from starling.engine.names import (
+    INPUT_IDS,
+    LOGITS,
+    NEXT_LENGTHS,
+    NEXT_TOKENS,
+    NOISE,
+    PAST_LENGTHS,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+)
 
-INPUT_IDS, LOGITS = "input_ids", "logits"
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
 #: What tells the graph how to choose a row's token; each has one entry per row, `noise` one per position as well.
 CHOICE_INPUTS = (TEMPERATURE, TOP_K, TOP_P, NOISE)

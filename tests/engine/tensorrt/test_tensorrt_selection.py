@@ -10,7 +10,7 @@ from command_line import starling
 from cpu_plan import PLAN, POSITIONS, ROWS, VERSION, cpu_engine, cpu_library, record_of
 from host_device import HostDevice
 
-from starling.engine.backends.backend import BACKENDS, open_backend
+from starling.engine.backends.backend import open_backend
 from starling.engine.backends.cuda.cuda_device import CudaDevice
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.tensorrt.library import Library, load_library
@@ -20,6 +20,7 @@ from starling.engine.backends.tensorrt.run.select_engine import Wanted, select_e
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError, PlanError, UserError
+from starling.engine.names import BACKENDS
 
 NO_GPU = r"no usable NVIDIA GPU here \(CUDA error (35|100): .+\); install its driver, or use --backend onnxruntime-cpu"
 

@@ -17,8 +17,8 @@ from starling.engine.backends.tensorrt.build.timing_cache import cache_file, loa
 from starling.engine.backends.tensorrt.library import Library, load_library
 from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineRecord, Profile
 from starling.engine.bundle.manifest import Bundle
-from starling.engine.engine import DEFAULT_MAX_SEQ
 from starling.engine.errors import BuildError, UserError
+from starling.engine.names import DEFAULT_MAX_SEQ
 
 DIALECT = "tensorrt"
 DEFAULT_MAX_PREFILL = 1024

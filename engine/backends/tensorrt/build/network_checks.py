@@ -13,6 +13,7 @@ from typing import Any
 
 from starling.engine.backends.tensorrt.library import Library, inputs_of, layers_of, outputs_of
 from starling.engine.errors import BuildError
+from starling.engine.names import PAST, PRESENT
 
 _SHOWN = 3
 
@@ -122,13 +123,13 @@ def _caches(graph: _Graph) -> Iterator[str]:
         if layer.get_input(0).name not in aliases:
             yield f"KV cache update {layer.name} does not join a past input and a present output of the network"
     for past in graph.inputs:
-        if past.startswith("past_key_values.") and past not in aliases:
+        if past.startswith(PAST) and past not in aliases:
             yield f"cache {past} is not aliased: no KV cache update writes it"
     for present in graph.outputs:
-        if present.startswith("present.") and present not in aliases.values():
+        if present.startswith(PRESENT) and present not in aliases.values():
             yield f"cache {present} is not aliased: it does not come from a KV cache update"
     for past, present in aliases.items():
-        if past.removeprefix("past_key_values.") != present.removeprefix("present."):
+        if past.removeprefix(PAST) != present.removeprefix(PRESENT):
             yield f"cache {past} is written to {present}, another cache"
 
 

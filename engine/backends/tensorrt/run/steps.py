@@ -9,9 +9,9 @@ from starling.engine.backends.backend import Tokens
 from starling.engine.backends.cuda.cuda_device import address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES
-from starling.engine.backends.cuda.step_tensors import CHOICE_INPUTS, INPUT_IDS, KVCache, StepTensors
+from starling.engine.backends.cuda.step_tensors import CHOICE_INPUTS, KVCache, StepTensors
 from starling.engine.backends.tensorrt.run.execution import ExecutionContext
-from starling.engine.names import NEXT_LENGTHS, NEXT_TOKENS, PAST_LENGTHS
+from starling.engine.names import INPUT_IDS, NEXT_LENGTHS, NEXT_TOKENS, PAST_LENGTHS
 
 
 class PrefillStep:

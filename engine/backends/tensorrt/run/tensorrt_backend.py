@@ -17,7 +17,7 @@ from starling.engine.backends.cuda.cuda_device import Device, address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
 from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps
-from starling.engine.backends.cuda.step_tensors import INPUT_IDS, LOGITS, KVCache, StepTensors
+from starling.engine.backends.cuda.step_tensors import KVCache, StepTensors
 from starling.engine.backends.device_choice import DeviceChoice
 from starling.engine.backends.tensorrt.library import Library
 from starling.engine.backends.tensorrt.plan_record import EngineRecord
@@ -27,7 +27,7 @@ from starling.engine.backends.tensorrt.run.row_choices import RowChoices
 from starling.engine.backends.tensorrt.run.steps import DecodeStep, PrefillStep
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
-from starling.engine.names import NEXT_TOKENS, PAST_LENGTHS
+from starling.engine.names import INPUT_IDS, LOGITS, NEXT_TOKENS, PAST_LENGTHS
 
 
 class TensorRTBackend:
@@ -81,7 +81,7 @@ class TensorRTBackend:
 
     def _allocate(self, bundle: Bundle, record: EngineRecord, chunk: int) -> None:
         memory, rows, positions = self._memory, self.max_batch, record.max_seq
-        kind = next(output.dtype for output in record.outputs if output.name == "logits")
+        kind = next(output.dtype for output in record.outputs if output.name == LOGITS)
         self._cache = KVCache(memory, bundle, record.aliases, rows, positions)
         self.kv_cache_bytes = self._cache.bytes
         self._batch = StepTensors(memory, bundle, kind, rows=rows, length=1, positions=positions)
