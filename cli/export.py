@@ -93,7 +93,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
         found = find_model(model, revision=revision, fetching=fetching)
         require_extra("export")
         progress.phase("loading PyTorch")
-        from starling.export.checkpoints.checkpoint import open_checkpoint
+        from starling.export.checkpoints.model_source import open_checkpoint
         from starling.export.exporter import ExportOptions, export_bundle
         from starling.export.quantization.prepare_qdq import DEFAULT_TOKENS, Calibration
 

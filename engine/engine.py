@@ -11,10 +11,12 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast, overload
 
-from starling.engine.backends.backend import Backend, open_backend
+from starling.engine.backends.backend import Backend
+from starling.engine.backends.open_backend import open_backend
 from starling.engine.batching.generation_stream import GenerationStream, generate
 from starling.engine.batching.speculation import checked_speculation
 from starling.engine.bundle.manifest import Bundle
+from starling.engine.chat_session import ChatSession
 from starling.engine.errors import PromptError, SamplingError, StarlingError, UserError, did_you_mean
 from starling.engine.generation.prompts import Prompt, checked_ids, common_prefix, is_single
 from starling.engine.generation.results import GenerationInterrupted, GenerationResult
@@ -24,7 +26,6 @@ from starling.engine.names import DEFAULT_MAX_SEQ
 from starling.engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from starling.engine.chat_session import ChatSession
     from starling.engine.text.chat_template import ChatTemplates
 
 T = TypeVar("T")
@@ -178,8 +179,6 @@ class Engine:
 
     def chat(self, system: str | None = None, template: str | None = None) -> ChatSession:
         """A multi-turn chat with an optional system message, by the bundle's template or the one named `template`."""
-        from starling.engine.chat_session import ChatSession
-
         return ChatSession(self, system=system, template=template)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> list[int]:

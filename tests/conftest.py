@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization.blocks import Quantization
 

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from starling.engine.errors import BackendError
+
 Logits: TypeAlias = npt.NDArray[np.float32]
 LogitsReader: TypeAlias = Callable[[], Logits]
 
@@ -32,3 +34,11 @@ def logits_reader(raw: npt.NDArray[Any], out: Logits, kind: str) -> LogitsReader
         bits = out.view(np.uint32)
         return lambda: np.left_shift(raw, 16, out=bits, dtype=np.uint32).view(np.float32)
     return lambda: raw
+
+
+def check_finite(peak: float | np.float32) -> None:
+    """Raise BackendError where the greatest logit is no number."""
+    if not math.isfinite(peak):
+        raise BackendError(
+            f"the model's greatest logit is {peak}: its numbers overflowed; try --dtype fp32 or bf16 at export"
+        )

@@ -15,7 +15,7 @@ from time import perf_counter
 import numpy as np
 
 from starling.engine.backends.backend import Backend, TokenPipeline, chunk_length
-from starling.engine.backends.logits import Logits
+from starling.engine.backends.logits import Logits, check_finite
 from starling.engine.batching.prefill_pacing import LEAST, Pace
 from starling.engine.batching.request import NEVER, Request
 from starling.engine.batching.rows import RowTable
@@ -23,7 +23,6 @@ from starling.engine.batching.serving_stats import Counters
 from starling.engine.batching.speculation import begin_drafts, longest_draft, write_drafts
 from starling.engine.errors import RequestFailed
 from starling.engine.generation.results import FinishReason, GenerationChunk
-from starling.engine.generation.sampler import check_finite
 from starling.engine.generation.sequence import accept, interrupted_chunk, next_chunk
 from starling.engine.names import Speculation
 

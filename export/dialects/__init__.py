@@ -1,6 +1,6 @@
 """The dialects of the tracer: how norm, rotary embedding and attention are written into the graph.
 
-A dialect is one module that implements `base.Dialect`. Adding one touches that module and the table below.
+A dialect is one module that implements `dialect.Dialect`. Adding one touches that module and the table below.
 """
 
 from starling.engine.errors import UserError

@@ -1,1 +1,4 @@
-"""Explicit quantization for TensorRT: Q/DQ pairs, SmoothQuant, calibration, and what stays in high precision."""
+"""Quantization: weights in blocks for ONNX Runtime, Q/DQ pairs for TensorRT.
+
+For the latter: SmoothQuant, calibration, and the choice of what stays in high precision.
+"""

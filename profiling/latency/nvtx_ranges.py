@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from starling.engine.backends.backend import Backend, StepOutput, TokenPipeline, Tokens
-from starling.engine.backends.device_choice import DeviceChoice
+from starling.engine.backends.backend import Backend, DeviceChoice, StepOutput, TokenPipeline, Tokens
 from starling.engine.errors import BackendError
 from starling.engine.installation import install_command
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from starling.export.bundle_folder import new_folder, write_json, write_tokenizer
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 
 #: The GGUF file that the folder was written from, for the peers that want one.
 GGUF = "source.gguf"

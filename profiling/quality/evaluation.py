@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from starling.engine.backends.backend import Backend, open_backend
+from starling.engine.backends.backend import Backend
+from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.divergence import Logits, Quality, QualityTotals
 from starling.engine.errors import UserError

@@ -20,7 +20,8 @@ from torch import Tensor
 from starling.export.bundle_folder import write_tokenizer
 from starling.export.check.bundle_quality import HELD_OUT_TOKENS
 from starling.export.check.sample_texts import CALIBRATION, TextEncoder, TokenRows, calibration_rows, held_out_rows
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.dialects import get_dialect
 from starling.export.quantization.calibration import input_absmax
 from starling.export.quantization.precision_choice import judged_rows, rank_groups

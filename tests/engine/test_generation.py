@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from starling.engine.backends.backend import Backend, open_backend
+from starling.engine.backends.backend import Backend
+from starling.engine.backends.open_backend import open_backend
 from starling.engine.batching.generation_stream import GenerationStream, generate
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.generation.results import GenerationResult

@@ -22,7 +22,8 @@ from starling.export.check.sample_texts import (
     read_texts,
 )
 from starling.export.check.torch_reference import load_reference
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.quantization.calibration import input_absmax
 from starling.export.quantization.streamed_model import StreamedModel
 

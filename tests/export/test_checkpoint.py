@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
-from starling.export.checkpoints.checkpoint import open_checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.checkpoints.random_checkpoint import RandomTensors, starling_config
 from starling.export.tokenizers.starling_tokenizer import starling_tokenizer_json
 
@@ -234,7 +234,7 @@ def test_an_unknown_random_configuration_is_refused() -> None:
 
 PEAK_OF_A_MATRIX = """
 import resource
-from starling.export.checkpoints.checkpoint import open_checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 tensors = open_checkpoint("random:starling-7b").tensors
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for start in range(0, 4096, 256):
@@ -251,7 +251,7 @@ def test_reading_the_7b_shape_by_rows_takes_no_more_than_its_rows() -> None:
 OPEN = """
 import sys
 from starling.engine.errors import StarlingError
-from starling.export.checkpoints.checkpoint import open_checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 for model in sys.argv[2:]:
     try:
         open_checkpoint(model, revision=sys.argv[1] or None)

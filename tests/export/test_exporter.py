@@ -136,7 +136,7 @@ def test_what_a_killed_export_left_is_cleared_by_the_next(tiny_checkpoint: Check
     code = """
 import sys, time
 from pathlib import Path
-from starling.export.checkpoints.checkpoint import open_checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, Silent, export_bundle
 
 class Stalling(Silent):

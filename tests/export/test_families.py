@@ -9,11 +9,12 @@ from families import Family, random_folder
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from starling.engine.backends.backend import open_backend
+from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UnsupportedModelError
 from starling.engine.kernels import kernel_library
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization.blocks import Quantization
 

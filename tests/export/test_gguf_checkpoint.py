@@ -23,8 +23,9 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.demo_model import demo_gguf
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.tokenizers.starling_tokenizer import mistral_model_file, read_pieces
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,8 @@ from families import Family, random_folder
 from starling.engine.errors import UserError
 from starling.export.check.parity import bundle_logits, compared_positions
 from starling.export.check.torch_reference import load_reference, reference_logits
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.graphs.projections import write_projections
 from starling.export.quantization.prepare_qdq import Calibration

@@ -12,7 +12,8 @@ from families import Family, random_folder, with_a_spike
 from starling.engine.errors import UserError
 from starling.export.check.bundle_quality import require_quality
 from starling.export.check.parity import Parity
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization.precision_choice import choose_kept, rank_groups
 from starling.export.quantization.prepare_qdq import Calibration

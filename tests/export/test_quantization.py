@@ -9,10 +9,11 @@ import torch
 from families import Family, random_folder
 from torch import Tensor
 
-from starling.engine.backends.backend import open_backend
+from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization.blocks import Quantization, quantize_rows
 

@@ -8,7 +8,8 @@ import torch
 from families import Family, random_folder, with_a_spike
 
 from starling.export.check.sample_texts import TokenRows
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.dialects import get_dialect
 from starling.export.quantization.calibration import input_absmax
 from starling.export.quantization.qdq_plan import kept_by_pattern, names_of, plan_activations, projection_groups

@@ -16,13 +16,14 @@ from onnx.reference import ReferenceEvaluator
 from reference_graph import ReferenceGraph
 from transformers import AutoModelForCausalLM
 
-from starling.engine.backends.backend import open_backend
+from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import BackendError
 from starling.engine.generation.sampler import SamplingParams, make_sampler
 from starling.export.check.torch_reference import load_reference
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.dialects.device_sampling import choose_tokens
 from starling.export.exporter import ExportOptions, export_bundle
 

@@ -8,8 +8,7 @@ import numpy as np
 
 from starling.engine.backends.cuda.cuda_device import address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
-from starling.engine.backends.logits import HOST_TYPES, Logits, logits_reader
-from starling.engine.generation.sampler import check_finite
+from starling.engine.backends.logits import HOST_TYPES, Logits, check_finite, logits_reader
 
 
 class HostLogits:

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from starling.engine.backends.backend import MOST_VERIFIED, Tokens, check_room, chunk_length
+from starling.engine.backends.backend import MOST_VERIFIED, DeviceChoice, Tokens, check_room, chunk_length
 from starling.engine.backends.cuda.cuda_device import CudaDevice, Device, address_of
 from starling.engine.backends.cuda.cuda_runtime import CudaRuntime
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
 from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps
 from starling.engine.backends.cuda.step_tensors import ITEM_BYTES, KVCache
-from starling.engine.backends.device_choice import DeviceChoice
 from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES, first_line
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from starling.engine.backends.logits import FINITE_TESTS, HOST_TYPES, LogitsReader, logits_reader
+from starling.engine.backends.logits import FINITE_TESTS, HOST_TYPES, LogitsReader, check_finite, logits_reader
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
-from starling.engine.generation.sampler import check_finite
 from starling.engine.names import NEXT_TOKENS
 
 # TensorProto.DataType values, which IOBinding takes.

@@ -15,8 +15,9 @@ import onnx
 import pytest
 
 from starling.engine import Engine
-from starling.engine.backends.backend import MOST_VERIFIED, open_backend
+from starling.engine.backends.backend import MOST_VERIFIED
 from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend
+from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError, UserError
 from starling.engine.generation.results import GenerationResult

@@ -24,13 +24,13 @@ from cpu_plan import (
 )
 from host_device import HostDevice
 
-from starling.engine.backends.backend import Backend, open_backend
+from starling.engine.backends.backend import GREEDY, Backend, DeviceChoice
 from starling.engine.backends.cuda.cuda_device import host_view
-from starling.engine.backends.device_choice import GREEDY, DeviceChoice, device_choice
+from starling.engine.backends.open_backend import open_backend
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
-from starling.engine.generation.sampler import SamplingParams, make_sampler
+from starling.engine.generation.sampler import SamplingParams, device_choice, make_sampler
 
 
 @pytest.fixture(scope="module")

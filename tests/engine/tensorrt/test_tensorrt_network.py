@@ -16,7 +16,8 @@ from starling.engine.backends.tensorrt.build.network_checks import check_network
 from starling.engine.backends.tensorrt.build.optimization_profiles import add_profiles, make_profiles
 from starling.engine.backends.tensorrt.library import Library, layers_of, load_library
 from starling.engine.errors import BuildError
-from starling.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="NVIDIA has no TensorRT for macOS")

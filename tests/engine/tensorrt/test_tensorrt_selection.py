@@ -10,9 +10,9 @@ from command_line import starling
 from cpu_plan import PLAN, POSITIONS, ROWS, VERSION, cpu_engine, cpu_library, record_of
 from host_device import HostDevice
 
-from starling.engine.backends.backend import open_backend
 from starling.engine.backends.cuda.cuda_device import CudaDevice
 from starling.engine.backends.cuda.device_memory import DeviceMemory
+from starling.engine.backends.open_backend import open_backend
 from starling.engine.backends.tensorrt.library import Library, load_library
 from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineRecord
 from starling.engine.backends.tensorrt.run.execution import PlanExecution

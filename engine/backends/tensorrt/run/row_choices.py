@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from starling.engine.backends.backend import GREEDY, DeviceChoice
 from starling.engine.backends.cuda.cuda_device import address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.step_tensors import StepTensors
-from starling.engine.backends.device_choice import GREEDY, DeviceChoice
 from starling.engine.names import NOISE, TEMPERATURE, TOP_K, TOP_P
 
 _DTYPES = {TEMPERATURE: "float32", TOP_K: "int64", TOP_P: "float32"}

@@ -12,13 +12,12 @@ from typing import NoReturn
 
 import numpy as np
 
-from starling.engine.backends.backend import Tokens, check_room
+from starling.engine.backends.backend import DeviceChoice, Tokens, check_room
 from starling.engine.backends.cuda.cuda_device import Device, address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
 from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps
 from starling.engine.backends.cuda.step_tensors import KVCache, StepTensors
-from starling.engine.backends.device_choice import DeviceChoice
 from starling.engine.backends.tensorrt.library import Library
 from starling.engine.backends.tensorrt.plan_record import EngineRecord
 from starling.engine.backends.tensorrt.run.execution import PlanExecution
