@@ -43,14 +43,14 @@ check: lint types
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror engine/kernels/*.h engine/kernels/*.cpp
+	$(BIN)/clang-format --dry-run --Werror engine/kernels/*/*.h engine/kernels/*/*.cpp
 
 types: install
 	$(BIN)/mypy -p starling
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard engine/kernels/*.cpp engine/kernels/*.h)
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard engine/kernels/*/*.cpp engine/kernels/*/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit("starling needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt $(TORCH)

@@ -17,13 +17,16 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOMS = ("cli", "engine", "export", "profiling", "serving")
+#: Folders of engine/kernels with sources that every compiler of the CPU takes.
+KERNEL_FOLDERS = ("attention", "operators", "product", "simd")
 KERNELS = os.environ.get("STARLING_BUILD_KERNELS", "")
 COMPILED = KERNELS != "0" and sys.platform == "linux" and platform.machine().lower() in ("x86_64", "amd64")
 
 library = Extension(
     "starling.engine.kernels._library",
-    sorted(glob("engine/kernels/*.cpp")),
-    depends=sorted(glob("engine/kernels/*.h")),
+    sorted(source for folder in KERNEL_FOLDERS for source in glob(f"engine/kernels/{folder}/*.cpp")),
+    depends=sorted(glob("engine/kernels/*/*.h")),
+    include_dirs=["engine/kernels"],
     extra_compile_args=[
         *("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"),
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC finds these in its own header of AVX-512

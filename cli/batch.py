@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import (
+from starling.cli.shared.options import (
     bundle_argument,
     engine_options,
     engine_settings,
@@ -22,14 +22,14 @@ from starling.cli.options import (
     sampling_options,
     speculation_option,
 )
-from starling.cli.output import human_seconds, note
+from starling.cli.shared.output import human_seconds, note
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from starling.serving.batch.entries import BadLine, Entry, EntryReader
+    from starling.serving.batch.input_lines import BadLine, Entry, EntryReader
+    from starling.serving.batch.input_source import Source
     from starling.serving.batch.journal import Journal
     from starling.serving.batch.runner import Record
-    from starling.serving.batch.source import Source
 
 _DEFAULTS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "ignore_eos")
 
@@ -71,9 +71,9 @@ def command(bundle: Path, source: str, output: Path, **options: Any) -> None:
       zcat questions.jsonl.gz | starling batch smollm2 - answers.jsonl
       starling batch /shared/starling-7b questions.jsonl answers.jsonl --ray --ray-workers 8 --ray-gpus 1
     """
-    from starling.serving.batch.entries import EntryReader
+    from starling.serving.batch.input_lines import EntryReader
+    from starling.serving.batch.input_source import open_source
     from starling.serving.batch.journal import Journal, check_output
-    from starling.serving.batch.source import open_source
 
     if options["ray_address"] is None:
         refuse_options(("ray_workers", "ray_gpus"), "is about a Ray cluster: add --ray")
@@ -164,7 +164,7 @@ def _quiet(reader: EntryReader) -> EntryReader:
 
 def _salt(bundle: Path) -> str:
     """What stands for the bundle in a result's fingerprint. Raises BundleError where there is none."""
-    from starling.engine.bundle import Bundle
+    from starling.engine.bundle.manifest import Bundle
 
     Bundle.open(bundle)
     return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from starling.cli.examples import after_build
-from starling.cli.options import Choice, bundle_argument, json_option, max_batch_option, renamed_option
-from starling.cli.output import human_bytes, human_seconds, print_json
+from starling.cli.shared.next_commands import after_build
+from starling.cli.shared.options import Choice, bundle_argument, json_option, max_batch_option, renamed_option
+from starling.cli.shared.output import human_bytes, human_seconds, print_json
 
 # Spelt out here, since importing it from starling.engine would bring numpy into `--help`; a test compares the two.
 RUNTIMES = ("tensorrt-rtx", "tensorrt")
@@ -44,9 +44,9 @@ def command(bundle: Path, target: str | None, engine: str | None, verify: bool, 
       starling build smollm2-trt --runtime tensorrt --engine production
       starling inspect smollm2-trt --engine production
     """
-    from starling.cli.build_progress import build_progress
-    from starling.engine.bundle import Bundle
-    from starling.engine.tensorrt.builder import BuildOptions, build_engine
+    from starling.cli.shared.build_progress import build_progress
+    from starling.engine.backends.tensorrt.build.builder import BuildOptions, build_engine
+    from starling.engine.bundle.manifest import Bundle
 
     opened = Bundle.open(bundle, verify=verify)
     targets = tuple(filter(None, (target or "").split(",")))

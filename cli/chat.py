@@ -8,17 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import bundle_argument, engine_options, engine_settings, sampling_options, speculation_option
-from starling.cli.options import sampling_params as params_of
-from starling.cli.output import decode_utf8, note
-from starling.cli.results import cache_figure, figures, note_backend
-from starling.cli.streaming import print_stream
+from starling.cli.shared.options import (
+    bundle_argument,
+    engine_options,
+    engine_settings,
+    sampling_options,
+    speculation_option,
+)
+from starling.cli.shared.options import sampling_params as params_of
+from starling.cli.shared.output import decode_utf8, note
+from starling.cli.shared.result_output import cache_figure, figures, note_backend
+from starling.cli.shared.streaming import print_stream
 from starling.engine.errors import PromptError
 
 if TYPE_CHECKING:
     from starling.engine.chat_session import ChatSession
     from starling.engine.engine import Engine
-    from starling.engine.sampling import SamplingParams
+    from starling.engine.generation.sampler import SamplingParams
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops a reply"
 

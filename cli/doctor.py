@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from starling.cli.options import json_option
-from starling.cli.output import human_bytes, print_hanging, print_json, print_rows
+from starling.cli.shared.options import json_option
+from starling.cli.shared.output import human_bytes, print_hanging, print_json, print_rows
 
 GOOD, ABSENT = "green", "yellow"
 
@@ -24,7 +24,7 @@ def command(as_json: bool) -> None:
       starling doctor
       starling doctor --json
     """
-    from starling.cli.environment import describe_environment
+    from starling.profiling.machine.installed import describe_environment
 
     environment = describe_environment()
     if as_json:

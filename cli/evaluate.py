@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.completion import BundlePath
-from starling.cli.options import (
+from starling.cli.shared.completion import BundlePath
+from starling.cli.shared.options import (
     Choice,
     backend_options,
     bundle_argument,
@@ -23,15 +23,15 @@ from starling.cli.options import (
     refuse_options,
     renamed_option,
 )
-from starling.cli.output import human_bytes, note, print_json, print_rows
+from starling.cli.shared.output import human_bytes, note, print_json, print_rows
 from starling.engine.errors import UserError
+from starling.engine.names import LOGITS_DTYPES
 
 if TYPE_CHECKING:
-    from starling.engine.bundle import Bundle
-    from starling.profiling.evaluation import Evaluation
-    from starling.profiling.stored_logits import StoredLogits
+    from starling.engine.bundle.manifest import Bundle
+    from starling.profiling.quality.evaluation import Evaluation
+    from starling.profiling.quality.stored_logits import StoredLogits
 
-DTYPES = ("float16", "float32")
 FORMAT, FORMAT_VERSION = "starling-evaluation", 1
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -52,7 +52,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @backend_options
 @click.option("--save-logits", type=_FILE, help="Keep this bundle's logits (.npz), as a reference for others.")
-@click.option("--logits-dtype", type=Choice(DTYPES), default="float16", show_default=True, help="Their type.")
+@click.option("--logits-dtype", type=Choice(LOGITS_DTYPES), default="float16", show_default=True, help="Their type.")
 @click.option("--output", type=_FILE, help="Write the JSON document here too.")
 @json_option
 def command(
@@ -86,9 +86,9 @@ def command(
     for file in (save_logits, output):
         if file is not None and not file.absolute().parent.is_dir():  # found out now rather than after minutes
             raise UserError(f"{file.parent} is no folder: choose another place for {file.name}")
-    from starling.engine.bundle import Bundle
-    from starling.profiling.evaluation import Options, evaluate
-    from starling.profiling.evaluation_text import built_in_text, read_text
+    from starling.engine.bundle.manifest import Bundle
+    from starling.profiling.quality.evaluation import Options, evaluate
+    from starling.profiling.quality.evaluation_text import built_in_text, read_text
 
     opened, options = Bundle.open(bundle), Options(**settings)
     with _progress() as progress:
@@ -111,8 +111,8 @@ def command(
 
 
 def _reference(folder: Path | None, logits: Path | None) -> Bundle | StoredLogits | None:
-    from starling.engine.bundle import Bundle
-    from starling.profiling.stored_logits import StoredLogits
+    from starling.engine.bundle.manifest import Bundle
+    from starling.profiling.quality.stored_logits import StoredLogits
 
     if folder is not None:
         return Bundle.open(folder)
@@ -120,8 +120,8 @@ def _reference(folder: Path | None, logits: Path | None) -> Bundle | StoredLogit
 
 
 def _document(bundle: Bundle, evaluation: Evaluation, text: str, reference: str | None) -> dict[str, Any]:
-    from starling.profiling.document import bundle_document
-    from starling.profiling.environment import describe_environment
+    from starling.profiling.machine.environment import describe_environment
+    from starling.profiling.reports.profile_document import bundle_document
 
     rows, window = evaluation.tokens.shape
     return {

@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.completion import BundlePath, complete_model
-from starling.cli.examples import after_export
-from starling.cli.export_progress import export_progress
-from starling.cli.extras import require_extra
 from starling.cli.inspect import parity_line, precision
-from starling.cli.options import Choice, json_option, refuse_options
-from starling.cli.output import human_bytes, human_seconds, print_json
+from starling.cli.shared.completion import BundlePath, complete_model
+from starling.cli.shared.export_progress import export_progress
+from starling.cli.shared.extras import require_extra
+from starling.cli.shared.next_commands import after_export
+from starling.cli.shared.options import Choice, json_option, refuse_options
+from starling.cli.shared.output import human_bytes, human_seconds, print_json
 from starling.engine.errors import UserError
+from starling.engine.names import ACTIVATION_SCHEMES, DIALECTS, DTYPES, SCHEMES
 from starling.export.bundle_folder import check_target
-from starling.export.choices import DIALECTS, DTYPES, SCHEMES, check_scheme
 
 if TYPE_CHECKING:
-    from starling.engine.bundle import Bundle
-    from starling.export.qdq.settings import QdqQuantization
-    from starling.export.quantization import Quantization
+    from starling.engine.bundle.manifest import Bundle
+    from starling.export.quantization.blocks import Quantization
+    from starling.export.quantization.qdq_settings import QdqQuantization
 
-_ACTIVATION_SCHEMES = ("w8a8", "fp8")
 _TENSORRT = "tensorrt"
 _BLOCK_OPTIONS = ("symmetric", "accuracy_level")
 _QDQ_OPTIONS = ("quantize_head", "keep_precision")
@@ -85,7 +84,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
     if not session.debug:
         _silence_libraries()
     with export_progress(terminal=sys.stderr.isatty()) as progress:
-        from starling.export.model_source import find_model
+        from starling.export.checkpoints.model_source import find_model
 
         def fetching(text: str) -> None:
             require_extra("export")  # before a model of gigabytes is fetched
@@ -94,9 +93,9 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
         found = find_model(model, revision=revision, fetching=fetching)
         require_extra("export")
         progress.phase("loading PyTorch")
-        from starling.export.checkpoint import open_checkpoint
+        from starling.export.checkpoints.model_source import open_checkpoint
         from starling.export.exporter import ExportOptions, export_bundle
-        from starling.export.qdq.prepare import DEFAULT_TOKENS, Calibration
+        from starling.export.quantization.prepare_qdq import DEFAULT_TOKENS, Calibration
 
         how = ExportOptions(
             dialect=options["dialect"],
@@ -113,7 +112,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
     if as_json:
         print_json({"folder": str(out), "seconds": seconds, **manifest})
         return
-    from starling.engine.bundle import Bundle
+    from starling.engine.bundle.manifest import Bundle
 
     _summarize(Bundle.open(out), seconds)
 
@@ -124,7 +123,7 @@ def _check_settings(out: Path, options: dict[str, Any]) -> Quantization | QdqQua
     if scheme is None:
         refuse_options(("block_size", *_BLOCK_OPTIONS), "is about quantized weights: add --quant int8 or int4")
         refuse_options(_QDQ_OPTIONS, "is about quantized weights: add --quant")
-    if scheme not in _ACTIVATION_SCHEMES:
+    if scheme not in ACTIVATION_SCHEMES:
         refuse_options(_ACTIVATION_OPTIONS, "is about quantized activations: add --quant w8a8 or fp8")
     elif dialect != _TENSORRT:
         raise UserError(f"--quant {scheme} is for --dialect tensorrt; dialect {dialect} quantizes weights only")
@@ -137,9 +136,11 @@ def _check_settings(out: Path, options: dict[str, Any]) -> Quantization | QdqQua
     check_target(out, force=options["force"])
     quantization = _quantization(options)
     if scheme is not None:
+        from starling.export.quantization.qdq_settings import check_scheme
+
         check_scheme(scheme, dialect)
     if options["calibration"] is not None:
-        from starling.export.calibration_text import read_texts
+        from starling.export.check.sample_texts import read_texts
 
         read_texts(options["calibration"])
     return quantization
@@ -149,7 +150,7 @@ def _quantization(options: dict[str, Any]) -> Quantization | QdqQuantization | N
     if options["quant"] is None:
         return None
     if options["dialect"] == _TENSORRT:
-        from starling.export.qdq.settings import QdqQuantization
+        from starling.export.quantization.qdq_settings import QdqQuantization
 
         keep = options["keep_precision"]
         return QdqQuantization(
@@ -159,7 +160,7 @@ def _quantization(options: dict[str, Any]) -> Quantization | QdqQuantization | N
             smoothing=options["smoothing"],
             keep=None if not keep else tuple(pattern for pattern in keep if pattern != "none"),
         )
-    from starling.export.quantization import Quantization
+    from starling.export.quantization.blocks import Quantization
 
     given = {name: options[name] for name in ("block_size", *_BLOCK_OPTIONS) if options[name] is not None}
     return Quantization(options["quant"], **given)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import (
+from starling.cli.shared.options import (
     bundle_argument,
     engine_options,
     engine_settings,
@@ -16,17 +16,17 @@ from starling.cli.options import (
     sampling_options,
     speculation_option,
 )
-from starling.cli.options import sampling_params as params_of
-from starling.cli.output import note, print_json, read_text
-from starling.cli.results import batch_figures, figures, generation_json, logprob_lines, note_backend
-from starling.cli.streaming import print_stream
+from starling.cli.shared.options import sampling_params as params_of
+from starling.cli.shared.output import note, print_json, read_text
+from starling.cli.shared.result_output import batch_figures, figures, generation_json, logprob_lines, note_backend
+from starling.cli.shared.streaming import print_stream
 from starling.engine.errors import PromptError
 
 if TYPE_CHECKING:
+    from starling.engine.batching.generation_stream import GenerationStream
     from starling.engine.engine import Engine
-    from starling.engine.generation import GenerationStream
-    from starling.engine.results import GenerationResult
-    from starling.engine.sampling import SamplingParams
+    from starling.engine.generation.results import GenerationResult
+    from starling.engine.generation.sampler import SamplingParams
 
 INTERRUPTED = 130
 
@@ -144,7 +144,7 @@ def _run_batch(
 
 def _kept(run: Callable[[], list[GenerationResult]]) -> list[GenerationResult]:
     """The results of `run`, or what there was of them when Ctrl-C ended it."""
-    from starling.engine.results import GenerationInterrupted
+    from starling.engine.generation.results import GenerationInterrupted
 
     try:
         return run()

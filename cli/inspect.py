@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.completion import complete_engine
-from starling.cli.options import bundle_argument, json_option, refuse_options
-from starling.cli.output import human_bytes, print_json, print_rows
+from starling.cli.shared.completion import complete_engine
+from starling.cli.shared.options import bundle_argument, json_option, refuse_options
+from starling.cli.shared.output import human_bytes, print_json, print_rows
 from starling.engine.errors import UserError
+from starling.engine.names import DEFAULT_MAX_SEQ
 
 if TYPE_CHECKING:
-    from starling.engine.bundle import Bundle
+    from starling.engine.bundle.manifest import Bundle
 
 
 @click.command()
@@ -42,9 +43,9 @@ def command(bundle: Path, max_seq: int | None, engine: str | None, verify: bool,
     """
     if engine is not None:
         refuse_options(["max_seq"], "is about the bundle, but an engine has its own positions: leave it out")
-    from starling.cli.inspect_engine import engine_document, engine_rows
-    from starling.engine.bundle import Bundle
-    from starling.engine.tensorrt.engine_folder import open_engine
+    from starling.cli.shared.engine_summary import engine_document, engine_rows
+    from starling.engine.backends.tensorrt.engine_folder import open_engine
+    from starling.engine.bundle.manifest import Bundle
 
     opened = Bundle.open(bundle, verify=verify)
     if engine is not None:
@@ -59,8 +60,6 @@ def command(bundle: Path, max_seq: int | None, engine: str | None, verify: bool,
 
 
 def _positions(bundle: Bundle, max_seq: int | None) -> int:
-    from starling.engine.engine import DEFAULT_MAX_SEQ
-
     most = bundle.architecture.max_positions
     if max_seq is not None and max_seq > most:
         raise UserError(f"--max-seq is {max_seq}, but this model has {most} positions: give 1 to {most}")
@@ -69,7 +68,7 @@ def _positions(bundle: Bundle, max_seq: int | None) -> int:
 
 def _document(bundle: Bundle, positions: int, verified: bool) -> dict[str, Any]:
     """bundle.json as it is, with what follows from it."""
-    from starling.cli.inspect_engine import engine_documents
+    from starling.cli.shared.engine_summary import engine_documents
 
     cache = {**bundle.raw["kv_cache"], "max_seq": positions, "bytes": bundle.kv_cache.bytes_per_token * positions}
     return {
@@ -83,7 +82,7 @@ def _document(bundle: Bundle, positions: int, verified: bool) -> dict[str, Any]:
 
 
 def _rows(bundle: Bundle, positions: int, verified: bool) -> list[tuple[str, str]]:
-    from starling.cli.inspect_engine import engine_lines
+    from starling.cli.shared.engine_summary import engine_lines
 
     arch, cache, weights = bundle.architecture, bundle.kv_cache, bundle.weights
     window = f", sliding window {arch.sliding_window}" if arch.sliding_window else ""

@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from starling import __version__
-from starling.cli.failures import describe
+from starling.cli.shared.failures import describe
 from starling.engine.errors import did_you_mean
 
 COMMANDS = (

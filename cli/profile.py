@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.completion import BundlePath
-from starling.cli.options import backend_options, check_backend, given_options, json_option, speculation_option
-from starling.cli.output import note, print_json, screen_width
+from starling.cli.shared.completion import BundlePath
+from starling.cli.shared.options import backend_options, check_backend, given_options, json_option, speculation_option
+from starling.cli.shared.output import note, print_json, screen_width
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from starling.profiling.profile import Progress
+    from starling.profiling.latency.sweep import Progress
 
 Document = dict[str, Any]
 #: Columns of a report in a pipe or a file, which have no width of their own; and the fewest that one is laid out for.
@@ -108,13 +108,13 @@ def command(
     if output is not None:
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if html is not None:
-        from starling.profiling.html_report import html_report
+        from starling.profiling.reports.html_report import html_report
 
         html.write_text(html_report(document), encoding="utf-8")
     if as_json:
         print_json(document)
         return
-    from starling.profiling.report import render
+    from starling.profiling.reports.terminal_report import render
 
     _print(render(document))
     for file in (output, html):
@@ -123,10 +123,10 @@ def command(
 
 
 def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
-    from starling.engine.bundle import Bundle
-    from starling.profiling.document import profile_document
-    from starling.profiling.profile import Options, measure
-    from starling.profiling.settings import Sweep
+    from starling.engine.bundle.manifest import Bundle
+    from starling.profiling.latency.sweep import Options, measure
+    from starling.profiling.latency.sweep_settings import Sweep
+    from starling.profiling.reports.profile_document import profile_document
 
     counts = ("prompt_tokens", "new_tokens", "batch", "repeats", "warmup")
     sweep = Sweep(**{name: settings[name] for name in counts})
@@ -150,9 +150,9 @@ def _refuse_to_measure(bundle: Path | None) -> None:
 
 
 def _compare(before: Path, after: Path, *, as_json: bool) -> None:
-    from starling.profiling.compare import compare, comparison_document
-    from starling.profiling.compare_report import render_comparison
-    from starling.profiling.document import read_profile
+    from starling.profiling.reports.comparison import compare, comparison_document
+    from starling.profiling.reports.comparison_report import render_comparison
+    from starling.profiling.reports.profile_document import read_profile
 
     comparison = compare(read_profile(before), read_profile(after))
     if as_json:

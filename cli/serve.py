@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from starling.cli.options import bundle_argument, engine_options, engine_settings, serving_options, speculation_option
-from starling.cli.results import cache_figure
+from starling.cli.shared.options import (
+    bundle_argument,
+    engine_options,
+    engine_settings,
+    serving_options,
+    speculation_option,
+)
+from starling.cli.shared.result_output import cache_figure
 from starling.engine.errors import UserError
 from starling.serving.http.logs import FORMATS, LEVELS, configure_logging
 
 if TYPE_CHECKING:
     from starling.engine.engine import Engine
-    from starling.serving.http.requests import Limits
+    from starling.serving.http.request_bodies import Limits
 
 LOGGER = logging.getLogger("starling.serve")
 
@@ -109,7 +115,7 @@ def command(bundle: Path, **options: Any) -> None:
 
 
 def _limits(engine: Engine, options: dict[str, Any]) -> Limits:
-    from starling.serving.http.requests import API_DEFAULTS, Limits
+    from starling.serving.http.request_bodies import API_DEFAULTS, Limits
 
     most = options["max_prompt"] or engine.max_seq
     if most > engine.max_seq:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from starling.cli.options import bundle_argument, json_option
-from starling.cli.output import note, print_json, read_text
+from starling.cli.shared.options import bundle_argument, json_option
+from starling.cli.shared.output import note, print_json, read_text
 from starling.engine.errors import PromptError
 
 
@@ -40,13 +40,13 @@ def command(
     messages = [_message(turn) for turn in turns]
     if text is not None:
         text = read_text(None) if text == "-" else text
-    from starling.engine.bundle import Bundle
-    from starling.engine.tokenizer import Tokenizer
+    from starling.engine.bundle.manifest import Bundle
+    from starling.engine.text.tokenizer import Tokenizer
 
     opened = Bundle.open(bundle)
     tokenizer = Tokenizer.load(opened.folder, opened.architecture.vocab_size)
     if text is None:
-        from starling.engine.chat_template import ChatTemplates
+        from starling.engine.text.chat_template import ChatTemplates
 
         answer_follows = messages[-1]["role"] == "user"
         templates = ChatTemplates.load(opened.folder)

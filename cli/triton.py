@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from starling.cli.examples import quoted
-from starling.cli.options import (
-    GPU_BACKENDS,
+from starling.cli.shared.next_commands import quoted
+from starling.cli.shared.options import (
     Choice,
     backend_options,
     bundle_argument,
@@ -21,6 +20,7 @@ from starling.cli.options import (
     verify_option,
 )
 from starling.engine.errors import UserError
+from starling.engine.names import GPU_BACKENDS
 
 
 @click.command()
@@ -56,7 +56,7 @@ def command(bundle: Path, repository: Path, verify: bool, **options: Any) -> Non
       starling triton smollm2-trt repository --instance-kind gpu --backend tensorrt --copy
     """
     _check_settings(options)
-    from starling.engine.bundle import Bundle
+    from starling.engine.bundle.manifest import Bundle
     from starling.engine.errors import PromptError
     from starling.serving.triton.repository import RepositoryOptions, write_repository
 

@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from starling.engine.bundle import Bundle
+    from starling.engine.bundle.manifest import Bundle
     from starling.engine.chat_session import ChatSession
     from starling.engine.engine import Engine
     from starling.engine.errors import StarlingError
-    from starling.engine.results import GenerationChunk, GenerationResult, Timings
-    from starling.engine.sampling import SamplingParams
+    from starling.engine.generation.results import GenerationChunk, GenerationResult, Timings
+    from starling.engine.generation.sampler import SamplingParams
 
 __all__ = [
     "Bundle",
@@ -24,14 +24,14 @@ __all__ = [
 
 # Loaded when first asked for: `starling --help` needs the errors, not NumPy.
 _HOMES = {
-    "Bundle": "bundle",
+    "Bundle": "bundle.manifest",
     "ChatSession": "chat_session",
     "Engine": "engine",
-    "GenerationChunk": "results",
-    "GenerationResult": "results",
-    "SamplingParams": "sampling",
+    "GenerationChunk": "generation.results",
+    "GenerationResult": "generation.results",
+    "SamplingParams": "generation.sampler",
     "StarlingError": "errors",
-    "Timings": "results",
+    "Timings": "generation.results",
 }
 
 

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Unpack
+from typing import Protocol, Unpack
 
-from starling.engine.generation import GenerationStream
-from starling.engine.results import GenerationResult
-from starling.engine.sampling import SamplingOverrides, SamplingParams
-
-if TYPE_CHECKING:
-    from starling.engine.engine import Engine
+from starling.engine.batching.generation_stream import GenerationStream
+from starling.engine.generation.results import GenerationResult
+from starling.engine.generation.sampler import SamplingOverrides, SamplingParams
 
 Message = dict[str, str]
+
+
+class ChatEngine(Protocol):
+    """What a chat asks of an engine."""
+
+    def apply_chat_template(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
+        """Token ids of `messages` up to where the answer begins."""
+        ...
+
+    def stream_reply(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        encode_s: float = 0.0,
+        **overrides: Unpack[SamplingOverrides],
+    ) -> GenerationStream:
+        """Stream the answer to a chat's token ids; `encode_s` are the seconds that rendering them took."""
+        ...
 
 
 class ChatSession:
@@ -22,7 +39,7 @@ class ChatSession:
     and all, so that roles go on alternating.
     """
 
-    def __init__(self, engine: Engine, *, system: str | None = None, template: str | None = None) -> None:
+    def __init__(self, engine: ChatEngine, *, system: str | None = None, template: str | None = None) -> None:
         self._engine = engine
         self._template = template
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]

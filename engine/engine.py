@@ -11,23 +11,22 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast, overload
 
-from starling.engine.backend import Backend, open_backend
-from starling.engine.bundle import Bundle
+from starling.engine.backends.backend import Backend
+from starling.engine.backends.open_backend import open_backend
+from starling.engine.batching.generation_stream import GenerationStream, generate
+from starling.engine.batching.speculation import checked_speculation
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.chat_session import ChatSession
 from starling.engine.errors import PromptError, SamplingError, StarlingError, UserError, did_you_mean
-from starling.engine.generation import GenerationStream, generate
-from starling.engine.prompts import Prompt, checked_ids, common_prefix, is_single
-from starling.engine.results import GenerationInterrupted, GenerationResult
-from starling.engine.sampling import SamplingOverrides, SamplingParams
-from starling.engine.sequence import GenerationSequence, make_sequence
-from starling.engine.speculation import checked_speculation
-from starling.engine.tokenizer import Tokenizer
+from starling.engine.generation.prompts import Prompt, checked_ids, common_prefix, is_single
+from starling.engine.generation.results import GenerationInterrupted, GenerationResult
+from starling.engine.generation.sampler import SamplingOverrides, SamplingParams
+from starling.engine.generation.sequence import GenerationSequence, make_sequence
+from starling.engine.names import DEFAULT_MAX_SEQ
+from starling.engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from starling.engine.chat_session import ChatSession
-    from starling.engine.chat_template import ChatTemplates
-
-#: Positions of the KV cache unless the caller asks for more: the cache costs memory whether it is used or not.
-DEFAULT_MAX_SEQ = 2048
+    from starling.engine.text.chat_template import ChatTemplates
 
 T = TypeVar("T")
 
@@ -55,9 +54,9 @@ class Engine:
     ) -> None:
         """Load a bundle. The KV cache gets `max_batch` rows of `max_seq` positions (default: 2048 or the model's).
 
-        `backend` is one of `starling.engine.backend.BACKENDS`, `engine` names one of the bundle's TensorRT engines;
-        `verify` hashes the weights too; for `speculation` see the property. Raises BundleError, BackendError, PlanError
-        where no TensorRT engine fits, or PromptError where `max_seq` is beyond the model's positions.
+        `backend` is one of `starling.engine.names.BACKENDS`, `engine` names one of the bundle's TensorRT
+        engines; `verify` hashes the weights too; for `speculation` see the property. Raises BundleError, BackendError,
+        PlanError where no TensorRT engine fits, or PromptError where `max_seq` is beyond the model's positions.
         """
         begin = perf_counter()
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
@@ -180,8 +179,6 @@ class Engine:
 
     def chat(self, system: str | None = None, template: str | None = None) -> ChatSession:
         """A multi-turn chat with an optional system message, by the bundle's template or the one named `template`."""
-        from starling.engine.chat_session import ChatSession
-
         return ChatSession(self, system=system, template=template)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> list[int]:
@@ -194,7 +191,7 @@ class Engine:
     @cached_property
     def chat_templates(self) -> ChatTemplates:
         """The bundle's chat templates."""
-        from starling.engine.chat_template import ChatTemplates  # jinja2 costs a program that never chats 20 ms
+        from starling.engine.text.chat_template import ChatTemplates  # jinja2 costs a program that never chats 20 ms
 
         return ChatTemplates.load(self.bundle.folder)
 

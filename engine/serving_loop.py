@@ -8,16 +8,16 @@ from threading import Condition, Event, Thread, current_thread
 from time import perf_counter
 from types import TracebackType
 
+from starling.engine.batching.chunk_queue import Mailbox
+from starling.engine.batching.prefill_pacing import PrefillPace
+from starling.engine.batching.request import Request, RequestHandle
+from starling.engine.batching.scheduler import Scheduler
+from starling.engine.batching.serving_stats import ServingCounters, ServingStats
+from starling.engine.batching.speculation import checked_speculation
 from starling.engine.engine import Engine
 from starling.engine.errors import ClosedError, QueueFullError, UserError
-from starling.engine.mailbox import Mailbox
-from starling.engine.prefill_pace import PrefillPace
-from starling.engine.request import Request, RequestHandle
-from starling.engine.results import GenerationChunk
-from starling.engine.sampling import SamplingParams
-from starling.engine.scheduler import Scheduler
-from starling.engine.serving_stats import ServingCounters, ServingStats
-from starling.engine.speculation import checked_speculation
+from starling.engine.generation.results import GenerationChunk
+from starling.engine.generation.sampler import SamplingParams
 
 LOGGER = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from starling.engine.errors import StarlingError, UserError
 
 if TYPE_CHECKING:
-    from starling.export.checkpoint import TokenizerFiles
+    from starling.export.checkpoints.checkpoint import TokenizerFiles
 
 
 @contextmanager

@@ -11,30 +11,30 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from starling import __version__
-from starling.engine.bundle import FORMAT, FORMAT_VERSION, Architecture
+from starling.engine.bundle.manifest import FORMAT, FORMAT_VERSION, Architecture
 from starling.engine.errors import UserError
-from starling.export import choices
-from starling.export.architecture import architecture_json
+from starling.engine.names import DTYPES
 from starling.export.bundle_folder import check_space, file_entry, new_folder, write_json, write_tokenizer
-from starling.export.checkpoint import Checkpoint
-from starling.export.cuda_graph import GRAPH_FILE as CUDA_GRAPH_FILE
-from starling.export.cuda_graph import cuda_graph
+from starling.export.check.bundle_quality import CUT_LAYERS, fits, measure, require_quality
+from starling.export.check.parity import Parity, require_fp32
+from starling.export.check.torch_reference import cut
+from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.dialects import get_dialect
-from starling.export.genai import GRAPH_FILE as GENAI_GRAPH_FILE
-from starling.export.genai import genai_config, genai_graph
-from starling.export.kernel_graph import GRAPH_FILE as KERNEL_GRAPH_FILE
-from starling.export.kernel_graph import kernel_graph
-from starling.export.parity import Parity, require_fp32
-from starling.export.projections import write_projections
-from starling.export.qdq.prepare import Calibration, prepare
-from starling.export.qdq.settings import QdqQuantization
-from starling.export.quality import CUT_LAYERS, fits, measure, require_quality
-from starling.export.quantization import Quantization
-from starling.export.reference import cut
-from starling.export.tensorrt_reference import GRAPH_FILE as REFERENCE_FILE
-from starling.export.tensorrt_reference import reference_graph
-from starling.export.tracer import DTYPES, trace
-from starling.export.weight_file import WrittenFile, bytes_per_token, planned_bytes, write_weights
+from starling.export.dialects.tensorrt_reference import GRAPH_FILE as REFERENCE_FILE
+from starling.export.dialects.tensorrt_reference import reference_graph
+from starling.export.graphs.cuda_graph import GRAPH_FILE as CUDA_GRAPH_FILE
+from starling.export.graphs.cuda_graph import cuda_graph
+from starling.export.graphs.genai import GRAPH_FILE as GENAI_GRAPH_FILE
+from starling.export.graphs.genai import genai_config, genai_graph
+from starling.export.graphs.kernel_graph import GRAPH_FILE as KERNEL_GRAPH_FILE
+from starling.export.graphs.kernel_graph import kernel_graph
+from starling.export.graphs.projections import write_projections
+from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.prepare_qdq import Calibration, prepare
+from starling.export.quantization.qdq_settings import QdqQuantization, check_scheme
+from starling.export.tracing.architecture import architecture_json
+from starling.export.tracing.tracer import TORCH_DTYPES, trace
+from starling.export.weights.weight_file import WrittenFile, bytes_per_token, planned_bytes, write_weights
 
 GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
 _SPARE_BYTES = 64 * 2**20  # graphs, tokenizer, JSON
@@ -82,13 +82,13 @@ class ExportOptions:
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
         if self.quantization is not None:
-            check_scheme(self.quantization, self.dialect)
+            check_quantization(self.quantization, self.dialect)
 
 
-def check_scheme(how: Quantization | QdqQuantization, dialect: str) -> None:
+def check_quantization(how: Quantization | QdqQuantization, dialect: str) -> None:
     """Raise UserError where the dialect has no operators for this quantization."""
     get_dialect(dialect)  # for the refusal of an unknown one
-    choices.check_scheme(how.scheme, dialect)
+    check_scheme(how.scheme, dialect)
     if isinstance(how, QdqQuantization) != (dialect == "tensorrt"):
         raise UserError(f"dialect {dialect} does not take the settings of a {type(how).__name__}")
 
@@ -177,7 +177,7 @@ def _clean(graph: ir.Model) -> None:
 def _manifest(
     checkpoint: Checkpoint, arch: Architecture, options: ExportOptions, graph: ir.Model, weight_bytes: int
 ) -> dict[str, Any]:
-    width = DTYPES[options.dtype].itemsize
+    width = TORCH_DTYPES[options.dtype].itemsize
     tokens = checkpoint.tokenizer
     defaults = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
     return {

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from starling.export.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
-from starling.export.quantization import Quantization
+from starling.export.quantization.blocks import Quantization
 
 # A job started in the background ignores Ctrl-C, and so do its children: the tests send it to both.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -1,11 +1,11 @@
 """The dialects of the tracer: how norm, rotary embedding and attention are written into the graph.
 
-A dialect is one module that implements `base.Dialect`. Adding one touches that module and the table below.
+A dialect is one module that implements `dialect.Dialect`. Adding one touches that module and the table below.
 """
 
 from starling.engine.errors import UserError
-from starling.export.dialects.base import AttentionCall, Dialect, Rotary, StepInput
 from starling.export.dialects.canonical import CanonicalDialect
+from starling.export.dialects.dialect import AttentionCall, Dialect, Rotary, StepInput
 from starling.export.dialects.ort import OrtDialect
 from starling.export.dialects.tensorrt import TensorrtDialect
 

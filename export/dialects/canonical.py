@@ -6,8 +6,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.export.choices import SCHEMES_OF
-from starling.export.dialects.base import AttentionCall, Attributes, Rotary, StepInput
+from starling.engine.names import SCHEMES_OF
+from starling.export.dialects.dialect import AttentionCall, Attributes, Rotary, StepInput
 
 
 class CanonicalDialect:

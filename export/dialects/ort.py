@@ -6,10 +6,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.graph_names import LOGITS_TO_KEEP, NEXT_TOKENS
-from starling.export.choices import SCHEMES_OF
-from starling.export.dialects.base import AttentionCall, Attributes, StepInput
-from starling.export.passes import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
+from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS, SCHEMES_OF
+from starling.export.dialects.dialect import AttentionCall, Attributes, StepInput
+from starling.export.graphs.rewrites import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
 
 
 class OrtDialect:

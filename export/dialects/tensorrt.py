@@ -10,12 +10,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.graph_names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
-from starling.export.choices import SCHEMES_OF
-from starling.export.device_sampling import choose_tokens
-from starling.export.dialects.base import AttentionCall, StepInput
+from starling.engine.names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, SCHEMES_OF, TEMPERATURE, TOP_K, TOP_P
 from starling.export.dialects.canonical import merge_heads, rms_norm, rotate, scatter, window_mask
-from starling.export.passes import insert_constant, is_embedding, pack_sibling_linears
+from starling.export.dialects.device_sampling import choose_tokens
+from starling.export.dialects.dialect import AttentionCall, StepInput
+from starling.export.graphs.rewrites import insert_constant, is_embedding, pack_sibling_linears
 
 ATTENTION = "TRT_Attention"
 #: TensorRT takes the operator in any domain; these two say which of its forms a node has.

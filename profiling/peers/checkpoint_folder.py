@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from starling.export.bundle_folder import new_folder, write_json, write_tokenizer
-from starling.export.checkpoint import Checkpoint, open_checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_source import open_checkpoint
 
 #: The GGUF file that the folder was written from, for the peers that want one.
 GGUF = "source.gguf"
@@ -53,7 +54,7 @@ def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _gguf(model: str) -> Path | None:
     if model == "demo":
-        from starling.export.demo_model import demo_gguf
+        from starling.export.checkpoints.demo_model import demo_gguf
 
         return demo_gguf()
     return Path(model) if model.endswith(".gguf") else None

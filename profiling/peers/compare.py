@@ -16,19 +16,19 @@ from typing import Any
 import click
 from rich.console import Console
 
-from starling.engine.backend import default_threads
-from starling.engine.bundle import Bundle
+from starling.engine.backends.backend import default_threads
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.divergence import Quality
 from starling.engine.errors import StarlingError, UserError
-from starling.engine.tokenizer import Tokenizer
-from starling.profiling.machine import describe_machine
+from starling.engine.text.tokenizer import Tokenizer
+from starling.profiling.exact_prompts import prompt_tokens
+from starling.profiling.machine.describe import describe_machine
 from starling.profiling.peers.chart import comparison_chart
 from starling.profiling.peers.contenders import Contender, by_precision, in_genai, opened, our_contenders
-from starling.profiling.peers.divergence import measure_divergence, reference_of
 from starling.profiling.peers.measure import Run, measure
+from starling.profiling.peers.peer_divergence import measure_divergence, reference_of
 from starling.profiling.peers.peers_file import read_peers
 from starling.profiling.peers.summary import Summary, summarize, tables
-from starling.profiling.prompts import prompt_tokens
-from starling.profiling.quality import Quality
 
 #: A load average above this before we start means that somebody else is measured along.
 BUSY_LOAD = 0.5
@@ -89,7 +89,7 @@ def _lengths(context: click.Context, option: click.Parameter, value: str) -> tup
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--peers", "folder", required=True, type=click.Path(path_type=Path), help="Folder of ...peers.setup.")
+@click.option("--peers", "folder", required=True, type=click.Path(path_type=Path), help="Folder of ...peers.install.")
 @click.option("--only", help="Peers or contenders to take, by commas.  [default: all of our bundles' precisions]")
 @click.option("--bundle-in-peer", is_flag=True, help="Let onnxruntime-genai run the bundles too.")
 @click.option("--prompt-tokens", "lengths", default="128,1024", callback=_lengths, help="Prompt lengths, by commas.")
@@ -114,7 +114,7 @@ def main(
 
     \b
     Example:
-      python -m starling.profiling.peers.setup peers
+      python -m starling.profiling.peers.install peers
       python -m starling.profiling.peers.compare smollm2 smollm2-int8 smollm2-int4 --peers peers --output peers.json
     """
     try:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from starling.engine.bundle import Bundle
+from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
-from starling.profiling.peers.precision import graph_precision, onnx_graph
-from starling.profiling.peers.process import WorkerProcess
+from starling.profiling.peers.graph_precision import graph_precision, onnx_graph
+from starling.profiling.peers.worker_process import WorkerProcess
 
 OURS = "starling"
 GENAI = "genai_worker"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from starling.engine.errors import BackendError
-from starling.profiling.peers.process import WorkerProcess
+from starling.profiling.peers.worker_process import WorkerProcess
 
 #: Thread pools go on spinning for some 50 ms behind a run; the next contender starts when they have gone to sleep.
 SETTLE_S = 0.25

@@ -32,14 +32,15 @@ def read_peers(folder: Path) -> list[Contender]:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         if document["format"] != FORMAT or document["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{file} is of another format or version; run starling.profiling.peers.setup again")
+            raise UserError(f"{file} is of another format or version; run starling.profiling.peers.install again")
         return [_contender(folder.absolute(), entry) for entry in document["contenders"]]
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}); make it with: python -m starling.profiling.peers.setup {folder}"
+            f"{file} cannot be read ({error.strerror}); make it with: "
+            f"python -m starling.profiling.peers.install {folder}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is broken ({error!r}); run starling.profiling.peers.setup again") from error
+        raise UserError(f"{file} is broken ({error!r}); run starling.profiling.peers.install again") from error
 
 
 def _contender(folder: Path, entry: dict[str, Any]) -> Contender:

@@ -9,8 +9,8 @@ from statistics import median
 from rich import box
 from rich.table import Table
 
+from starling.engine.divergence import Quality
 from starling.profiling.peers.measure import Run
-from starling.profiling.quality import Quality
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from starling.engine.errors import UserError
-from starling.serving.batch.entries import Entry
+from starling.serving.batch.input_lines import Entry
 
 _BLOCK = 2**16
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starling.engine.engine import Engine
-from starling.serving.batch.entries import BadLine, Entry
+from starling.serving.batch.input_lines import BadLine, Entry
 from starling.serving.batch.runner import Record, answer
 
 #: Entries that a worker takes at once, for each row of its KV cache: the rows of one block end together.

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
+from starling.engine.batching.request import RequestHandle
 from starling.engine.engine import Engine
 from starling.engine.errors import DeadlineExceeded, PromptError, RequestFailed
-from starling.engine.request import RequestHandle
-from starling.engine.results import GenerationChunk
+from starling.engine.generation.results import GenerationChunk
 from starling.engine.serving_loop import ServingLoop
-from starling.serving.batch.entries import BadLine, Entry
-from starling.serving.batch.records import failure_record, result_record
+from starling.serving.batch.input_lines import BadLine, Entry
+from starling.serving.batch.result_lines import failure_record, result_record
 
 Record = tuple[Entry, dict[str, Any]]
 

@@ -10,13 +10,13 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from starling.engine.batching.request import RequestHandle
 from starling.engine.errors import RequestFailed
-from starling.engine.request import RequestHandle
-from starling.engine.results import FinishReason, GenerationChunk, Timings
-from starling.serving.http.errors import ApiError, out_of_time, shutting_down, unexpected
-from starling.serving.http.replies import Logprobs, Reply
+from starling.engine.generation.results import FinishReason, GenerationChunk, Timings
+from starling.serving.api.api_errors import ApiError, out_of_time, shutting_down, unexpected
+from starling.serving.api.replies import Logprobs, Reply
+from starling.serving.http.request_bodies import ApiRequest
 from starling.serving.http.request_log import RequestTrace, request_trace
-from starling.serving.http.requests import ApiRequest
 from starling.serving.http.service import Service
 
 _EVENT_HEADERS = [

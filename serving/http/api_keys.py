@@ -11,8 +11,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from starling.engine.errors import UserError
+from starling.serving.api.api_errors import unauthorized
 from starling.serving.http.answer import Refusal
-from starling.serving.http.errors import unauthorized
 
 VARIABLE = "STARLING_API_KEY"
 #: What stands under this path needs a key; health and metrics do not.

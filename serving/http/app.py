@@ -14,16 +14,16 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from starling.serving.api.api_errors import ApiError, shutting_down, unexpected
+from starling.serving.api.fields import json_object
+from starling.serving.api.replies import ChatReply, CompletionReply, Reply
 from starling.serving.http.answer import Answer, Refusal
 from starling.serving.http.api_keys import ApiKeyGuard
 from starling.serving.http.body import read_body
-from starling.serving.http.errors import ApiError, shutting_down, unexpected
-from starling.serving.http.fields import json_object
-from starling.serving.http.replies import ChatReply, CompletionReply, Reply
+from starling.serving.http.request_bodies import ApiRequest, chat_request, completion_request
 from starling.serving.http.request_log import RequestLog, request_trace
-from starling.serving.http.requests import ApiRequest, chat_request, completion_request
 from starling.serving.http.service import Service
-from starling.serving.prometheus import CONTENT_TYPE
+from starling.serving.metrics.prometheus import CONTENT_TYPE
 
 
 def make_app(service: Service, *, api_keys: Sequence[str] = (), max_body: int) -> ASGIApp:

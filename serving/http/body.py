@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.requests import ClientDisconnect, Request
 
-from starling.serving.http.errors import ApiError, too_large
+from starling.serving.api.api_errors import ApiError, too_large
 
 #: Seconds in which a body must arrive.
 BODY_TIMEOUT_S = 30

@@ -12,8 +12,8 @@ from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from starling.engine.results import FinishReason, Timings
-from starling.serving.http.errors import ApiError
+from starling.engine.generation.results import FinishReason, Timings
+from starling.serving.api.api_errors import ApiError
 
 LOGGER = logging.getLogger("starling.serve.request")
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
+from starling.engine.batching.request import RequestHandle
 from starling.engine.engine import Engine
 from starling.engine.errors import ClosedError, QueueFullError, StarlingError
-from starling.engine.prompts import checked_ids
-from starling.engine.request import RequestHandle
+from starling.engine.generation.prompts import checked_ids
 from starling.engine.serving_loop import ServingLoop
-from starling.serving.http.errors import bad_field, busy, from_engine, shutting_down
-from starling.serving.http.requests import ApiRequest, Limits
-from starling.serving.http.token_texts import TokenTexts
-from starling.serving.prometheus import PrometheusMetrics
+from starling.serving.api.api_errors import bad_field, busy, from_engine, shutting_down
+from starling.serving.api.token_texts import TokenTexts
+from starling.serving.http.request_bodies import ApiRequest, Limits
+from starling.serving.metrics.prometheus import PrometheusMetrics
 
 
 class Service:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from starling.serving.triton.inputs import Tensor, text_array
+from starling.serving.triton.entry_inputs import Tensor, text_array
 
 if TYPE_CHECKING:
-    from starling.engine.results import Timings
+    from starling.engine.generation.results import Timings
 
 INPUTS = (Tensor("command", "STRING", optional=False),)
 OUTPUTS = (Tensor("answer", "STRING"),)
@@ -76,7 +76,7 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([output])
 
     def _make_metrics(self, model_name: str) -> Any:
-        from starling.serving.triton.metrics import TritonMetrics
+        from starling.serving.metrics.triton_metrics import TritonMetrics
 
         try:
             return TritonMetrics(self._pb_utils, model_name, self._serving.stats)

@@ -16,13 +16,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
 
+from starling.engine.batching.request import RequestHandle
 from starling.engine.errors import ClosedError, QueueFullError, StarlingError, UserError
-from starling.engine.request import RequestHandle
-from starling.engine.results import GenerationChunk, Timings
-from starling.engine.sampling import TokenLogprob
+from starling.engine.generation.results import GenerationChunk, Timings
+from starling.engine.generation.sampler import TokenLogprob
 from starling.engine.serving_loop import ServingLoop
-from starling.engine.tokenizer import Tokenizer
-from starling.serving.triton.request import LINE_LIMIT, Delta, Job, Logprob, RequestError, delta_line, error_line
+from starling.engine.text.tokenizer import Tokenizer
+from starling.serving.triton.socket_messages import (
+    LINE_LIMIT,
+    Delta,
+    Job,
+    Logprob,
+    RequestError,
+    delta_line,
+    error_line,
+)
 
 #: Is told of each request that ended, on the socket's thread.
 Ended = Callable[[Timings], None]

@@ -13,9 +13,9 @@ from threading import Lock, Thread
 from typing import Any, ClassVar
 
 from starling.engine.errors import UserError
-from starling.serving.triton.inputs import Inputs
-from starling.serving.triton.interface import Call, Interface
-from starling.serving.triton.request import LINE_LIMIT, PROMPT_LIMIT, Delta, RequestError, read_delta
+from starling.serving.triton.entry_inputs import Inputs
+from starling.serving.triton.entry_interface import Call, Interface
+from starling.serving.triton.socket_messages import LINE_LIMIT, PROMPT_LIMIT, Delta, RequestError, read_delta
 
 #: Seconds between two looks at whether a client still waits, while no token comes.
 CANCEL_POLL_S = 0.05

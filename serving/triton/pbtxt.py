@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from starling.serving.triton.inputs import Tensor
+from starling.serving.triton.entry_inputs import Tensor
 
 InstanceKind = Literal["cpu", "gpu"]
 

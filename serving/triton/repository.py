@@ -14,12 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from starling import __version__
-from starling.engine.bundle import Bundle
+from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
 from starling.engine.installation import source
 from starling.serving.triton import engine_model
+from starling.serving.triton.entry_interface import Interface
 from starling.serving.triton.entry_model import ENGINE_MODEL
-from starling.serving.triton.interface import Interface
 from starling.serving.triton.pbtxt import InstanceKind, ModelConfig
 from starling.serving.triton.tensorrt_llm import TensorRtLlmInterface
 from starling.serving.triton.vllm import VllmInterface

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from starling.engine.sampling import SamplingParams
-from starling.serving.triton.inputs import Inputs, Tensor, Unsupported, check_names, text_array
-from starling.serving.triton.interface import Answer, Call, Outputs
-from starling.serving.triton.request import Delta, Job, RequestError
+from starling.engine.generation.sampler import SamplingParams
+from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, text_array
+from starling.serving.triton.entry_interface import Answer, Call, Outputs
+from starling.serving.triton.socket_messages import Delta, Job, RequestError
 
 _ANY = (-1,)
 _SUPPORTED = (

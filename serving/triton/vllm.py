@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starling.engine.errors import SamplingError
-from starling.engine.sampling import SamplingParams
-from starling.serving.triton.inputs import Inputs, Tensor, Unsupported, check_names, text_array
-from starling.serving.triton.interface import Call, Outputs
-from starling.serving.triton.request import Delta, Job, Logprob, RequestError
+from starling.engine.generation.sampler import SamplingParams
+from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, text_array
+from starling.serving.triton.entry_interface import Call, Outputs
+from starling.serving.triton.socket_messages import Delta, Job, Logprob, RequestError
 
 _SETTINGS = "sampling_parameters"
 #: Output by the flag that asks for it.

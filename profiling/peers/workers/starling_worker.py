@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from starling.engine.backend import Backend
+from starling.engine.backends.backend import Backend
 from starling.engine.engine import Engine
-from starling.engine.sampling import SamplingParams
+from starling.engine.generation.sampler import SamplingParams
 
 if TYPE_CHECKING:  # a peer's environment has nothing of ours
     from starling.profiling.peers.workers.worker import Arrived, Feed, Setup

@@ -93,7 +93,8 @@ def run(worker: Worker, prompt: list[int], new_tokens: int) -> dict[str, Any]:
 
 
 def write_logits(worker: Worker, tokens: list[list[int]], context: int, file: str) -> dict[str, Any]:
-    """Write the logits behind tokens context - 1 … window - 2 of each row, as `profiling/stored_logits.py` reads them.
+    """Write the logits behind tokens context - 1 … window - 2 of each row, as
+    `profiling/quality/stored_logits.py` reads them.
 
     A row's first `context` tokens are prefilled and its others decoded one by one, so that the figures are of the
     kernels and the KV cache of generation.

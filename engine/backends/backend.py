@@ -1,0 +1,192 @@
+"""What the decode loop asks of an execution backend, and what a backend is asked to choose."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from starling.engine.backends.logits import Logits
+from starling.engine.errors import BackendError
+
+Tokens = npt.NDArray[np.int64]
+
+CUDA = "CUDAExecutionProvider"
+#: Tokens that one run prefills at most on the CPU. Attention's scratch memory is chunk x length x heads; SmolLM2
+#: prefills 1024 tokens within 3 % as fast in chunks of 256 as of 512 (the best), and Ctrl-C waits for one chunk.
+PREFILL_CHUNK = 256
+#: Tokens of a row that `Backend.verify` takes at most: the newest one and a draft after it; and of all rows together.
+MOST_VERIFIED = 17
+MOST_VERIFIED_TOGETHER = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """How a row's tokens are chosen on the device: the likeliest one where `top_k` is 1, else drawn."""
+
+    temperature: float = 1.0
+    top_k: int = 1
+    top_p: float = 1.0
+    #: None draws a fresh one.
+    seed: int | None = None
+
+    def noise(self, count: int) -> npt.NDArray[np.float32]:
+        """The uniform numbers [count] in [0, 1) of the first `count` draws: those of the host's sampler."""
+        drawn = np.random.default_rng(self.seed).random(count).astype(np.float32)
+        # Rounding to float32 may give 1, which would draw behind the last token.
+        below_one: npt.NDArray[np.float32] = np.minimum(drawn, np.nextafter(np.float32(1), np.float32(0)))
+        return below_one
+
+
+GREEDY = DeviceChoice()
+
+
+class StepOutput(Protocol):
+    """What one step of k rows left behind, valid until the backend's next call."""
+
+    def next_tokens(self) -> list[int]:
+        """The token chosen for each row where the logits are: the likeliest one, the lowest id of equals.
+
+        Raises BackendError where the greatest logit of a row is not finite.
+        """
+        ...
+
+    def choices(self) -> list[int]:
+        """`next_tokens`, with -1 for a row whose greatest logit is not finite: it says nothing about the others."""
+        ...
+
+    def logits(self) -> Logits:
+        """float32 [k, vocab] behind the last token of each row, a view of the backend's memory."""
+        ...
+
+
+class TokenPipeline(Protocol):
+    """Steps of the first rows that are launched before the host has seen the tokens of the step before."""
+
+    #: Whether the device draws tokens too, by a `DeviceChoice`. Otherwise it takes the likeliest, and only that.
+    draws: bool
+
+    def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
+        """From now on choose the row's tokens by `choice`; its first draw is for the step that writes `first`.
+
+        Ends what was launched. `StepOutput.next_tokens` gives these choices as well.
+        """
+        ...
+
+    def can_launch(self, rows: int) -> bool:
+        """Whether a step of the first `rows` rows may be launched: few enough are under way, and it has room."""
+        ...
+
+    def launch(self, rows: int) -> None:
+        """Launch a step of the first `rows` rows behind all others; each writes the token that it chose last."""
+        ...
+
+    def tokens(self) -> list[int]:
+        """Wait for the oldest launched step whose tokens were not asked for; the token chosen in each of its rows.
+
+        -1 stands for a row whose greatest logit is not finite.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A loaded model with a KV cache of `max_batch` rows of `max_seq` positions, allocated once.
+
+    Not thread-safe: one thread at a time may call a backend.
+    """
+
+    name: str
+    #: Execution provider in use, for example "CPUExecutionProvider".
+    provider: str
+    max_seq: int
+    max_batch: int
+    vocab_size: int
+    #: Memory of the whole KV cache, in bytes.
+    kv_cache_bytes: int
+    #: Seconds spent inside the model's run since the backend was opened; the rest of a step is host time. Of a step
+    #: that was launched ahead it is what `TokenPipeline.tokens` waited for.
+    model_seconds: float
+    #: Why it was not another backend that "auto" took; None where there is nothing to say.
+    note: str | None
+    #: Instruction set of the engine's own CPU kernels where they run the bundle ("avx512-vnni", "avx2"), else None.
+    kernels: str | None
+    #: Why they do not run a bundle that has a graph for them; None where there is nothing to say.
+    kernels_note: str | None
+
+    @property
+    def pipeline(self) -> TokenPipeline | None:
+        """Where tokens are chosen and fed on the device: how to run steps ahead of the host. None elsewhere."""
+        ...
+
+    def prefill(self, row: int, tokens: Tokens, start: int) -> StepOutput:
+        """Write `tokens` int64 [n] at positions start..start+n of row `row`; the output is of that one row.
+
+        `start` may lie behind a non-empty cache: positions before it are attended to, those after it are overwritten.
+        """
+        ...
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
+        """One step of the first k rows: token i of `tokens` [k] is written at `positions`[i] of row i."""
+        ...
+
+    #: Rows that `verify` takes together: 0 where it is not to be had.
+    verified_rows: int
+
+    def check_verifies(self) -> None:
+        """Raise BackendError, with the reason, where `verify` is not to be had."""
+        ...
+
+    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> StepOutput:
+        """Write k rows' `tokens` [k, n] at `starts`[i]..+n of row first + i, and choose a token after each of them.
+
+        The output has k * n rows: row i * n + j is what follows tokens 0..j of row first + i. n is at most
+        MOST_VERIFIED, k * n at most MOST_VERIFIED_TOGETHER, k at most `verified_rows`. Raises BackendError as
+        `check_verifies` does, and for more than that.
+        """
+        ...
+
+    def clear(self, row: int) -> None:
+        """Forget what row `row` holds, so that numbers that are not finite cannot reach the next prompt there."""
+        ...
+
+    def close(self) -> None:
+        """Free the model and the cache; the backend cannot be used afterwards."""
+        ...
+
+
+def default_threads() -> int:
+    """Physical cores that this process may run on: hyper-threads share the units that a matrix product needs."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    return len({_siblings(cpu) for cpu in cpus}) or 1
+
+
+def _siblings(cpu: int) -> str:
+    try:
+        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return str(cpu)
+
+
+def chunk_length(remaining: int, most: int) -> int:
+    """Tokens of the next chunk of a prompt with `remaining` left: at most `most`, and not so many that one is left.
+
+    One token alone takes a decode step's kernels, which round differently: how a prompt is cut would then show in its
+    logits (measured on ONNX Runtime: otherwise they are the same bits).
+    """
+    return most - 1 if remaining == most + 1 and most > 2 else min(remaining, most)
+
+
+def check_room(backend: Backend, row: int, position: int) -> None:
+    """Raise BackendError where the backend's cache has no such position of such a row."""
+    if position >= backend.max_seq or not 0 <= row < backend.max_batch:
+        raise BackendError(
+            f"position {position} of row {row} lies outside the KV cache "
+            f"({backend.max_batch} rows of {backend.max_seq} positions); open the engine with more"
+        )

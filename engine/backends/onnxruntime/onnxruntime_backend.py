@@ -1,0 +1,299 @@
+"""ONNX Runtime on the CPU: a session whose KV cache is allocated once, and bound as past and as present."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from starling.engine.backends.backend import (
+    CUDA,
+    MOST_VERIFIED,
+    MOST_VERIFIED_TOGETHER,
+    StepOutput,
+    Tokens,
+    check_room,
+    chunk_length,
+)
+from starling.engine.backends.onnxruntime.huge_pages import huge_pages
+from starling.engine.backends.onnxruntime.step_inputs import INPUTS, KeptPositions, StepWriter
+from starling.engine.backends.onnxruntime.step_outputs import (
+    OrtOutput,
+    StepOutputs,
+    allocate_cache,
+    first_line,
+)
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.errors import BackendError
+from starling.engine.installation import install_command
+from starling.engine.kernels import KernelLibrary, KernelsUnavailable, faster_kernel_library
+from starling.engine.names import LOGITS_TO_KEEP
+
+CPU = "CPUExecutionProvider"
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module. Raises BackendError when neither onnxruntime nor onnxruntime-gpu is installed."""
+    try:
+        return import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendError(
+            f"onnxruntime is not installed ({error}): {install_command('cpu')}, or {install_command('gpu')} for CUDA"
+        ) from error
+
+
+def why_not_on_cuda(ort: Any, bundle: Bundle) -> str | None:
+    """Why ONNX Runtime's CUDA provider cannot run the bundle; None where it may be tried."""
+    if CUDA not in ort.get_available_providers():
+        return (
+            "backend onnxruntime-cuda: this onnxruntime is built without CUDA; "
+            f"pip uninstall onnxruntime, then {install_command('gpu')}; or use --backend onnxruntime-cpu"
+        )
+    refused = f"{bundle.folder}: ONNX Runtime's {CUDA} cannot run this bundle: "
+    if bundle.dialect != "ort":
+        return f"{refused}it runs the {bundle.dialect} dialect as the CPU's reference only: export with --dialect ort"
+    if bundle.dtype == "fp32":
+        return f"{refused}fp32 attention has no CUDA kernel: export with --dtype fp16, or use the CPU"
+    return None
+
+
+def check_runs_on_cpu(bundle: Bundle) -> None:
+    """Raise BackendError where ONNX Runtime's CPU provider has no kernels for the bundle: MatMul lacks bf16."""
+    if bundle.dtype == "bf16":
+        raise BackendError(
+            f"{bundle.folder}: ONNX Runtime's {CPU} cannot run this bundle: bf16 has no CPU kernels: export with "
+            f"--dtype fp32, or use CUDA ({install_command('gpu')})"
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """All that a decode step of so many rows needs, made once."""
+
+    binding: Any
+    write: StepWriter
+    output: OrtOutput
+
+
+@dataclass(slots=True, eq=False)
+class _Verification:
+    """All that verifying so many tokens of some rows needs, made once."""
+
+    binding: Any
+    output: OrtOutput
+
+
+class OrtBackend:
+    """Implements `starling.engine.backends.backend.Backend` with ONNX Runtime on the CPU. Not thread-safe."""
+
+    name = "onnxruntime"
+    provider = CPU
+    pipeline = None
+    note: str | None = None
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        max_seq: int,
+        max_batch: int,
+        threads: int,
+        prefill_chunk: int,
+        profile_prefix: Path | None = None,
+    ) -> None:
+        """With `profile_prefix` ONNX Runtime times every operator; `end_profiling` then gives the file."""
+        self._ort = import_onnxruntime()
+        kernels, self.kernels_note = _kernels(bundle)
+        self.kernels: str | None = None if kernels is None else kernels.instruction_set
+        #: The file that was loaded.
+        self.graph_path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)
+        options = _session_options(self._ort, bundle, threads, kernels, profile_prefix)
+        self._session: Any = _open_session(self._ort, self.graph_path, options)
+        self.threads, self.max_seq, self.max_batch = threads, max_seq, max_batch
+        self.vocab_size = bundle.architecture.vocab_size
+        self.kv_cache_bytes = bundle.kv_cache.bytes_per_token * max_seq * max_batch
+        self.model_seconds = 0.0
+        self._chunk = min(prefill_chunk, max_seq)
+        self._cache = allocate_cache(self._ort, bundle, max_batch, max_seq)
+        longest = max(self._chunk, MOST_VERIFIED_TOGETHER)
+        self._inputs = INPUTS[bundle.dialect](max_batch, longest, max_seq)
+        self._why_no_verify = _why_no_verify(bundle)
+        self._kept = KeptPositions(MOST_VERIFIED) if self._why_no_verify is None else None
+        # A page of it takes memory when it is written to.
+        self._outputs = StepOutputs(bundle, max(max_batch, MOST_VERIFIED_TOGETHER))
+        self._verifications: dict[tuple[int, int, int], _Verification] = {}
+        self._row_bindings: dict[int, Any] = {}
+        self._steps: dict[int, _Step] = {}
+        self._row_output = self._outputs.output(1)
+        self.verified_rows = self._find_verified_rows()
+
+    def prefill(self, row: int, tokens: Tokens, start: int) -> StepOutput:
+        """Write `tokens` int64 [n] at start..start+n of row `row`.
+
+        GroupQueryAttention takes a chunk behind a non-empty cache only with batch 1, hence the view of one row.
+        """
+        first = 0
+        while first < len(tokens):
+            chunk = tokens[first : first + chunk_length(len(tokens) - first, self._chunk)]
+            check_room(self, row, start + first + len(chunk) - 1)
+            self._inputs.write_chunk(chunk, start + first)
+            self._run(self._row_binding(row, len(chunk)))
+            first += len(chunk)
+        return self._row_output
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
+        """One token for each of the first k rows."""
+        rows, longest = len(tokens), max(positions)
+        if longest >= self.max_seq or rows > self.max_batch:
+            check_room(self, rows - 1, longest)
+        step = self._steps.get(rows) or self._new_step(rows)
+        step.write(tokens, positions, longest)
+        self._run(step.binding)
+        return step.output
+
+    def check_verifies(self) -> None:
+        """Raise BackendError where the graph gives the last position's logits only."""
+        if self._why_no_verify is not None:
+            raise BackendError(self._why_no_verify)
+
+    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> StepOutput:
+        """Write `tokens` [k, n] at `starts`[i]..+n of row first + i; the output has k * n rows."""
+        self.check_verifies()
+        rows, length = len(tokens), len(tokens[0])
+        check_room(self, first + rows - 1, max(starts) + length - 1)
+        found = self._verifications.get((first, rows, length)) or self._new_verification(first, rows, length)
+        self._inputs.write_rows(tokens, starts)
+        self._run(found.binding)
+        return found.output
+
+    def clear(self, row: int) -> None:
+        """Nothing to do: the operators read no position behind a row's end (tested on the CPU)."""
+
+    def end_profiling(self) -> Path:
+        """The file in which ONNX Runtime has timed every operator, complete from now on."""
+        return Path(self._session.end_profiling())
+
+    def close(self) -> None:
+        """Free the session, the cache and every binding."""
+        self._row_bindings.clear()
+        self._steps.clear()
+        self._verifications.clear()
+        self._cache.clear()
+        self._session = None
+
+    def _find_verified_rows(self) -> int:
+        """ONNX Runtime's GroupQueryAttention takes several new tokens of one row only, that of the kernels of many."""
+        if self._why_no_verify is not None:
+            return 0
+        self.verified_rows = self.max_batch if self.kernels is not None else 1
+        if self.verified_rows == 1 or self.max_seq < 2:
+            return 1
+        try:  # a bundle's graph for the kernels may have its products in them, and its attention not
+            self.verify(0, [[0, 0], [0, 0]], [0, 0])
+        except BackendError:
+            return 1
+        finally:
+            self.model_seconds = 0.0
+            for buffer in self._cache.values():
+                buffer.numpy()[:2, :, :2] = 0
+        return self.max_batch
+
+    def _run(self, binding: Any) -> None:
+        begin = perf_counter()
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}") from error
+        finally:
+            self.model_seconds += perf_counter() - begin
+
+    def _new_step(self, rows: int) -> _Step:
+        binding = self._bind(0, rows)
+        self._inputs.bind(binding, rows, 1)
+        step = self._steps[rows] = _Step(binding, self._inputs.step_writer(rows), self._outputs.output(rows))
+        return step
+
+    def _new_verification(self, first: int, rows: int, length: int) -> _Verification:
+        if not 1 <= length <= MOST_VERIFIED or rows > self.verified_rows or rows * length > MOST_VERIFIED_TOGETHER:
+            raise BackendError(
+                f"{length} tokens are to be verified in one step of {rows} row(s): give 1 to {MOST_VERIFIED} for each "
+                f"of up to {self.verified_rows}, {MOST_VERIFIED_TOGETHER} in all"
+            )
+        binding = self._bind(first, rows, kept=length)
+        self._inputs.bind(binding, rows, length)
+        made = _Verification(binding, self._outputs.output(rows * length))
+        self._verifications[first, rows, length] = made
+        return made
+
+    def _row_binding(self, row: int, length: int) -> Any:
+        binding = self._row_bindings.get(row)
+        if binding is None:
+            binding = self._row_bindings[row] = self._bind(row, 1)
+        self._inputs.bind(binding, 1, length)
+        return binding
+
+    def _bind(self, first: int, rows: int, kept: int = 1) -> Any:
+        """A binding whose past and present are the same memory: rows first..first+rows of the cache.
+
+        Its outputs are those of the last `kept` positions of each row.
+        """
+        binding = self._session.io_binding()
+        for name, buffer in self._cache.items():
+            _, heads, positions, head_dim = buffer.shape()
+            kind, shape = buffer.element_type(), [rows, heads, positions, head_dim]
+            pointer = buffer.data_ptr() + buffer.tensor_size_in_bytes() // self.max_batch * first
+            binding.bind_input(f"past_key_values.{name}", "cpu", 0, kind, shape, pointer)
+            binding.bind_output(f"present.{name}", "cpu", 0, kind, shape, pointer)
+        if self._kept is not None:
+            self._kept.bind(binding, kept)
+        self._outputs.bind(binding, rows, kept)
+        return binding
+
+
+def _why_no_verify(bundle: Bundle) -> str | None:
+    """Why the graph cannot give logits behind several tokens of a row; None where it can."""
+    if any(spec.name == LOGITS_TO_KEEP for spec in bundle.graph.inputs):
+        return None
+    how = "export the model again" if bundle.dialect == "ort" else "export it with --dialect ort"
+    return f"{bundle.folder}: its graph gives the last token's logits only, so no draft can be verified: {how}"
+
+
+def _kernels(bundle: Bundle) -> tuple[KernelLibrary | None, str | None]:
+    """The CPU kernels for this bundle, or why there are none where it could be otherwise."""
+    if bundle.kernel_graph is None:
+        return None, None
+    how = bundle.quantization
+    try:
+        # An asymmetric int8 bundle's second graph has only its attention in the kernels.
+        return faster_kernel_library(int8_products=how is not None and how.scheme == "int8" and how.symmetric), None
+    except KernelsUnavailable as error:
+        return None, f"without CPU kernels: {error}"
+
+
+def _session_options(
+    ort: Any, bundle: Bundle, threads: int, kernels: KernelLibrary | None, profile_prefix: Path | None
+) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    if bundle.dialect == "tensorrt":  # else it multiplies quantized weights with activations that it rounds as it likes
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if kernels is not None:
+        options.register_custom_ops_library(str(kernels.path))
+    return options
+
+
+def _open_session(ort: Any, graph: Path, options: Any) -> Any:
+    try:
+        with huge_pages():
+            return ort.InferenceSession(str(graph), options, providers=[CPU])
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error

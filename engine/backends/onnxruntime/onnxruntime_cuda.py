@@ -1,0 +1,406 @@
+"""ONNX Runtime on an NVIDIA GPU: what a decode step chooses is in the next one's inputs, and the step is a CUDA graph.
+
+The host launches a step without having seen the token of the step before, and reads 8 bytes a row one step later.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from starling.engine.backends.backend import MOST_VERIFIED, DeviceChoice, Tokens, check_room, chunk_length
+from starling.engine.backends.cuda.cuda_device import CudaDevice, Device, address_of
+from starling.engine.backends.cuda.cuda_runtime import CudaRuntime
+from starling.engine.backends.cuda.device_memory import DeviceMemory
+from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
+from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps
+from starling.engine.backends.cuda.step_tensors import ITEM_BYTES, KVCache
+from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES, first_line
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.errors import BackendError
+from starling.engine.names import LOGITS_TO_KEEP, NEXT_SEQLENS, NEXT_TOKENS
+
+PROVIDER = "CUDAExecutionProvider"
+#: Tokens that one run prefills at most: a prompt of 2,048 took 60 ms in one run on an H200, 89 ms in chunks of 256.
+PREFILL_CHUNK = 2048
+SESSION_SETTINGS = {
+    "session.intra_op.allow_spinning": "0",
+    # Weights lie beside the arena.
+    "session.use_device_allocator_for_initializers": "1",
+    "ep.cuda.fpa_intb_gemm": "1",
+}
+LENGTH_BYTES = 4
+_POSITIONS_MULTIPLE = 64  # every row of the cache then begins at an aligned address
+_UNCAPTURED = -1
+_RUNS_TO_CAPTURE = 3  # ONNX Runtime runs a step twice before it captures the third
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """Device addresses of what a run of up to so many tokens reads and writes beside the cache."""
+
+    ids: int
+    lengths: int
+    logits: int
+    next_tokens: int
+    next_lengths: int
+
+
+@dataclass(slots=True)
+class _Step:
+    """A decode step of so many rows. `graph` is the name of its CUDA graph; None where it cannot have one."""
+
+    binding: Any
+    captured: Any
+    is_captured: bool = False
+
+
+class OrtCudaBackend:
+    """`Backend` and `TokenPipeline` with ONNX Runtime on one GPU. Not thread-safe."""
+
+    name = "onnxruntime"
+    provider = PROVIDER
+    #: The device takes the likeliest token; who wants to draw one needs the logits on the host.
+    draws = False
+
+    def __init__(
+        self,
+        ort: Any,
+        bundle: Bundle,
+        device: Device,
+        *,
+        max_seq: int,
+        max_batch: int,
+        prefill_chunk: int | None = None,
+        capture: bool = True,
+        profile_prefix: Path | None = None,
+    ) -> None:
+        """Load the graph for CUDA and allocate everything.
+
+        `capture` False leaves CUDA graphs out; so does `profile_prefix`, with which ONNX Runtime times every operator
+        and `end_profiling` gives the file. Raises BackendError where the provider does not start or memory is short.
+        """
+        if bundle.cuda_graph is None:
+            raise BackendError(f"{bundle.folder} has no graph for CUDA: export it again with --dtype fp16")
+        self.max_seq, self.max_batch = max_seq, max_batch
+        self.vocab_size = bundle.architecture.vocab_size
+        self.model_seconds = 0.0
+        self.note: str | None = None
+        self.kernels: str | None = None
+        self.kernels_note: str | None = None
+        self.verified_rows = 1 if max_seq > 1 else 0
+        self.graph_path = bundle.folder / bundle.cuda_graph
+        self._ort = ort
+        with ExitStack() as closing:
+            self._memory = memory = DeviceMemory(device)
+            closing.callback(memory.close)
+            self._captures = capture and profile_prefix is None
+            self._session: Any = _open(ort, self.graph_path, memory.stream, self._captures, profile_prefix)
+            self._allocate(bundle, min(prefill_chunk or PREFILL_CHUNK, max_seq))
+            self._closing = closing.pop_all()
+
+    def _allocate(self, bundle: Bundle, chunk: int) -> None:
+        memory, rows = self._memory, self.max_batch
+        positions = -(-self.max_seq // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
+        arch = bundle.architecture
+        pairs = [
+            (f"past_key_values.{layer}.{side}", f"present.{layer}.{side}")
+            for layer in range(arch.layers)
+            for side in ("key", "value")
+        ]
+        self._kind = bundle.kv_cache.dtype
+        self._cache = KVCache(memory, bundle, pairs, rows, positions)
+        self.kv_cache_bytes = self._cache.bytes
+        self._batch = self._tensors(rows, rows, feeds_itself=True)
+        self._chunk_length = max(chunk, min(MOST_VERIFIED, self.max_seq))
+        self._chunk = self._tensors(self._chunk_length, MOST_VERIFIED, feeds_itself=False)
+        self._logits = HostLogits(memory, self._kind, max(rows, MOST_VERIFIED), self.vocab_size)
+        self._launched = LaunchedSteps(memory, max(rows, MOST_VERIFIED))
+        self._fed_tokens, self._fed_lengths = memory.host((rows,), "int64"), memory.host((rows,), "int32")
+        self._prompt = memory.host((positions,), "int64")
+        self._ends = memory.host((positions,), "int32")
+        self._saved = memory.allocate(rows * (TOKEN_BYTES + LENGTH_BYTES))
+        kept = memory.host((MOST_VERIFIED,), "int64")
+        kept[:] = np.arange(-MOST_VERIFIED, 0)
+        self._kept = memory.allocate(kept.nbytes)
+        memory.copy(self._kept, address_of(kept), kept.nbytes)
+        # GroupQueryAttention reads these on the host: the longest row of a step, and for a CUDA graph, whose arguments
+        # stay as they were, the longest that there can be.
+        self._longest, self._any_length = np.zeros(1, np.int32), np.full(1, positions, np.int32)
+        #: Positions of each row that are written when all that was launched has run.
+        self._lengths = [0] * rows
+        self._steps: dict[int, _Step] = {}
+        self._row_bindings: dict[int, Any] = {}
+        self._uncaptured = self._run_options(_UNCAPTURED)
+
+    def _tensors(self, tokens: int, rows: int, *, feeds_itself: bool) -> _Tensors:
+        """Room for a run of `tokens` tokens in all that gives logits for `rows` of them.
+
+        What feeds itself writes its choice, and the lengths after it, where the next run reads them.
+        """
+        allocate = self._memory.allocate
+        ids, lengths = allocate(tokens * TOKEN_BYTES), allocate(rows * LENGTH_BYTES)
+        logits = allocate(rows * self.vocab_size * ITEM_BYTES[self._kind])
+        if feeds_itself:
+            return _Tensors(ids, lengths, logits, ids, lengths)
+        return _Tensors(ids, lengths, logits, allocate(rows * TOKEN_BYTES), allocate(rows * LENGTH_BYTES))
+
+    @property
+    def pipeline(self) -> OrtCudaBackend:
+        """Itself: tokens are chosen on the device, and a step finds there those of the step before."""
+        return self
+
+    def prefill(self, row: int, tokens: Tokens, start: int) -> DeviceOutput:
+        """Write `tokens` int64 [n] at start..start+n of row `row`; the output is that of the last one."""
+        check_room(self, row, start + len(tokens) - 1)
+        begin = perf_counter()
+        self.drop()  # Ctrl-C may have left work there that still reads the buffers
+        self._launched.launch(lambda: self._prefill(row, tokens, start), 1, self._chunk.next_tokens)
+        chosen = self._launched.oldest()
+        self._lengths[row] = start + len(tokens)
+        self.model_seconds += perf_counter() - begin
+        return DeviceOutput(chosen, self._logits, self._chunk.logits)
+
+    def _prefill(self, row: int, tokens: Tokens, start: int) -> None:
+        copy, chunk = self._memory.copy, self._chunk
+        self._prompt[: len(tokens)] = tokens
+        first = 0
+        while first < len(tokens):
+            length = chunk_length(len(tokens) - first, self._chunk_length)
+            copy(chunk.ids, address_of(self._prompt) + first * TOKEN_BYTES, length * TOKEN_BYTES)
+            self._run_row(row, length, 1, start + first + length)
+            first += length
+        copy(self._batch.ids + row * TOKEN_BYTES, chunk.next_tokens, TOKEN_BYTES)
+        copy(self._batch.lengths + row * LENGTH_BYTES, chunk.next_lengths, LENGTH_BYTES)
+
+    def _run_row(self, row: int, length: int, kept: int, end: int) -> None:
+        """Run `length` tokens of one row, up to position `end`, with logits for the last `kept` of them."""
+        self._ends[end - 1] = end - 1
+        self._memory.copy(self._chunk.lengths, address_of(self._ends[end - 1 :]), LENGTH_BYTES)
+        self._longest[0] = end
+        binding = self._row_bindings.get(row)
+        if binding is None:
+            binding = self._row_bindings[row] = self._session.io_binding()
+            self._bind_cache(binding, row, 1)
+        self._bind(binding, self._chunk, (1, length), kept, self._longest)
+        self._run(binding, self._uncaptured)
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> DeviceOutput:
+        """One token for each of the first k rows: `tokens`[i] is written at `positions`[i] of row i."""
+        rows = len(tokens)
+        check_room(self, rows - 1, max(positions))
+        begin = perf_counter()
+        if self._launched.busy:
+            self.drop()
+        self._feed(tokens, positions)
+        chosen = self._step_through(rows)
+        self.model_seconds += perf_counter() - begin
+        return DeviceOutput(chosen, self._logits, self._batch.logits)
+
+    def _step_through(self, rows: int) -> list[int]:
+        self._launch(rows)
+        return self._launched.oldest()
+
+    def check_verifies(self) -> None:
+        """Every graph for CUDA verifies."""
+
+    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> DeviceOutput:
+        """Write `tokens` [1, n] at `starts`[0]..+n of row `first`; the output has n rows."""
+        rows, length = len(tokens), len(tokens[0])
+        check_room(self, first + rows - 1, starts[0] + length - 1)
+        if rows != 1 or not 1 <= length <= MOST_VERIFIED:
+            raise BackendError(
+                f"{length} tokens are to be verified in one step of {rows} rows: ONNX Runtime takes up to "
+                f"{MOST_VERIFIED} tokens of one row"
+            )
+        begin = perf_counter()
+        self.drop()
+        self._prompt[:length] = tokens[0]
+
+        def run() -> None:
+            self._memory.copy(self._chunk.ids, address_of(self._prompt), length * TOKEN_BYTES)
+            self._run_row(first, length, length, starts[0] + length)
+
+        self._launched.launch(run, length, self._chunk.next_tokens)
+        chosen = self._launched.oldest()
+        self.model_seconds += perf_counter() - begin
+        return DeviceOutput(chosen, self._logits, self._chunk.logits)
+
+    def clear(self, row: int) -> None:
+        """Nothing to do: the operators read no position after a row's end (on an H200 with a cache full of NaN)."""
+
+    def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
+        """Nothing to do: every row takes the likeliest token."""
+
+    def can_launch(self, rows: int) -> bool:
+        """Whether one more step of the first `rows` rows may be launched, and stays inside the cache."""
+        return not self._launched.full and max(self._lengths[:rows]) < self.max_seq
+
+    def launch(self, rows: int) -> None:
+        """Launch a step of the first `rows` rows, each fed with the token chosen last, after what was launched."""
+        check_room(self, rows - 1, max(self._lengths[:rows]))
+        self._launch(rows)
+
+    def tokens(self) -> list[int]:
+        """Wait for the oldest launched step; the token chosen in each of its rows, -1 where it cannot be chosen."""
+        begin = perf_counter()
+        chosen = self._launched.oldest()
+        self.model_seconds += perf_counter() - begin
+        return chosen
+
+    def drop(self) -> None:
+        """Wait for everything launched, and forget the tokens that nobody asked for."""
+        self._launched.drop()
+
+    def end_profiling(self) -> Path:
+        """The file in which ONNX Runtime has timed every operator, complete from now on."""
+        return Path(self._session.end_profiling())
+
+    def close(self) -> None:
+        """Free the session, the cache and every buffer; a second call does nothing."""
+        self._steps.clear()
+        self._row_bindings.clear()
+        self._session = None
+        self._closing.close()
+
+    def _feed(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
+        """Have the next step read these tokens at these positions, in place of its own choice."""
+        rows = len(tokens)
+        self._fed_tokens[:rows], self._fed_lengths[:rows] = tokens, positions
+        self._lengths[:rows] = positions
+        self._memory.copy(self._batch.ids, address_of(self._fed_tokens), rows * TOKEN_BYTES)
+        self._memory.copy(self._batch.lengths, address_of(self._fed_lengths), rows * LENGTH_BYTES)
+
+    def _launch(self, rows: int) -> None:
+        step = self._steps.get(rows) or self._new_step(rows)
+        if not step.is_captured and self._captures:
+            self._capture(step, rows)
+        longest = max(self._lengths[:rows])
+        for row in range(rows):
+            self._lengths[row] += 1
+        self._launched.launch(lambda: self._run_step(step, longest), rows, self._batch.next_tokens)
+
+    def _run_step(self, step: _Step, longest: int) -> None:
+        if step.is_captured:
+            self._run(step.binding, step.captured)
+        else:
+            self._any_length[0] = longest + 1
+            self._run(step.binding, self._uncaptured)
+
+    def _new_step(self, rows: int) -> _Step:
+        binding = self._session.io_binding()
+        self._bind_cache(binding, 0, rows)
+        self._bind(binding, self._batch, (rows, 1), 1, self._any_length)
+        step = self._steps[rows] = _Step(binding, self._run_options(rows))
+        return step
+
+    def _capture(self, step: _Step, rows: int) -> None:
+        """Make the CUDA graph of a step: what it runs for that is taken back.
+
+        It writes the positions that come next in each row, which the step itself writes again; where a row has no room
+        for so many the capture is put off.
+        """
+        if max(self._lengths[:rows]) + _RUNS_TO_CAPTURE > self.max_seq:
+            return
+        self._any_length[0] = self._cache.row_shape[1]
+        copy, batch, tokens = self._memory.copy, self._batch, rows * TOKEN_BYTES
+        copy(self._saved, batch.ids, tokens)
+        copy(self._saved + tokens, batch.lengths, rows * LENGTH_BYTES)
+        try:
+            self._run(step.binding, step.captured)
+            step.is_captured = True
+        except BackendError as error:
+            self._captures, self.note = False, f"decode steps run without CUDA graphs: {error}"
+        copy(batch.ids, self._saved, tokens)
+        copy(batch.lengths, self._saved + tokens, rows * LENGTH_BYTES)
+
+    def _run(self, binding: Any, options: Any) -> None:
+        try:
+            self._session.run_with_iobinding(binding, options)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}") from error
+
+    def _run_options(self, graph: int) -> Any:
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
+
+    def _bind_cache(self, binding: Any, first: int, rows: int) -> None:
+        """Past and present are the same memory: rows first..first+rows of the cache."""
+        shape, kind = [rows, *self._cache.row_shape], ONNX_TYPES[self._kind]
+        for past, present, address in self._cache.rows_from(first):
+            binding.bind_input(past, "cuda", 0, kind, shape, address)
+            binding.bind_output(present, "cuda", 0, kind, shape, address)
+
+    def _bind(
+        self, binding: Any, tensors: _Tensors, shape: tuple[int, int], kept: int, longest: np.ndarray[Any, Any]
+    ) -> None:
+        """Bind the buffers' beginnings for [rows, length] tokens with logits for the last `kept` of each row."""
+        rows, where, of = shape[0], "cuda", ONNX_TYPES
+        skipped = self._kept + (MOST_VERIFIED - kept) * TOKEN_BYTES
+        binding.bind_input("input_ids", where, 0, of["int64"], list(shape), tensors.ids)
+        binding.bind_input("seqlens_k", where, 0, of["int32"], [rows], tensors.lengths)
+        binding.bind_input("total_sequence_length", "cpu", 0, of["int32"], [], longest.ctypes.data)
+        binding.bind_input(LOGITS_TO_KEEP, where, 0, of["int64"], [kept], skipped)
+        binding.bind_output("logits", where, 0, of[self._kind], [rows, kept, self.vocab_size], tensors.logits)
+        binding.bind_output(NEXT_TOKENS, where, 0, of["int64"], [rows, kept], tensors.next_tokens)
+        binding.bind_output(NEXT_SEQLENS, where, 0, of["int32"], [rows], tensors.next_lengths)
+
+
+def open_cuda(
+    ort: Any,
+    bundle: Bundle,
+    *,
+    max_seq: int,
+    max_batch: int,
+    prefill_chunk: int | None,
+    profile_prefix: Path | None = None,
+) -> OrtCudaBackend:
+    """The backend on the first GPU. Raises BackendError where there is none, or the provider does not start."""
+    load_cuda(ort)
+    device = CudaDevice(CudaRuntime())
+    return OrtCudaBackend(
+        ort,
+        bundle,
+        device,
+        max_seq=max_seq,
+        max_batch=max_batch,
+        prefill_chunk=prefill_chunk,
+        profile_prefix=profile_prefix,
+    )
+
+
+def load_cuda(ort: Any) -> None:
+    """Load CUDA's libraries, from where pip puts them too. ONNX Runtime prints what it does not find."""
+    with redirect_stdout(io.StringIO()):
+        ort.preload_dlls(cudnn=False)
+
+
+def _open(ort: Any, graph: Path, stream: int, captures: bool, profile_prefix: Path | None) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # the GPU computes
+    options.log_severity_level = 3
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
+    for key, value in SESSION_SETTINGS.items():
+        options.add_session_config_entry(key, value)
+    settings = {
+        "user_compute_stream": str(stream),
+        "enable_cuda_graph": str(int(captures)),
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    try:
+        session = ort.InferenceSession(str(graph), options, providers=[(PROVIDER, settings)])
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error
+    if session.get_providers()[0] != PROVIDER:
+        raise BackendError(f"{PROVIDER} did not start on this machine; see `starling doctor`")
+    return session

@@ -1,0 +1,122 @@
+"""Open a bundle on a backend: by name, or on the best one that runs it here."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from starling.engine.backends.backend import CUDA, PREFILL_CHUNK, Backend, default_threads
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.errors import BackendError, PlanError, UserError, did_you_mean
+from starling.engine.names import BACKENDS
+
+
+class Room(TypedDict):
+    """Sizes that a backend is opened with."""
+
+    max_seq: int
+    max_batch: int
+    prefill_chunk: int | None
+
+
+def open_backend(
+    bundle: Bundle,
+    *,
+    name: str = "auto",
+    engine: str | None = None,
+    max_seq: int,
+    max_batch: int = 1,
+    threads: int | None = None,
+    prefill_chunk: int | None = None,
+) -> Backend:
+    """Load `bundle` on the backend called `name`, one of BACKENDS.
+
+    "auto" takes TensorRT for a bundle of that dialect where there are a GPU and a fitting engine; else, as
+    "onnxruntime" does, CUDA where it is installed and can run the bundle, else the CPU. `engine` names the TensorRT
+    engine to take. `threads` is for the CPU (default: physical cores of this process); `prefill_chunk` is how many
+    tokens one run prefills at most (default: PREFILL_CHUNK on the CPU, 2,048 on CUDA, the engine's most on TensorRT).
+
+    Raises BackendError when the backend is unknown, not installed, or cannot run the bundle on this machine, PlanError
+    where no engine fits, UserError for a size below 1.
+    """
+    if name not in BACKENDS:
+        raise BackendError(
+            f"unknown backend {name!r}{did_you_mean(name, BACKENDS)}; choose one of {', '.join(BACKENDS)}"
+        )
+    sizes = {"max_seq": max_seq, "max_batch": max_batch, "threads": threads, "prefill_chunk": prefill_chunk}
+    if any(size is not None and size < 1 for size in sizes.values()):
+        raise UserError(f"{', '.join(f'{key}={size}' for key, size in sizes.items())}: each must be at least 1")
+    room = Room(max_seq=max_seq, max_batch=max_batch, prefill_chunk=prefill_chunk)
+    backend = _open(bundle, name, engine, threads or default_threads(), room)
+    if threads is not None and backend.provider != "CPUExecutionProvider":
+        backend.note = f"threads={threads} changes nothing: they are the CPU's, and {backend.provider} runs the bundle"
+    return backend
+
+
+def _open(bundle: Bundle, name: str, engine: str | None, threads: int, room: Room) -> Backend:
+    if name.startswith("tensorrt"):
+        return _open_tensorrt(bundle, name, engine, room)
+    note = None
+    if name == "auto" and bundle.dialect == "tensorrt":
+        try:
+            return _open_tensorrt(bundle, None, engine, room)
+        except (BackendError, PlanError) as error:
+            if engine is not None:
+                raise
+            note = f"ONNX Runtime runs the bundle's reference graph, since TensorRT cannot run here: {error}"
+    elif engine is not None:
+        raise UserError(_why_no_engine(bundle, name, engine))
+    return _open_onnxruntime(bundle, name, threads, note, room)
+
+
+def _why_no_engine(bundle: Bundle, name: str, engine: str) -> str:
+    what = f"engine {engine!r} is named, which {name} does not run"
+    if bundle.dialect != "tensorrt":
+        return f"{what} for a bundle of dialect {bundle.dialect}: leave it out, or export with --dialect tensorrt"
+    return f"{what} here: use --backend tensorrt-rtx"
+
+
+def _open_tensorrt(bundle: Bundle, runtime: str | None, engine: str | None, room: Room) -> Backend:
+    from starling.engine.backends.tensorrt.run.open_tensorrt import (
+        open_tensorrt,  # as below: only who uses it needs it installed
+    )
+
+    return open_tensorrt(bundle, runtime, engine=engine, **room)
+
+
+def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None, room: Room) -> Backend:
+    from starling.engine.backends.onnxruntime.onnxruntime_backend import (
+        OrtBackend,
+        check_runs_on_cpu,
+        import_onnxruntime,
+        why_not_on_cuda,
+    )
+
+    ort = import_onnxruntime()
+    if name == "onnxruntime-cuda":
+        if (reason := why_not_on_cuda(ort, bundle)) is not None:
+            raise BackendError(reason)
+        return _open_cuda(ort, bundle, room)
+    if name != "onnxruntime-cpu" and CUDA in ort.get_available_providers():
+        reason = why_not_on_cuda(ort, bundle)
+        try:
+            if reason is None:
+                return _open_cuda(ort, bundle, room)
+        except BackendError as error:
+            reason = str(error)
+        note = note or f"the CPU runs the bundle, since CUDA cannot run here: {reason}"
+    check_runs_on_cpu(bundle)
+    backend = OrtBackend(
+        bundle,
+        threads=threads,
+        max_seq=room["max_seq"],
+        max_batch=room["max_batch"],
+        prefill_chunk=room["prefill_chunk"] or PREFILL_CHUNK,
+    )
+    backend.note = note
+    return backend
+
+
+def _open_cuda(ort: Any, bundle: Bundle, room: Room) -> Backend:
+    from starling.engine.backends.onnxruntime.onnxruntime_cuda import open_cuda
+
+    return open_cuda(ort, bundle, **room)

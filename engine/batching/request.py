@@ -1,0 +1,113 @@
+"""One request: what the scheduler knows of it, and the handle of the caller who submitted it to a serving loop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from math import inf
+from uuid import uuid4
+
+from starling.engine.batching.chunk_queue import Mailbox
+from starling.engine.errors import DeadlineExceeded, RequestFailed
+from starling.engine.generation.prompt_lookup import PromptLookup
+from starling.engine.generation.results import GenerationChunk, GenerationResult
+from starling.engine.generation.sequence import GenerationSequence
+
+NEVER = inf
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A sequence on its way through the scheduler. Times are of the scheduler's clock, in seconds."""
+
+    sequence: GenerationSequence
+    #: When the caller came with it.
+    submitted: float
+    #: Where a serving loop puts its chunks.
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    deadline: float = NEVER
+    id: str = field(default_factory=lambda: uuid4().hex)
+    #: Set by any thread; the scheduler looks at it before each step.
+    cancelled: bool = False
+    #: Row of the cache; -1 while it waits, and when it has ended.
+    row: int = -1
+    #: Prompt tokens that the row holds.
+    written: int = 0
+    #: Where its drafts come from, once it decodes; None: it has none. `draft` is the newest, [] where none is known.
+    lookup: PromptLookup | None = None
+    draft: list[int] = field(default_factory=list)
+    #: When its newest token was there, and the backend's model seconds then.
+    newest: float = 0.0
+    newest_model_s: float = 0.0
+    error: RequestFailed | None = None
+
+
+class RequestHandle(Iterator[GenerationChunk]):
+    """What `ServingLoop.submit` returns: the chunks as they come, the result, and the way to cancel. Thread-safe.
+
+    The chunks have one reader: iterate, or `chunks` in asyncio, or the `on_chunk` of `submit`.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.id = request.id
+
+    def cancel(self) -> None:
+        """End the request within one step, as "cancelled". Nothing happens when it has ended already."""
+        self._request.cancelled = True
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended, one way or another."""
+        return self._request.mailbox.complete
+
+    def __iter__(self) -> RequestHandle:
+        return self
+
+    def __next__(self) -> GenerationChunk:
+        """The next chunk, waited for; the last one has finish_reason and timings. Raises RequestFailed."""
+        chunk = self._request.mailbox.take()
+        if chunk is None:
+            raise StopIteration
+        self._raise_failure(chunk)
+        return chunk
+
+    async def chunks(self) -> AsyncIterator[GenerationChunk]:
+        """The chunks, for asyncio. Whoever stops reading before the end, or is cancelled, cancels the request.
+
+        Raises RequestFailed where the request failed.
+        """
+        try:
+            async for chunk in self._request.mailbox.chunks():
+                self._raise_failure(chunk)
+                yield chunk
+        finally:
+            if not self.done:
+                self.cancel()
+
+    def result(self, timeout_s: float | None = None) -> GenerationResult:
+        """The whole generation, waited for; one that was cancelled has the text until then.
+
+        Raises RequestFailed, DeadlineExceeded where its deadline passed, TimeoutError where waiting took longer than
+        `timeout_s`. `partial` is the generation in those cases too.
+        """
+        if not self._request.mailbox.wait(timeout_s):
+            raise TimeoutError(f"request {self.id} has not ended within {timeout_s} s: wait longer, or cancel it")
+        if self._request.error is not None:
+            raise self._request.error
+        result = self.partial
+        if result.finish_reason == "deadline":
+            raise DeadlineExceeded(
+                f"request {self.id}: its deadline passed after {len(result.tokens)} token(s); "
+                "give it more time, or ask for fewer tokens"
+            )
+        return result
+
+    @property
+    def partial(self) -> GenerationResult:
+        """The generation so far, however it goes on or ended; "interrupted" while it has not ended."""
+        return self._request.sequence.result()
+
+    def _raise_failure(self, chunk: GenerationChunk) -> None:
+        if chunk.finish_reason == "failed" and self._request.error is not None:
+            raise self._request.error

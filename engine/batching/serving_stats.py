@@ -1,0 +1,124 @@
+"""What a serving loop has done and is doing, counted such that the figures always come out even."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from threading import Lock
+from types import MappingProxyType
+from typing import Protocol
+
+from starling.engine.generation.results import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class ServingStats:
+    """One moment of a serving loop. submitted = waiting + running + the sum of `ended`."""
+
+    #: Rows of the KV cache.
+    slots: int
+    #: Requests that have a row: prefilling or decoding.
+    running: int
+    #: Requests that wait for a row.
+    waiting: int
+    #: Requests accepted since the start.
+    submitted: int
+    #: Requests refused since the start, because too many waited.
+    refused: int
+    #: Ended requests by finish reason.
+    ended: Mapping[FinishReason, int]
+    #: Prompt tokens prefilled, and tokens generated, those of requests that were ended early too.
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class Counters(Protocol):
+    """What a scheduler counts."""
+
+    def admit(self) -> None:
+        """A waiting request got a row."""
+
+    def leave(self, reason: FinishReason, *, running: bool) -> None:
+        """A request that was running, or waiting, has ended."""
+
+    def count_prompt(self, tokens: int) -> None:
+        """Tokens that were prefilled."""
+
+    def count_token(self) -> None:
+        """A token was generated."""
+
+
+class Uncounted:
+    """Counts nothing: for a single call's own scheduler."""
+
+    def admit(self) -> None:
+        """Nothing to count."""
+
+    def leave(self, reason: FinishReason, *, running: bool) -> None:
+        """Nothing to count."""
+
+    def count_prompt(self, tokens: int) -> None:
+        """Nothing to count."""
+
+    def count_token(self) -> None:
+        """Nothing to count."""
+
+
+class ServingCounters:
+    """Thread-safe counters behind `ServingStats`."""
+
+    def __init__(self, slots: int, queue_limit: int) -> None:
+        self._slots, self._queue_limit = slots, queue_limit
+        self._lock = Lock()
+        self._running = self._waiting = self._submitted = self._refused = 0
+        self._ended: Counter[FinishReason] = Counter()
+        self._prompt_tokens = self._generated_tokens = 0
+
+    def enter(self) -> bool:
+        """Count a request as waiting; False, and counted as refused, where the queue is full."""
+        with self._lock:
+            accepted = self._running + self._waiting < self._slots + self._queue_limit
+            if accepted:
+                self._submitted += 1
+                self._waiting += 1
+            else:
+                self._refused += 1
+            return accepted
+
+    def admit(self) -> None:
+        """A waiting request got a row."""
+        with self._lock:
+            self._waiting -= 1
+            self._running += 1
+
+    def leave(self, reason: FinishReason, *, running: bool) -> None:
+        """A request that was running, or waiting, has ended."""
+        with self._lock:
+            self._running -= running
+            self._waiting -= not running
+            self._ended[reason] += 1
+
+    def count_prompt(self, tokens: int) -> None:
+        """Tokens that were prefilled."""
+        with self._lock:
+            self._prompt_tokens += tokens
+
+    def count_token(self) -> None:
+        """A token was generated."""
+        with self._lock:
+            self._generated_tokens += 1
+
+    def snapshot(self) -> ServingStats:
+        """The figures at this moment."""
+        with self._lock:
+            return ServingStats(
+                slots=self._slots,
+                running=self._running,
+                waiting=self._waiting,
+                submitted=self._submitted,
+                refused=self._refused,
+                ended=MappingProxyType(dict(self._ended)),
+                prompt_tokens=self._prompt_tokens,
+                generated_tokens=self._generated_tokens,
+            )

@@ -1,0 +1,1 @@
+"""A bundle: the folder that an export writes and the engine runs."""

@@ -1,0 +1,285 @@
+"""A bundle: the folder that `starling export` writes and the engine runs, and the typed view of its `bundle.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any, cast
+
+from starling.engine.bundle.json_fields import JsonFields
+from starling.engine.errors import BundleError
+from starling.engine.names import DIALECTS, DTYPES, Dialect, DType
+
+FORMAT = "starling-bundle"
+FORMAT_VERSION = 1
+#: Files up to this size are hashed at every open: the graph and the tokenizer cost milliseconds, the weights seconds.
+ALWAYS_HASHED_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Shape of the decoder.
+
+    `sliding_window` is the checkpoint's own, in tokens (None: it has none); `max_positions` the longest sequence that
+    the rotary tables cover; `parameters` counts tied weights once.
+    """
+
+    model_type: str
+    class_name: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+    max_positions: int
+    parameters: int
+    tied_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How weights, and in some schemes activations, are quantized.
+
+    `block_size` weights along the input axis share a scale (None: all of an output channel); `accuracy_level` is
+    MatMulNBits' own. `smoothing` is SmoothQuant's alpha; `kept` names projections that stay in the bundle's dtype.
+    """
+
+    scheme: str
+    block_size: int | None
+    symmetric: bool
+    accuracy_level: int | None
+    smoothing: float | None = None
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output of the graph. A `str` in `shape` is a symbolic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The ONNX file that the backend loads, and its inputs and outputs in order."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """`bytes_per_token` counts keys and values of every layer for one position of one row."""
+
+    dtype: str
+    bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """`bytes_per_token` is what one decoded token reads: the embedding table counts only when lm_head shares it."""
+
+    bytes: int
+    bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Token ids. Generation ends at any of `eos`."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What a file of the bundle must be: its size in bytes and its SHA-256 in hex."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Typed view of a bundle folder. `raw` is bundle.json as it was read; `parity` what the export measured.
+
+    `reference_graph` is a second file with the same nodes, in which operators of the dialect's own have a meaning;
+    `kernel_graph` one over the same weights for `starling.engine.kernels`, `cuda_graph` one for decode steps that stay
+    on a GPU. None: there is none.
+    """
+
+    folder: Path
+    source: Mapping[str, str]
+    architecture: Architecture
+    dialect: Dialect
+    dtype: DType
+    quantization: Quantization | None
+    graph: Graph
+    reference_graph: str | None
+    kernel_graph: str | None
+    cuda_graph: str | None
+    kv_cache: KVCache
+    weights: Weights
+    tokens: SpecialTokens
+    generation: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    parity: Mapping[str, Any] | None
+    raw: Mapping[str, Any]
+
+    @staticmethod
+    def open(folder: str | Path, *, verify: bool = False) -> Bundle:
+        """Read and check the bundle in `folder`.
+
+        Every file's size is checked, and the SHA-256 of files up to 64 MiB; `verify` hashes the larger ones too.
+        Raises BundleError when the folder is no bundle, a file is missing, truncated or altered, or the format newer.
+        """
+        path = Path(folder)
+        bundle = _parse(path, _read_json(path))
+        for name, record in bundle.files.items():
+            _check_file(path / name, record, hashed=verify or record.bytes <= ALWAYS_HASHED_BYTES)
+        return bundle
+
+    @property
+    def graph_path(self) -> Path:
+        """The ONNX file that the dialect's own runtime loads."""
+        return self.folder / self.graph.file
+
+    @property
+    def reference_path(self) -> Path:
+        """The ONNX file that any reader of the standard can run."""
+        return self.folder / (self.reference_graph or self.graph.file)
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise BundleError(f"{folder}: no such folder; make a bundle with: starling export MODEL {quote(str(folder))}")
+    if not (folder / "bundle.json").is_file():
+        raise BundleError(f"{folder} is not a bundle (no bundle.json); make one with: starling export MODEL OUT")
+    try:
+        raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{folder}/bundle.json is not JSON ({error}); export the model again") from error
+    except OSError as error:
+        raise BundleError(f"{folder}/bundle.json cannot be read ({error.strerror}); check its permissions") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise BundleError(f'{folder}/bundle.json does not say "format": "{FORMAT}"; export the model again')
+    version = raw.get("format_version")
+    if type(version) is not int or version < 1:
+        raise BundleError(f"{folder}/bundle.json has format_version {version!r}, not a number; export the model again")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} is a bundle of format {version}, this Starling reads up to {FORMAT_VERSION}: upgrade Starling"
+        )
+    return raw
+
+
+def _check_file(path: Path, record: FileRecord, *, hashed: bool) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path} is missing from the bundle; copy the bundle again or export it again")
+    size = path.stat().st_size
+    if size != record.bytes:
+        what = "truncated" if size < record.bytes else "altered"
+        raise BundleError(
+            f"{path} is {what}: {size:,} bytes where bundle.json says {record.bytes:,}; "
+            "copy the bundle again or export it again"
+        )
+    if hashed:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != record.sha256:
+            raise BundleError(
+                f"{path} is altered: SHA-256 {digest[:12]}… where bundle.json says {record.sha256[:12]}…; "
+                "copy the bundle again or export it again"
+            )
+
+
+def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
+    top = JsonFields(f"{folder}/bundle.json", raw)
+    kv, weights = top.inside("kv_cache"), top.inside("weights")
+    graph, files = _graph(top.inside("graph")), _files(top.inside("files"))
+    others = {field: top.optional(field, str) for field in ("reference_graph", "kernel_graph", "cuda_graph")}
+    for field, file in {"graph.file": graph.file, **others}.items():
+        if file is not None and file not in files:
+            raise top.bad(field, file, "one of the files that bundle.json lists")
+    return Bundle(
+        folder=folder,
+        source=top.mapping("source"),
+        architecture=_architecture(top.inside("architecture")),
+        dialect=cast(Dialect, top.choice("dialect", DIALECTS)),
+        dtype=cast(DType, top.choice("dtype", DTYPES)),
+        quantization=_quantization(top.inside("quantization")) if raw.get("quantization") is not None else None,
+        graph=graph,
+        **others,
+        kv_cache=KVCache(kv.choice("dtype", ("float32", "float16", "bfloat16")), kv.get("bytes_per_token", int)),
+        weights=Weights(weights.get("bytes", int), weights.get("bytes_per_token", int)),
+        tokens=_tokens(top.inside("tokens")),
+        generation=top.mapping("generation"),
+        files=files,
+        parity=top.mapping("parity") or None,
+        raw=raw,
+    )
+
+
+def _architecture(fields: JsonFields) -> Architecture:
+    counts = {
+        name: fields.get(name, int)
+        for name in ("vocab_size", "hidden_size", "layers", "query_heads", "kv_heads", "head_dim", "max_positions")
+    }
+    return Architecture(
+        model_type=fields.get("model_type", str),
+        class_name=fields.get("class", str),
+        sliding_window=fields.optional("sliding_window", int),
+        parameters=fields.get("parameters", int),
+        tied_embeddings=fields.get("tied_embeddings", bool),
+        **counts,
+    )
+
+
+def _quantization(fields: JsonFields) -> Quantization:
+    return Quantization(
+        fields.get("scheme", str),
+        fields.optional("block_size", int),
+        fields.get("symmetric", bool),
+        fields.optional("accuracy_level", int),
+        fields.optional("smoothing", float),
+        tuple(fields.optional("kept", list) or ()),
+    )
+
+
+def _graph(fields: JsonFields) -> Graph:
+    return Graph(
+        fields.get("file", str),
+        tuple(_tensor(item) for item in fields.items("inputs")),
+        tuple(_tensor(item) for item in fields.items("outputs")),
+    )
+
+
+def _tensor(fields: JsonFields) -> TensorSpec:
+    return TensorSpec(fields.get("name", str), fields.get("dtype", str), tuple(fields.get("shape", list)))
+
+
+def _tokens(fields: JsonFields) -> SpecialTokens:
+    eos = fields.get("eos", list)
+    if not all(type(token) is int and token >= 0 for token in eos):
+        raise fields.bad("tokens.eos", eos, "a list of token ids")
+    return SpecialTokens(fields.optional("bos", int), tuple(eos), fields.optional("pad", int))
+
+
+def _files(fields: JsonFields) -> dict[str, FileRecord]:
+    records = {}
+    for name in fields.value:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise fields.bad("files", name, "a name inside the bundle")
+        entry = fields.inside(name)
+        records[name] = FileRecord(entry.get("bytes", int), entry.get("sha256", str))
+    return records

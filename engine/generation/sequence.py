@@ -1,0 +1,200 @@
+"""One row of a generation: a prompt and its answer so far, and how a token is taken into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from starling.engine.backends.backend import GREEDY, DeviceChoice
+from starling.engine.backends.logits import Logits
+from starling.engine.generation.results import FinishReason, GenerationChunk, GenerationResult, Timings
+from starling.engine.generation.sampler import (
+    Sampler,
+    SamplingParams,
+    TokenLogprob,
+    device_choice,
+    logprobs,
+    make_sampler,
+)
+from starling.engine.text.detokenizer import Detokenizer
+from starling.engine.text.stop_strings import StopMatcher
+from starling.engine.text.tokenizer import Tokenizer
+
+_STOP: FinishReason = "stop"
+_LENGTH: FinishReason = "length"
+
+
+@dataclass(slots=True)
+class GenerationSequence:
+    """A prompt and its answer so far. Everything the loop changes about a row is here."""
+
+    prompt: tuple[int, ...]
+    #: Prompt tokens that the row's cache already holds, from its beginning.
+    reused: int
+    #: New tokens at most: max_tokens, or fewer where the cache ends.
+    limit: int
+    top_logprobs: int | None
+    stop_ids: frozenset[int]
+    #: None: the backend's choice is taken.
+    sample: Sampler | None
+    detokenizer: Detokenizer
+    #: None where there is no stop string.
+    stops: StopMatcher | None
+    #: Seconds that encoding the prompt took; part of the time to first token.
+    encode_s: float = 0.0
+    #: What a backend that chooses tokens itself is told; where `sample` is set its choice is not taken.
+    choice: DeviceChoice = GREEDY
+    #: The answer. A token belongs to it once it is in `tokens`, which comes last: of one that Ctrl-C fell into, `texts`
+    #: may already have the text.
+    tokens: list[int] = field(default_factory=list)
+    #: The text that became certain with each token.
+    texts: list[str] = field(default_factory=list)
+    #: Of each token, where they were asked for; else none.
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    #: True once the last chunk was handed out.
+    closed: bool = False
+    handed_out: int = 0
+    prefilled: bool = False
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    prefill_model_s: float = 0.0
+    itl_s: list[float] = field(default_factory=list)
+    host_s: list[float] = field(default_factory=list)
+    #: Tokens of drafts that were verified, and how many of them were taken.
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the host must see the logits: to draw a token, or to report log-probabilities."""
+        return self.sample is not None or self.top_logprobs is not None
+
+    def cached_ids(self) -> tuple[int, ...]:
+        """Ids that the row's cache surely holds. The newest token is not among them: decoding it writes it."""
+        if not self.prefilled:
+            return self.prompt[: self.reused]
+        return self.prompt + tuple(self.tokens[:-1])
+
+    def result(self) -> GenerationResult:
+        """The answer so far; "interrupted" where it had not come to its end."""
+        count = len(self.tokens)
+        return GenerationResult(
+            text="".join(self.texts[:count]),
+            tokens=tuple(self.tokens),
+            finish_reason=self.finish_reason or "interrupted",
+            logprobs=None if self.top_logprobs is None else tuple(self.logprobs[:count]),
+            prompt_tokens=self.prompt,
+            timings=self.timings(),
+        )
+
+    def timings(self) -> Timings:
+        """Timings so far."""
+        return Timings(
+            prompt_tokens=len(self.prompt),
+            new_tokens=len(self.tokens),
+            reused_tokens=self.reused,
+            ttft_s=self.ttft_s,
+            prefill_model_s=self.prefill_model_s,
+            itl_s=tuple(self.itl_s),
+            host_s=tuple(self.host_s),
+            queue_s=self.queue_s,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
+        )
+
+
+def make_sequence(
+    prompt: tuple[int, ...],
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    *,
+    eos: tuple[int, ...],
+    max_seq: int,
+    reused: int = 0,
+    encode_s: float = 0.0,
+    on_device: bool = False,
+) -> GenerationSequence:
+    """A sequence ready to run. Its last token needs no cache position: prompt and answer may be one token longer.
+
+    `on_device`: the backend draws tokens itself where it can, the same ones as the host.
+    """
+    drawn = device_choice(params) if on_device else None
+    return GenerationSequence(
+        prompt=prompt,
+        reused=reused,
+        limit=min(params.max_tokens, max_seq + 1 - len(prompt)),
+        top_logprobs=params.logprobs,
+        stop_ids=frozenset(params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos)),
+        sample=None if params.is_greedy or drawn is not None else make_sampler(params, prompt),
+        detokenizer=tokenizer.detokenizer(prompt),
+        stops=StopMatcher(params.stop) if params.stop else None,
+        encode_s=encode_s,
+        choice=drawn or GREEDY,
+    )
+
+
+def accept(sequence: GenerationSequence, token: int, logits: Logits | None) -> int:
+    """Take the backend's choice `token`, or choose one from logits [vocab]; see whether it ends the sequence.
+
+    Returns the token taken. `logits` may be None where the sequence needs none.
+    """
+    if logits is not None and sequence.needs_logits:
+        if sequence.sample is not None:
+            token = sequence.sample(logits)
+        if sequence.top_logprobs is not None:
+            sequence.logprobs.append(logprobs(logits, token, sequence.top_logprobs))
+    text, reason = "", None
+    if token in sequence.stop_ids:
+        reason = _STOP
+    else:
+        text = sequence.detokenizer.push(token)
+        if sequence.stops is not None:
+            text, stopped = sequence.stops.push(text)
+            reason = _STOP if stopped else None
+        if reason is None and len(sequence.tokens) + 1 >= sequence.limit:
+            reason = _LENGTH
+    if reason is not None:
+        text, reason = _with_held_back(sequence, text, reason)
+    sequence.texts.append(text)
+    sequence.tokens.append(token)
+    sequence.finish_reason = reason
+    return token
+
+
+def _with_held_back(sequence: GenerationSequence, text: str, reason: FinishReason) -> tuple[str, FinishReason]:
+    """The text with what detokenizer and stop matcher still held; it may itself complete a stop string."""
+    tail = sequence.detokenizer.flush()
+    if sequence.stops is None:
+        return text + tail, reason
+    tail, stopped = sequence.stops.push(tail)
+    return text + tail + sequence.stops.flush(), _STOP if stopped else reason
+
+
+def next_chunk(sequence: GenerationSequence) -> GenerationChunk:
+    """The newest token as a chunk; the last one carries the reason and the timings."""
+    sequence.handed_out = len(sequence.tokens)
+    logprob = None if sequence.top_logprobs is None else sequence.logprobs[-1]
+    if sequence.finish_reason is None:
+        return GenerationChunk(sequence.texts[-1], sequence.tokens[-1], logprob)
+    sequence.closed = True
+    timings = sequence.timings()
+    return GenerationChunk(sequence.texts[-1], sequence.tokens[-1], logprob, sequence.finish_reason, timings)
+
+
+def interrupted_chunk(sequence: GenerationSequence, reason: FinishReason = "interrupted") -> GenerationChunk:
+    """The last chunk of a row that is ended early: text that was held back or not handed out yet."""
+    text = "".join(sequence.texts[sequence.handed_out : len(sequence.tokens)])
+    text += interrupt(sequence, reason)
+    sequence.closed = True
+    return GenerationChunk(text, None, None, sequence.finish_reason, sequence.timings())
+
+
+def interrupt(sequence: GenerationSequence, reason: FinishReason = "interrupted") -> str:
+    """End an unfinished sequence where it is; returns the text that was held back, now part of its newest token's."""
+    if sequence.finish_reason is not None:
+        return ""
+    tail, sequence.finish_reason = _with_held_back(sequence, "", reason)
+    if not sequence.tokens:
+        return ""
+    sequence.texts[len(sequence.tokens) - 1] += tail
+    return tail

@@ -1,0 +1,52 @@
+// The operator starling::GroupQueryAttention: com.microsoft's, for float32 and a cache that is past and present in one.
+#pragma once
+
+#include <array>
+
+#include "attention/attention_kernels.h"
+#include "operators/op.h"
+
+namespace starling {
+
+// Rotates queries and keys, writes keys and values at the new positions of the cache, and attends. Attributes:
+// num_heads, kv_num_heads, scale, local_window_size (-1: none), do_rotary, rotary_interleaved, and reduced_precision: 1
+// allows products of bfloat16.
+class GroupQueryAttention {
+ public:
+  static constexpr const char* name = "GroupQueryAttention";
+  // query [batch, sequence, heads * head_dim], or query, key and value side by side in it; key and value
+  // [batch, sequence, kv_heads * head_dim]; past_key and past_value [batch, kv_heads, positions, head_dim];
+  // seqlens_k [batch]: valid positions after the step, minus 1; total_sequence_length (not used); cos and sin
+  // [positions, rotated / 2].
+  static constexpr std::array<InputSpec, 9> inputs = {{{ort::kFloat},
+                                                       {ort::kFloat, true},
+                                                       {ort::kFloat, true},
+                                                       {ort::kFloat},
+                                                       {ort::kFloat},
+                                                       {ort::kInt32},
+                                                       {ort::kInt32},
+                                                       {ort::kFloat, true},
+                                                       {ort::kFloat, true}}};
+  // output [batch, sequence, heads * head_dim]; present_key and present_value: the memory of past_key and past_value.
+  static constexpr size_t outputs = 3;
+
+  explicit GroupQueryAttention(const NodeInfo& node);
+  void compute(const Call& call) const;
+
+ private:
+  struct Step;
+
+  void write_token(const Step& step, size_t token) const;
+  void attend_tile(const Step& step, size_t task) const;
+  void attend_split(const Call& call, const Step& step) const;
+  AttentionRows rows_of(const Step& step, int row, int head, int token, int tokens) const;
+  void write_result(const Step& step, const AttentionRows& rows, const Partial& sums, int row, int head,
+                    int token) const;
+
+  int heads_, kv_heads_, window_;
+  float scale_;
+  bool rotates_, interleaved_;
+  const AttentionKernels* kernels_;
+};
+
+}  // namespace starling

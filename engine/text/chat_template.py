@@ -1,0 +1,233 @@
+"""Chat messages to token ids by the checkpoint's own Jinja template, safe against special tokens in user text.
+
+What a message says is plain text: a literal `<|end_of_turn|>` in it never becomes that token. For messages without
+such literals the ids are those of transformers' `apply_chat_template(tokenize=True)`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from starling.engine.errors import BundleError, PromptError
+from starling.engine.text.tokenizer import Literals, Tokenizer, literal_pattern, read_json_object
+
+DEFAULT = "default"
+# What a template may raise on messages that it was not written for.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+
+
+class ChatTemplates:
+    """The chat templates of a bundle, by name; the one used without a name is called `default`."""
+
+    def __init__(self, sources: Mapping[str, str]) -> None:
+        """Compile the Jinja sources. Raises BundleError for one that is not Jinja."""
+        self._sources = dict(sources)
+        self._templates = {name: _compile(name, source) for name, source in sources.items()}
+
+    @classmethod
+    def load(cls, folder: Path) -> "ChatTemplates":
+        """Read chat_template.jinja and additional_chat_templates/NAME.jinja, which go before tokenizer_config.json.
+
+        A bundle without any is no error until one is used. Raises BundleError where a file cannot be read.
+        """
+        files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+        if (folder / "chat_template.jinja").exists():
+            files[DEFAULT] = folder / "chat_template.jinja"
+        inline = _from_config(folder / "tokenizer_config.json")
+        return cls(inline | {name: _read(path) for name, path in files.items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The known names, `default` first where there is one."""
+        return tuple(sorted(self._sources, key=lambda name: (name != DEFAULT, name)))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        name: str | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The chat as one text, for reading: unlike `encode`, it cannot tell a literal from a special token.
+
+        Raises PromptError as `encode` does.
+        """
+        literals, text = self._render_hidden(messages, tokenizer, name, add_generation_prompt, variables)
+        return literals.reveal(text)
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        name: str | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a chat, BOS and the like only where the template writes them.
+
+        Each message has a `role` and a `content`, both strings; `variables` go to the template. Raises PromptError for
+        messages of another form, an unknown template name, a bundle without a template, and what the template refuses.
+        """
+        literals, text = self._render_hidden(messages, tokenizer, name, add_generation_prompt, variables)
+        return tokenizer.encode_with_literals(text, literals)
+
+    def _render_hidden(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        name: str | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> tuple[Literals, str]:
+        name = self._resolve(name)
+        _check_messages(messages)
+        source = self._sources[name]
+        literals = Literals([source, *tokenizer.added_tokens.values(), *_strings([messages, variables])])
+        from_user, from_model = _protected(tokenizer, source)
+        hidden = [
+            _hide(message, literals, from_model if message["role"] == "assistant" else from_user)
+            for message in messages
+        ]
+        scope = {"tools": None, "documents": None, **tokenizer.special_tokens, **_hide(variables, literals, from_user)}
+        try:
+            text = self._templates[name].render(scope, messages=hidden, add_generation_prompt=add_generation_prompt)
+        except TEMPLATE_ERRORS as error:
+            reason = literals.reveal(" ".join(str(error).split()))
+            raise PromptError(f"the chat template {name!r} refuses these messages: {reason}") from error
+        return literals, text
+
+    def _resolve(self, name: str | None) -> str:
+        if not self._sources:
+            raise PromptError("this bundle has no chat template: give the whole prompt as plain text instead")
+        wanted = DEFAULT if name is None else name
+        if wanted not in self._sources:
+            raise PromptError(f"there is no chat template {wanted!r}: choose one of {', '.join(self.names)}")
+        return wanted
+
+
+@lru_cache(maxsize=8)
+def _protected(tokenizer: Tokenizer, source: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What has to stay text in the words of users and tools, and in those of the model.
+
+    These are the special tokens, and for users also the other added tokens that the template writes, since some
+    checkpoints mark turns with them. In an answer those are the model's own: `</think>`, `<tool_call>`.
+    """
+    special = [text for token_id, text in tokenizer.added_tokens.items() if token_id in tokenizer.special_ids]
+    markers = [text for text in tokenizer.added_tokens.values() if text in source and not text.isspace()]
+    return literal_pattern({*special, *markers}), literal_pattern(special)
+
+
+def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    if isinstance(messages, str | Mapping) or not messages:
+        raise PromptError("there are no messages: give a list with at least one")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise PromptError(f"message {index} is a {type(message).__name__}: give a mapping of role and content")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise PromptError(f"message {index} has the {key} {message.get(key)!r}: give a string")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _hide(value: Any, literals: Literals, pattern: re.Pattern[str]) -> Any:
+    """A copy made of plain dicts, lists and scalars, which is all that a template, being foreign code, may see."""
+    if isinstance(value, str):
+        return literals.hide(value, pattern)
+    if isinstance(value, Mapping):
+        return {
+            literals.hide(str(key), pattern): _hide(item, literals, pattern)
+            for key, item in value.items()
+            if item is not None  # templates ask whether a key is there
+        }
+    if isinstance(value, list | tuple):
+        return [_hide(item, literals, pattern) for item in value]
+    if value is None or type(value) in (bool, int, float):
+        return value
+    raise PromptError(f"a chat template takes strings, numbers, lists and mappings, not a {type(value).__name__}")
+
+
+def _from_config(path: Path) -> dict[str, str]:
+    """The templates of tokenizer_config.json: a string, or a list of {"name", "template"}."""
+    found = read_json_object(path).get("chat_template")
+    if found is None:
+        return {}
+    try:
+        sources = {DEFAULT: found} if isinstance(found, str) else {item["name"]: item["template"] for item in found}
+    except (TypeError, KeyError):
+        sources = {}
+    if not sources or not all(isinstance(text, str) for pair in sources.items() for text in pair):
+        raise BundleError(f"{path} has a chat_template that is neither a text nor a list of named ones: export again")
+    return sources
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}: export the model again") from error
+
+
+def _compile(name: str, source: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise BundleError(f"chat template {name!r}, line {error.lineno}: {error.message}: mend the template") from error
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up for chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    return environment
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks what to train on; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Unlike Jinja's own filter it does not escape HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

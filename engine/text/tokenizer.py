@@ -1,0 +1,232 @@
+"""The bundle's tokenizer: text to token ids and back, with user text that can be kept free of special tokens."""
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from starling.engine.errors import BundleError, PromptError
+from starling.engine.text.detokenizer import Detokenizer, DetokenizerFactory
+
+# Unicode's private-use characters, 137,000 of them.
+PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+
+
+class Tokenizer:
+    """tokenizer.json, over the `tokenizers` library. All methods may be called from several threads at once."""
+
+    def __init__(self, core: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> None:
+        core.no_truncation()
+        core.no_padding()
+        added = core.get_added_tokens_decoder()
+        self._core = core
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_tokens: Mapping[str, str] = {
+            role: text for role, text in special_tokens.items() if core.token_to_id(text) is not None
+        }
+        self._detokenizers = DetokenizerFactory(core, self.special_ids)
+        self._special_pattern = literal_pattern(self._added[token_id] for token_id in self.special_ids)
+
+    @classmethod
+    def load(cls, folder: Path, vocab_size: int) -> "Tokenizer":
+        """Read tokenizer.json of a bundle, and the names of its special tokens from the two files beside it.
+
+        Raises BundleError where a file is missing or unreadable, or where a token's id is not below `vocab_size`:
+        the model's embedding has no row for it, and a GPU would read beyond the table.
+        """
+        path = folder / "tokenizer.json"
+        try:
+            core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BundleError(f"{path} is missing: export the model again") from None
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
+        except Exception as error:  # the library raises bare Exception for a bad file
+            raise BundleError(f"{path} is not a tokenizer.json: {_one_line(error)}: export the model again") from error
+        tokenizer = cls(core, _special_token_names(folder))
+        tokenizer._check_ids(path, vocab_size)
+        return tokenizer
+
+    def _check_ids(self, path: Path, vocab_size: int) -> None:
+        encoding = self._core.encode("")  # what the post-processor adds may stand in no vocabulary
+        vocab = self._core.get_vocab(with_added_tokens=True)
+        largest = max([*vocab.values(), *encoding.ids], default=0)
+        if largest >= vocab_size:
+            tokens = {**vocab, **dict(zip(encoding.tokens, encoding.ids, strict=True))}
+            token = next(token for token, token_id in tokens.items() if token_id == largest)
+            raise BundleError(
+                f"{path} has token {token!r} with id {largest}, but the model knows ids below {vocab_size}: "
+                "remove that token from the checkpoint's tokenizer and export again"
+            )
+
+    @property
+    def added_tokens(self) -> Mapping[int, str]:
+        """Id to text of every token that is cut out of the text before the model's own vocabulary is used."""
+        return self._added
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token's exact text, None where there is none."""
+        return self._core.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary's text of an id, with its markers for spaces and bytes; None where there is none."""
+        return self._core.id_to_token(token_id)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
+        """Ids of a text; with `add_special_tokens`, those that the checkpoint puts around it (BOS).
+
+        A special token spelt out in the text becomes its id, or with `allow_special=False` ids of plain text.
+        Raises PromptError where the text holds half a UTF-16 surrogate pair, as undecodable input bytes do.
+        """
+        if allow_special or not self._special_pattern.search(text):
+            return self._encode(self._core, text, add_special_tokens)
+        literals = Literals([text])
+        plain = self.encode_with_literals(literals.hide(text, self._special_pattern), literals)
+        before, behind = self._affixes
+        return [*before, *plain, *behind] if add_special_tokens else plain
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens left out."""
+        return self._core.decode(ids, skip_special_tokens=True)
+
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        """A fresh incremental detokenizer. Behind `prompt_ids` the text continues theirs and keeps its first space."""
+        return self._detokenizers.make(prompt_ids)
+
+    def encode_with_literals(self, text: str, literals: "Literals") -> list[int]:
+        """Ids of a text in which `literals` hid strings: these become plain text, all other added tokens their ids.
+
+        No BOS is added. A stretch between two added tokens that holds no hidden string gets exactly its usual ids; one
+        that does is encoded anew as a whole, so that plain text is cut into tokens as if nothing were special.
+        Raises PromptError as `encode` does.
+        """
+        encoding = self._encode_fully(self._core, text, add_special_tokens=False)
+        if not literals:
+            return encoding.ids
+        ids: list[int] = []
+        done, end = 0, 0
+        for index, start, stop in [*self._added_spans(encoding, text), (len(encoding.ids), len(text), len(text))]:
+            stretch = text[end:start]
+            plain = literals.reveal(stretch)
+            ids += encoding.ids[done:index] if plain == stretch else self._encode_plain(plain, at_start=end == 0)
+            ids += encoding.ids[index : index + 1]
+            done, end = index + 1, stop
+        return ids
+
+    def _added_spans(self, encoding: tokenizers.Encoding, text: str) -> Iterator[tuple[int, int, int]]:
+        """Index, first and end character of the added tokens; the characters include spaces that a token swallows."""
+        for index, token_id in enumerate(encoding.ids):
+            if token_id not in self._added:
+                continue
+            start, stop = encoding.token_to_chars(index) or (0, 0)
+            # <unk> is an added token too, but mostly stands for a character that has no token.
+            if self._added[token_id] in text[start:stop]:
+                yield index, start, stop
+
+    def _encode_plain(self, text: str, *, at_start: bool) -> list[int]:
+        bare, anchor = self._bare
+        if at_start:
+            return self._encode(bare, text, add_special_tokens=False)
+        # Behind the anchor the text is treated as behind any added token: whether a word starts there is the same.
+        return self._encode(bare, anchor + text, add_special_tokens=False)[1:]
+
+    @cached_property
+    def _bare(self) -> tuple[tokenizers.Tokenizer, str]:
+        """A second instance, which takes no text for an added token but the anchor, a string no one can guess.
+
+        Switching `encode_special_tokens` on the shared instance would change what other threads are encoding.
+        """
+        bare = tokenizers.Tokenizer.from_str(self._core.to_str())
+        bare.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in self._added.values()])
+        bare.encode_special_tokens = True
+        anchor = chr(PRIVATE_USE[-1][-1]) + secrets.token_hex(16)
+        bare.add_tokens([tokenizers.AddedToken(anchor, normalized=False)])
+        return bare, anchor
+
+    @cached_property
+    def _affixes(self) -> tuple[list[int], list[int]]:
+        """The ids that the post-processor puts before and behind a text."""
+        encoding = self._encode_fully(self._core, "a", add_special_tokens=True)
+        inner = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+        return encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
+
+    def _encode(self, core: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        return self._encode_fully(core, text, add_special_tokens).ids
+
+    @staticmethod
+    def _encode_fully(core: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            return core.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:  # the library's word for a lone surrogate
+            raise PromptError("the text holds bytes that are not UTF-8 text: convert it to UTF-8") from None
+
+
+class Literals:
+    """Strings hidden behind one private-use character each, so that they pass through a template as plain text.
+
+    `texts` are all strings that the hidden ones will stand among: none of their characters is used.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._free = _free_characters(texts)
+        self._chars: dict[str, str] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._chars)
+
+    def hide(self, text: str, pattern: re.Pattern[str]) -> str:
+        """The text with each match of the pattern replaced by its character."""
+        return pattern.sub(lambda match: self._char(match[0]), text)
+
+    def reveal(self, text: str) -> str:
+        """The text with every hidden string in its place again."""
+        return text.translate({ord(char): literal for literal, char in self._chars.items()})
+
+    def _char(self, literal: str) -> str:
+        if literal not in self._chars:
+            self._chars[literal] = next(self._free)
+        return self._chars[literal]
+
+
+def _free_characters(texts: Iterable[str]) -> Iterator[str]:
+    taken = set().union(*texts)  # not before a character is asked for, which is seldom
+    yield from (char for block in PRIVATE_USE for char in map(chr, block) if char not in taken)
+
+
+def literal_pattern(literals: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the strings, the longest where several fit; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file's top-level object, {} where there is no such file. Raises BundleError where it is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {_one_line(error)}: export the model again") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{path} is not a JSON object: export the model again")
+    return content
+
+
+def _special_token_names(folder: Path) -> dict[str, str]:
+    """Role (bos_token, eos_token, ...) to token text; tokenizer_config.json goes before the older file."""
+    names: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for role, value in read_json_object(folder / file).items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if role.endswith("_token") and isinstance(text, str):
+                names[role] = text
+    return names
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""The exported bundle against the PyTorch model, on real text."""

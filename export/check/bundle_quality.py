@@ -1,0 +1,55 @@
+"""The quality of a bundle against the PyTorch model in float32, on text that no calibration has seen."""
+
+from pathlib import Path
+
+import numpy as np
+
+from starling.engine.bundle.manifest import Architecture
+from starling.engine.errors import UserError
+from starling.export.check.parity import Parity, available_memory, bundle_logits, compare, compared_positions
+from starling.export.check.sample_texts import TextEncoder, held_out_rows
+from starling.export.check.torch_reference import load_reference, reference_logits
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.qdq_scheme import MAX_MEAN_KL
+from starling.export.quantization.qdq_settings import QdqQuantization
+
+HELD_OUT_TOKENS = 128  # of each held-out text
+CUT_LAYERS = 2
+
+
+def measure(checkpoint: Checkpoint, folder: Path, layers: int) -> Parity:
+    """Compare the bundle in `folder` with the PyTorch model of `checkpoint`, which has `layers` layers."""
+    config = checkpoint.config
+    longest = min(HELD_OUT_TOKENS, config.max_position_embeddings)
+    texts = held_out_rows(TextEncoder(folder, config.vocab_size), longest + 1)
+    rows = [text[:-1] for text in texts]
+    positions = compared_positions(len(rows[0]))
+    model = load_reference(config, checkpoint.tensors)
+    reference = np.concatenate([reference_logits(model, row)[positions].numpy() for row in rows])
+    del model  # the bundle is loaded next: the two need not fit at once
+    next_ids = [text[p + 1] for text in texts for p in positions]
+    logits, kernels = bundle_logits(folder, rows)
+    return compare(reference, logits, next_ids, layers, kernels)
+
+
+def memory_needed(arch: Architecture, layers: int) -> int:
+    """A generous estimate in bytes: PyTorch's float32 weights, the runtime's copy of them, and slack."""
+    ends = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
+    per_layer = (arch.parameters - ends) // arch.layers
+    return int(4 * (ends + layers * per_layer) * 2.5)
+
+
+def fits(arch: Architecture, layers: int) -> bool:
+    """Whether `layers` layers of the model can be compared in the memory that is free."""
+    return memory_needed(arch, layers) <= available_memory()
+
+
+def require_quality(parity: Parity, how: Quantization | QdqQuantization | None) -> None:
+    """Raise UserError where quantized activations cost more than MAX_MEAN_KL."""
+    if isinstance(how, QdqQuantization) and how.activations is not None and parity.mean_kl > MAX_MEAN_KL:
+        raise UserError(
+            f"{how.scheme}: mean KL {parity.mean_kl:.3f} nats against PyTorch is more than {MAX_MEAN_KL:g}; try "
+            "another --smoothing, --calibration with text of your own, --keep-precision '*.down_proj.weight' or "
+            "--quant int8, or take it as it is with --accept-quality"
+        )

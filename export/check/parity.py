@@ -1,0 +1,104 @@
+"""Compare a bundle with the PyTorch model on held-out text: prefill, a chunk behind it, then token by token."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starling.engine.backends.open_backend import open_backend
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.divergence import QualityTotals
+from starling.engine.errors import StarlingError
+
+FP32_TOLERANCE = 1e-3  # largest difference of a logit that a full-precision bundle may show
+_FIRST, _CHUNK = 16, 16  # tokens prefilled at once, then as a chunk behind a non-empty cache
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How far a bundle is from PyTorch in float32, over `positions` next-token distributions.
+
+    `max_abs_logit_diff` in logits; `mean_kl`, `max_kl` KL(PyTorch || bundle) in nats; `top1_agreement` in 0 … 1;
+    `layers` how many of the model's layers were compared; `perplexity`, `reference_perplexity` on the passage;
+    `kernels` the instruction set of the engine's own CPU kernels, None where ONNX Runtime's operators ran the bundle.
+    """
+
+    positions: int
+    layers: int
+    max_abs_logit_diff: float
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+    perplexity: float
+    reference_perplexity: float
+    kernels: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The `parity` object of bundle.json."""
+        return asdict(self)
+
+
+def bundle_logits(folder: Path, rows: list[list[int]]) -> tuple[NDArray[np.float32], str | None]:
+    """Logits [rows * positions, vocab] of the bundle behind the tokens of `compared_positions` of each row; kernels.
+
+    `rows` are of one length. Each is prefilled on its own; then all are decoded together, token by token.
+    """
+    bundle, length = Bundle.open(folder), len(rows[0])
+    backend = open_backend(bundle, name="onnxruntime-cpu", max_seq=length, max_batch=len(rows))
+    tokens = np.asarray(rows, dtype=np.int64)
+    first, second = slice(0, _FIRST), slice(_FIRST, _FIRST + _CHUNK)
+    try:
+        found = [
+            np.stack([backend.prefill(i, row[part], part.start).logits()[0].copy() for i, row in enumerate(tokens)])
+            for part in (first, second)
+        ]
+        for at in range(_FIRST + _CHUNK, length):
+            found.append(backend.decode([int(t) for t in tokens[:, at]], [at] * len(rows)).logits().copy())
+    finally:
+        backend.close()
+    return np.stack(found, axis=1).reshape(-1, found[0].shape[-1]), backend.kernels
+
+
+def compared_positions(count: int) -> list[int]:
+    """The tokens of a row behind which a bundle gives logits: the ends of the two prefills, then every one."""
+    return [_FIRST - 1, *range(_FIRST + _CHUNK - 1, count)]
+
+
+def compare(
+    reference: NDArray[np.float32], ours: NDArray[np.float32], next_ids: list[int], layers: int, kernels: str | None
+) -> Parity:
+    """Measure `ours` [positions, vocab] against `reference`; `next_ids` is the text's own next token per position."""
+    totals = QualityTotals()
+    totals.add(ours, next_ids, reference)
+    quality = totals.quality()
+    assert quality.divergence is not None  # a reference was given
+    return Parity(
+        positions=quality.positions,
+        layers=layers,
+        perplexity=quality.perplexity,
+        kernels=kernels,
+        **asdict(quality.divergence),
+    )
+
+
+def require_fp32(parity: Parity) -> None:
+    """Raise StarlingError where a full-precision float32 bundle is not the PyTorch model's equal."""
+    if parity.max_abs_logit_diff > FP32_TOLERANCE or parity.top1_agreement < 1:
+        raise StarlingError(
+            f"the exported graph disagrees with PyTorch: max |Δlogit| {parity.max_abs_logit_diff:.3g} (limit "
+            f"{FP32_TOLERANCE:g}), top-1 agreement {parity.top1_agreement:.3f}; nothing was written, please report it"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping: MemAvailable where Linux tells it, else all of the memory."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,109 @@
+"""What the exporter reads: a configuration, tensors row range by row range, and the files of the tokenizer.
+
+`model_source.open_checkpoint` takes every form of MODEL. Nothing here holds a whole model in memory. PyTorch is loaded
+when a checkpoint is opened, not when this module is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from starling.engine.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+
+class TensorSource(Protocol):
+    """The weights of a checkpoint, under the names of the state dict of the transformers *ForCausalLM class."""
+
+    def names(self) -> Collection[str]:
+        """Every tensor that can be read; a tied `lm_head.weight` may be absent."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor. Raises KeyError for a name that is not in `names()`."""
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start:stop` of the first axis: a copy on the CPU in the checkpoint's dtype (float32/float16/bfloat16).
+
+        Raises CheckpointError where the file was cut off or changed since it was opened.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Everything that a bundle carries for text: contents, not paths. `notes` says what was mended."""
+
+    tokenizer_json: str
+    tokenizer_config: dict[str, Any]
+    special_tokens_map: dict[str, Any]
+    chat_template: str | None
+    additional_chat_templates: dict[str, str]
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint. `kind` is huggingface, hub, gguf or random; `generation` is its generation_config."""
+
+    kind: str
+    name: str
+    config: PreTrainedConfig
+    tensors: TensorSource
+    tokenizer: TokenizerFiles
+    generation: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """What a *ForCausalLM class wants to be filled with: `shapes` by name; the names in `tied` may be absent."""
+
+    class_name: str
+    shapes: dict[str, tuple[int, ...]]
+    tied: frozenset[str]
+
+
+def skeleton_of(config: PreTrainedConfig) -> Skeleton:
+    """The state dict of `config`'s *ForCausalLM class, on the meta device: no memory is taken.
+
+    Raises UnsupportedModelError where transformers has no such class, or cannot build it.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"model_type {config.model_type!r} has no *ForCausalLM class: only decoders export")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        line = " ".join(str(error).split())
+        raise UnsupportedModelError(f"transformers cannot build a {config.model_type!r} model: {line}") from error
+    tied = getattr(model, "_tied_weights_keys", None) if config.tie_word_embeddings else None
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Skeleton(type(model).__name__, shapes, frozenset(tied or ()))
+
+
+def check_tensors(source: TensorSource, config: PreTrainedConfig, where: str) -> Skeleton:
+    """Check that `source` has every tensor of the model, in its shape; the model's skeleton.
+
+    Raises CheckpointError naming the first one that is missing or of another shape; `where` is the file or folder.
+    """
+    skeleton = skeleton_of(config)
+    present = set(source.names())
+    for name, shape in skeleton.shapes.items():
+        if name not in present:
+            if name in skeleton.tied:
+                continue
+            raise CheckpointError(f"{where} has no tensor {name}, which {skeleton.class_name} needs: get it again")
+        if source.shape(name) != shape:
+            raise CheckpointError(
+                f"{where}: tensor {name} is {list(source.shape(name))}, config.json wants {list(shape)}: no fit"
+            )
+    return skeleton

@@ -1,0 +1,1 @@
+"""Rewrites of a traced graph, and the companion graphs of a bundle."""

@@ -1,0 +1,185 @@
+"""A second graph over the same weights, for the engine's own CPU kernels: few, large operators.
+
+GroupQueryAttention becomes ours (engine/kernels). So does each MatMulNBits of the int8 that the kernels are for, as a
+`starling::QuantizedLinear`, which takes in what stands around it: the RMSNorm in front, the gated activation and the
+residual addition behind.
+"""
+
+import onnx_ir as ir
+from onnx_ir.passes import common as common_passes
+
+from starling.engine.names import LOGITS_TO_KEEP
+from starling.export.graphs.rewrites import STARLING, equal_shapes, insert, required, take_over
+from starling.export.quantization.blocks import Quantization
+
+GRAPH_FILE = "model_kernels.onnx"
+_BLOCK_SIZE, _BITS, _INT8_ACTIVATIONS = 32, 8, 4
+_HEAD_DIM_STEP, _MOST_HEAD_DIM = 16, 256  # as in engine/kernels/attention/attention_kernels.h
+
+
+def kernel_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
+    """The graph rewritten, or None where the kernels have nothing to offer for it.
+
+    They are for float32 between the products, and products in symmetric int8 in blocks of 32, multiplied in int8.
+    """
+    products = [node for node in model.graph if node.op_type == "MatMulNBits"]
+    takes_products = how is not None and how.is_symmetric and all(_is_supported(node) for node in products)
+    takes_attention = all(_has_kernel(node) for node in model.graph if node.op_type == "GroupQueryAttention")
+    if not takes_products and not takes_attention:
+        return None
+    twin = model.clone()
+    graph = twin.graph
+    if takes_products:
+        for node in list(graph):
+            if node.op_type == "SkipSimplifiedLayerNormalization":
+                _separate_residual(graph, node)
+    for node in list(graph):
+        if takes_products and node.op_type == "MatMulNBits":
+            _replace(graph, node)
+        elif takes_attention and node.op_type == "GroupQueryAttention":
+            # bfloat16 leaves of a score about what int8 products leave of it: mean KL is the same within its noise.
+            _take_attention(graph, node, reduced_precision=takes_products)
+    common_passes.RemoveUnusedNodesPass()(twin)
+    twin.opset_imports[STARLING] = 1
+    return twin
+
+
+def _is_supported(node: ir.Node) -> bool:
+    attributes = [node.attributes[name].as_int() for name in ("bits", "block_size", "accuracy_level")]
+    scales = node.inputs[2]
+    is_float = scales is not None and scales.dtype == ir.DataType.FLOAT
+    return attributes == [_BITS, _BLOCK_SIZE, _INT8_ACTIVATIONS] and is_float
+
+
+def _has_kernel(attention: ir.Node) -> bool:
+    """Heads of whole vectors, and nothing but what the kernel knows."""
+    past = attention.inputs[3]
+    known = {"num_heads", "kv_num_heads", "scale", "local_window_size", "do_rotary", "rotary_interleaved"}
+    if past is None or past.shape is None or past.dtype != ir.DataType.FLOAT or len(attention.inputs) > 9:
+        return False
+    head_dim = past.shape[3]
+    fits = isinstance(head_dim, int) and head_dim % _HEAD_DIM_STEP == 0 and head_dim <= _MOST_HEAD_DIM
+    return fits and set(attention.attributes) <= known
+
+
+def _take_attention(graph: ir.Graph, node: ir.Node, *, reduced_precision: bool) -> None:
+    """The same operator in our domain, with every attribute written out."""
+    defaults = {"local_window_size": -1, "do_rotary": 0, "rotary_interleaved": 0}
+    attributes = defaults | {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes["reduced_precision"] = int(reduced_precision)
+    inputs = [*node.inputs, *[None] * (9 - len(node.inputs))]
+    ours = ir.node("GroupQueryAttention", inputs, attributes=attributes, num_outputs=3, domain=STARLING, version=1)
+    graph.insert_before(node, ours)
+    for old, new in zip(node.outputs, ours.outputs, strict=True):
+        take_over(old, new)
+    graph.remove(node, safe=True)
+
+
+def _separate_residual(graph: ir.Graph, node: ir.Node) -> None:
+    """Addition and norm as two nodes, which go to the product behind the one and to that in front of the other."""
+    first, second, weight = node.inputs[:3]
+    add = insert(graph, node, ir.node("Add", [first, second]))
+    attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].as_float(), "stash_type": 1}
+    norm = insert(graph, node, ir.node("SimplifiedLayerNormalization", [add, weight], attributes=attributes))
+    take_over(node.outputs[3], add)
+    take_over(node.outputs[0], norm)
+    graph.remove(node, safe=True)
+
+
+def _replace(graph: ir.Graph, product: ir.Node) -> None:
+    x, data, scales = (required(value) for value in product.inputs[:3])
+    bias = product.inputs[5] if len(product.inputs) > 5 else None
+    output, last, gated = product.outputs[0], product, False
+    if (activation := _gated_activation(output)) is not None:
+        output, last, gated = activation.outputs[0], activation, True
+    residual = None
+    if (addition := _residual_addition(output)) is not None:
+        residual = next(value for value in addition.inputs if value is not output)
+        output, last = addition.outputs[0], addition
+    is_head = _kept_positions(x) is not None
+    norm_weight, epsilon = None, 0.0
+    if (norm := _norm_before(graph, x)) is not None:
+        x, norm_weight, epsilon = norm
+    linear = ir.node(
+        "QuantizedLinear",
+        [x, data, scales, norm_weight, bias, residual],
+        attributes={
+            "K": product.attributes["K"].as_int(),
+            "N": product.attributes["N"].as_int(),
+            "bits": _BITS,
+            "block_size": _BLOCK_SIZE,
+            # The logits' own rounding costs most (a fifth of the mean KL), and costs nothing to take back: decode waits
+            # for the weights, and a prompt has one position here.
+            "planes": 2 if is_head else 1,
+            "gated": int(gated),
+            "epsilon": epsilon,
+        },
+        domain=STARLING,
+        version=1,
+    )
+    # Where the last of the nodes stood all inputs exist, the residual's among them.
+    take_over(output, insert(graph, last, linear))
+
+
+def _norm_before(graph: ir.Graph, x: ir.Value) -> tuple[ir.Value, ir.Value, float] | None:
+    """(input, weight, epsilon) of the norm whose result x is, or some positions of whose result it is."""
+    if (kept := _kept_positions(x)) is not None:
+        found = _norm_before(graph, required(kept.inputs[0]))
+        if found is None:
+            return None
+        value, weight, epsilon = found
+        # Positions are normed one by one, so those that are left can be chosen before.
+        chosen = ir.node("Gather", [value, kept.inputs[1]], attributes={"axis": 1})
+        chosen.outputs[0].type, chosen.outputs[0].shape = x.type, x.shape
+        return insert(graph, kept, chosen), weight, epsilon
+    producer = x.producer()
+    if producer is None or producer.op_type != "SimplifiedLayerNormalization":
+        return None
+    weight, epsilon = required(producer.inputs[1]), producer.attributes["epsilon"].as_float()
+    return required(producer.inputs[0]), weight, epsilon
+
+
+def _kept_positions(x: ir.Value) -> ir.Node | None:
+    """The node that chose the positions that get logits, where x is what it chose: x then goes into lm_head."""
+    gather = x.producer()
+    if gather is None or gather.op_type != "Gather" or gather.inputs[1] is None:
+        return None
+    return gather if gather.inputs[1].name == LOGITS_TO_KEEP else None
+
+
+def _gated_activation(product: ir.Value) -> ir.Node | None:
+    """The last node of silu(gate) * value, where product is [gate, value] and nothing else uses the pieces."""
+    split = _only_user(product)
+    if split is None or split.op_type != "Split" or len(split.outputs) != 2:
+        return None
+    gate, value = split.outputs
+    if product.shape is None or gate.shape is None or value.shape is None:
+        return None
+    width = product.shape[-1]
+    if not isinstance(width, int) or any(2 * int(piece.shape[-1]) != width for piece in (gate, value)):  # type: ignore[index,arg-type]
+        return None
+    users = [use.node for use in gate.uses()]
+    sigmoid = next((node for node in users if node.op_type == "Sigmoid"), None)
+    if sigmoid is None or len(users) != 2:
+        return None
+    silu = _only_user(sigmoid.outputs[0])
+    if silu is None or silu.op_type != "Mul" or gate not in silu.inputs:
+        return None
+    product_of_both = _only_user(silu.outputs[0])
+    if product_of_both is None or product_of_both.op_type != "Mul" or _only_user(value) is not product_of_both:
+        return None
+    return product_of_both
+
+
+def _residual_addition(value: ir.Value) -> ir.Node | None:
+    """The addition of another tensor of the same shape, where nothing else uses value."""
+    add = _only_user(value)
+    if add is None or add.op_type != "Add" or add.inputs[0] is add.inputs[1]:
+        return None
+    other = next(side for side in add.inputs if side is not value)
+    return add if other is not None and equal_shapes(other, value) else None
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    uses = value.uses()
+    return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None

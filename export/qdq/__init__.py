@@ -1,1 +1,0 @@
-"""Explicit quantization for TensorRT: Q/DQ pairs, SmoothQuant, calibration, and what stays in high precision."""

@@ -1,0 +1,1 @@
+"""The tokenizer files of a bundle, from whatever the checkpoint has."""

@@ -1,0 +1,214 @@
+"""The tokenizer files of a Hugging Face folder, checked against the vocabulary of the model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from starling.engine.errors import CheckpointError
+from starling.export.checkpoints.checkpoint import TokenizerFiles
+from starling.export.tokenizers.starling_tokenizer import openchat_extra_templates
+
+OPENCHAT_MARK = "GPT4 Correct"
+
+
+def read_tokenizer_files(folder: Path, config: Any, generation: dict[str, Any]) -> TokenizerFiles:
+    """Read the tokenizer of `folder`; `config` is the model's PreTrainedConfig, `generation` its generation_config.
+
+    tokenizer.json is taken as it is, not by way of transformers; where there is only tokenizer.model it is converted.
+    Added tokens behind the vocabulary are dropped, with a note.
+    Raises CheckpointError where there is no tokenizer, a file is no JSON, or a base token is outside the vocabulary.
+    """
+    tokenizer_config = read_json(folder / "tokenizer_config.json", missing={})
+    document = _tokenizer_document(folder)
+    notes = drop_outside(document, config.vocab_size, where=str(folder / "tokenizer.json"))
+    ids = token_ids(document)
+    special, without_id = _special_tokens(folder, tokenizer_config, ids)
+    notes += [f"dropped {name} {text}: it has no id in the vocabulary" for name, text in without_id.items()]
+    tokenizer_json = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    check_loads(tokenizer_json, where=str(folder / "tokenizer.json"))
+    template, extra = templates_of(_named_templates(folder, tokenizer_config))
+    bos, pad = (_one_id(key, generation, config, tokenizer_config, ids) for key in ("bos", "pad"))
+    return TokenizerFiles(
+        tokenizer_json=tokenizer_json,
+        tokenizer_config=_clean_config(tokenizer_config, without_id, config.vocab_size),
+        special_tokens_map=special,
+        chat_template=template,
+        additional_chat_templates=extra,
+        bos=bos,
+        eos=_eos_ids(generation, config, tokenizer_config, ids, template),
+        pad=pad,
+        notes=tuple(notes),
+    )
+
+
+def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One JSON object from a file; `missing` is what an absent file counts as.
+
+    Raises CheckpointError where the file is absent and must not be, or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if missing is not None:
+            return missing
+        raise CheckpointError(f"{path} is missing: give the folder of a whole checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}): get the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object: get the file again")
+    return value
+
+
+def token_ids(document: dict[str, Any]) -> dict[str, int]:
+    """Token -> id of a tokenizer.json, added tokens included."""
+    vocab = document["model"]["vocab"]
+    base = vocab if isinstance(vocab, dict) else {entry[0]: index for index, entry in enumerate(vocab)}
+    return {**base, **{token["content"]: token["id"] for token in document.get("added_tokens") or ()}}
+
+
+def drop_outside(document: dict[str, Any], vocab_size: int, *, where: str) -> list[str]:
+    """Take added tokens with an id >= vocab_size out of a tokenizer.json, in place; one note for each.
+
+    The embedding has no row for such an id, and a GPU reads past its end. Raises CheckpointError for a base token.
+    """
+    try:
+        vocab = document["model"]["vocab"]
+        added = document.get("added_tokens") or []
+        outside = [token for token in added if token["id"] >= vocab_size]
+        base = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
+        dropped = {token["content"] for token in outside}
+        worst = max(((i, text) for text, i in base if i >= vocab_size and text not in dropped), default=None)
+    except (KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{where} is no tokenizer of the tokenizers library ({error!r}): get it again") from error
+    if worst is not None:
+        raise CheckpointError(
+            f"{where}: token {worst[1]!r} has id {worst[0]}, outside the vocabulary of {vocab_size}: "
+            "config.json and tokenizer.json are not of the same model"
+        )
+    template = (document.get("post_processor") or {}).get("special_tokens") or {}
+    put_in = [text for text, token in template.items() if max(token["ids"], default=0) >= vocab_size]
+    if put_in:
+        raise CheckpointError(
+            f"{where}: its post_processor adds {put_in[0]!r}, outside the vocabulary of {vocab_size}: "
+            "take it out of the post_processor"
+        )
+    document["added_tokens"] = [token for token in added if token["id"] < vocab_size]
+    if isinstance(vocab, dict):
+        document["model"]["vocab"] = {text: i for text, i in vocab.items() if i < vocab_size}
+    return [f"dropped {t['content']} (id {t['id']}): outside the vocabulary of {vocab_size}" for t in outside]
+
+
+def check_loads(tokenizer_json: str, *, where: str) -> None:
+    """Load a tokenizer.json once, as the engine will. Raises CheckpointError naming the file `where` if that fails."""
+    try:
+        Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{where}: the tokenizer cannot be loaded ({error}): get the file again") from error
+
+
+def templates_of(named: dict[str, str]) -> tuple[str | None, dict[str, str]]:
+    """Split named chat templates into the default one and the others.
+
+    A default template of the OpenChat kind gets that family's `code` and `math` templates too, if it lacks them.
+    """
+    default = named.get("default")
+    extra = {name: text for name, text in named.items() if name != "default"}
+    if default is not None and OPENCHAT_MARK in default:
+        extra = openchat_extra_templates() | extra
+    return default, extra
+
+
+def _named_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    # Later sources win, as in transformers: the files before what tokenizer_config.json holds.
+    inline = tokenizer_config.get("chat_template")
+    if isinstance(inline, list):
+        named = {str(entry["name"]): str(entry["template"]) for entry in inline}
+    else:
+        named = {} if inline is None else {"default": str(inline)}
+    if (folder / "chat_template.jinja").is_file():
+        named["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        named[path.stem] = path.read_text(encoding="utf-8")
+    return named
+
+
+def check_has_tokenizer(folder: Path) -> None:
+    """Raise CheckpointError where no file of the folder is a tokenizer."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise CheckpointError(f"{folder} has no tokenizer: it needs tokenizer.json, tokenizer.model or vocab.json")
+
+
+def _tokenizer_document(folder: Path) -> dict[str, Any]:
+    check_has_tokenizer(folder)
+    if (folder / "tokenizer.json").is_file():
+        return read_json(folder / "tokenizer.json")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        document: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        line = " ".join(str(error).split())
+        raise CheckpointError(f"the tokenizer of {folder} cannot be converted to tokenizer.json: {line}") from error
+    return document
+
+
+def _text(token: Any) -> str | None:
+    # tokenizer_config.json spells a token as a string or as {"content": …}.
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _special_tokens(
+    folder: Path, tokenizer_config: dict[str, Any], ids: dict[str, int]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(special_tokens_map.json, or the same keys of tokenizer_config.json; the ones left out as they have no id)."""
+    names = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+    special = read_json(folder / "special_tokens_map.json", missing={})
+    special = special or {name: tokenizer_config[name] for name in names if tokenizer_config.get(name)}
+    kept: dict[str, Any] = {}
+    without_id: dict[str, str] = {}
+    for name, value in special.items():
+        if isinstance(value, list):
+            kept[name] = [token for token in value if _text(token) in ids]
+        elif _text(value) in ids:
+            kept[name] = value
+        elif value is not None:
+            without_id[name] = str(_text(value))
+    return kept, without_id
+
+
+def _clean_config(tokenizer_config: dict[str, Any], without_id: dict[str, str], vocab_size: int) -> dict[str, Any]:
+    # A reader of the bundle must not add the dropped tokens again, and finds the templates in their own files.
+    clean = {key: value for key, value in tokenizer_config.items() if key not in {"chat_template", *without_id}}
+    if isinstance(decoder := clean.get("added_tokens_decoder"), dict):
+        clean["added_tokens_decoder"] = {i: token for i, token in decoder.items() if int(i) < vocab_size}
+    return clean
+
+
+def _one_id(
+    which: str, generation: dict[str, Any], config: Any, tokenizer_config: dict[str, Any], ids: dict[str, int]
+) -> int | None:
+    text = _text(tokenizer_config.get(f"{which}_token"))
+    if text in ids:
+        return ids[text]
+    for value in (generation.get(f"{which}_token_id"), getattr(config, f"{which}_token_id", None)):
+        if isinstance(value, int) and 0 <= value < config.vocab_size:
+            return value
+    return None
+
+
+def _eos_ids(
+    generation: dict[str, Any], config: Any, tokenizer_config: dict[str, Any], ids: dict[str, int], template: str | None
+) -> tuple[int, ...]:
+    """Where generation stops: generation_config's ids, else config's; for a chat model also the end of a turn."""
+    stated = generation.get("eos_token_id")
+    stated = getattr(config, "eos_token_id", None) if stated is None else stated
+    found = list(stated) if isinstance(stated, list | tuple) else [] if stated is None else [stated]
+    if template is not None:
+        end_of_turn = _text(tokenizer_config.get("eos_token"))
+        found += [ids[end_of_turn]] if end_of_turn in ids else []
+    return tuple(dict.fromkeys(index for index in found if 0 <= index < config.vocab_size))

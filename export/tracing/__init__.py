@@ -1,0 +1,1 @@
+"""One trace of a PyTorch model, lowered to a dialect."""

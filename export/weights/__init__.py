@@ -1,0 +1,1 @@
+"""Weights: first a plan, then a file that is written tensor by tensor."""

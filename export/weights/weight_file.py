@@ -1,0 +1,253 @@
+"""Stream the planned weights of a graph into one external data file, one tensor at a time."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from starling.engine.errors import UnsupportedModelError
+from starling.export.checkpoints.checkpoint import TensorSource
+from starling.export.quantization.blocks import Quantization, quantize_rows
+from starling.export.quantization.qdq_scheme import FP8, INT4, INT8, Grid, pack_int4, quantize_weight, weight_scales
+from starling.export.weights.weight_plan import Blocks, QdqRows, Rows, Table, Weight, weight_of
+
+ALIGNMENT = 4096  # a tensor starts on a page, so that a reader can map it
+ROW_MULTIPLE = 64  # rows of zeros follow a quantized weight up to such a number: kernels of GPUs ask for it
+CHUNK_ELEMENTS = 8 * 1024 * 1024  # rows are read in pieces of this size: 32 MiB as float32
+
+_TORCH = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.UINT8: torch.uint8,
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
+}
+_GRIDS = {grid.stored: grid for grid in (INT8, INT4, FP8)}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """Size in bytes and SHA-256 of a file, taken while it was written."""
+
+    bytes: int
+    sha256: str
+
+
+def planned_bytes(model: ir.Model) -> int:
+    """Bytes of all planned weights, each counted once."""
+    return sum(_size(value) for value in _distinct(model).values())
+
+
+def bytes_per_token(model: ir.Model) -> int:
+    """Weight bytes that one decoded token reads: all but rotary tables and an embedding that nothing else reads."""
+    read: dict[Weight, int] = {}
+    for value in model.graph.initializers.values():
+        weight = weight_of(value)
+        looked_up = all(use.node.op_type in ("Gather", "GatherBlockQuantized") for use in value.uses())
+        if weight is not None and not isinstance(weight, Table) and not looked_up:
+            read[weight] = _size(value)
+    return sum(read.values())
+
+
+def write_weights(
+    model: ir.Model, tensors: TensorSource, file: Path, how: Quantization | None, progress: Progress | None = None
+) -> WrittenFile:
+    """Write every planned weight to `file` and point the graph's initializers at it.
+
+    Memory taken: the largest stored tensor and one chunk. `progress(bytes_done, bytes_total)` is called as it goes.
+
+    Raises:
+        CheckpointError: the checkpoint was cut off or changed since it was opened.
+        UnsupportedModelError: a weight is too large for the type it is stored in.
+    """
+    distinct = _distinct(model)
+    total = planned_bytes(model)
+    places: dict[Weight, tuple[int, int]] = {}
+    with file.open("wb") as out:
+        writer = _Writer(out, total, progress)
+        for rows in _quantized_rows(distinct):
+            assert how is not None
+            dtype = _TORCH[_dtype(distinct[Blocks(rows, "scales")])]
+            _write_blocks(writer, tensors, rows, how, dtype, places)
+        for weight, value in distinct.items():
+            if isinstance(weight, QdqRows) and weight.piece == "data":
+                scales = distinct[QdqRows(weight.rows, "scales", weight.block)]
+                _write_qdq(writer, tensors, weight, _GRIDS[_dtype(value)], _TORCH[_dtype(scales)], places)
+            if isinstance(weight, Blocks | QdqRows):
+                continue
+            start = writer.begin()
+            tensor = _assemble(weight, tensors, value)
+            writer.write(tensor)
+            places[weight] = (start, writer.position - start)
+    for value in model.graph.initializers.values():
+        if (planned := weight_of(value)) is not None:
+            offset, length = places[planned]
+            value.const_value = ir.ExternalTensor(
+                file.name,
+                offset,
+                length,
+                _dtype(value),
+                shape=_shape(value),
+                name=str(value.name),
+                base_dir=file.parent,
+            )
+    return WrittenFile(writer.position, writer.digest.hexdigest())
+
+
+class _Writer:
+    """Appends tensors, keeps the digest, and reports progress."""
+
+    def __init__(self, out: BinaryIO, total: int, progress: Progress | None) -> None:
+        self.out, self.total, self.progress = out, total, progress
+        self.digest, self.position, self.done = hashlib.sha256(), 0, 0
+
+    def begin(self) -> int:
+        """Pad to the next aligned offset and return it."""
+        self.pad(-self.position % ALIGNMENT)
+        return self.position
+
+    def pad(self, size: int) -> None:
+        """Append so many zero bytes."""
+        self._append(bytes(size))
+
+    def write(self, tensor: Tensor) -> None:
+        """Append the tensor's bytes."""
+        flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        step = 32 * 1024 * 1024
+        for start in range(0, flat.size, step):
+            piece = flat[start : start + step]
+            self._append(piece.data)
+            self.done += piece.size
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self.out.write(data)
+        self.digest.update(data)
+        self.position += len(data)
+
+
+def _distinct(model: ir.Model) -> dict[Weight, ir.Value]:
+    """One initializer per different weight, in graph order: what is tied is written once."""
+    found: dict[Weight, ir.Value] = {}
+    for value in model.graph.initializers.values():
+        if (weight := weight_of(value)) is not None:
+            found.setdefault(weight, value)
+    return found
+
+
+def _quantized_rows(distinct: dict[Weight, ir.Value]) -> list[Rows]:
+    return list(dict.fromkeys(w.rows for w in distinct if isinstance(w, Blocks)))
+
+
+def _chunks(tensors: TensorSource, name: str) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a checkpoint tensor, piece by piece."""
+    count, *rest = tensors.shape(name)
+    width = rest[0] if rest else 1
+    step = max(1, CHUNK_ELEMENTS // width)
+    for start in range(0, count, step):
+        yield start, tensors.rows(name, start, min(start + step, count))
+
+
+def _assemble(weight: Rows | Table, tensors: TensorSource, value: ir.Value) -> Tensor:
+    """The whole tensor as it is stored."""
+    dtype = _TORCH[_dtype(value)]
+    if isinstance(weight, Table):
+        return weight.values.to(dtype)
+    stored = torch.empty([int(d) for d in _shape(value).numpy()], dtype=dtype)
+    by_row = stored.T if weight.transposed else stored
+    first = 0
+    for name in weight.names:
+        for start, rows in _chunks(tensors, name):
+            by_row[first + start : first + start + len(rows)] = _narrow(rows, dtype, name)
+        first += tensors.shape(name)[0]
+    return stored
+
+
+def _narrow(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    narrowed = rows.to(dtype)
+    if dtype is torch.float16 and rows.dtype is not torch.float16 and not bool(narrowed.isfinite().all()):
+        largest = f"{rows.abs().max():.3g}"
+        raise UnsupportedModelError(
+            f"{name} holds values that float16 cannot (largest {largest}); export with --dtype bf16 or fp32"
+        )
+    return narrowed
+
+
+def _write_blocks(
+    writer: _Writer,
+    tensors: TensorSource,
+    rows: Rows,
+    how: Quantization,
+    dtype: torch.dtype,
+    places: dict[Weight, tuple[int, int]],
+) -> None:
+    """Quantize and write the data as the rows come; scales and zero points are small and follow."""
+    missing = -sum(tensors.shape(name)[0] for name in rows.names) % ROW_MULTIPLE
+    start = writer.begin()
+    scales, zeros = [], []
+    for name in rows.names:
+        for _, piece in _chunks(tensors, name):
+            data, scale, zero = quantize_rows(piece, how)
+            writer.write(data)
+            scales.append(_narrow(scale, dtype, name))
+            zeros.append(zero)
+    places[Blocks(rows, "data")] = (start, writer.position - start)
+    writer.pad(missing * data[0].nbytes)
+    for piece_name, pieces in (("scales", scales), ("zero_points", zeros)):
+        start = writer.begin()
+        writer.write(torch.cat(pieces))
+        places[Blocks(rows, piece_name)] = (start, writer.position - start)
+        writer.pad(missing * pieces[0][0].nbytes)
+
+
+def _write_qdq(
+    writer: _Writer,
+    tensors: TensorSource,
+    weight: QdqRows,
+    grid: Grid,
+    dtype: torch.dtype,
+    places: dict[Weight, tuple[int, int]],
+) -> None:
+    """Quantize rows as they come and write them as columns, then their scales [blocks, rows] (or [rows])."""
+    names = weight.rows.names
+    columns = tensors.shape(names[0])[1]
+    stored = torch.empty(columns, sum(tensors.shape(name)[0] for name in names), dtype=grid.torch_dtype)
+    scales, first = [], 0
+    for name in names:
+        for _, piece in _chunks(tensors, name):
+            scale = weight_scales(piece, grid, weight.block, dtype)
+            stored[:, first : first + len(piece)] = quantize_weight(piece, scale, grid).T
+            scales.append(scale)
+            first += len(piece)
+    by_column = torch.cat(scales).T.contiguous()
+    pieces = {
+        "data": pack_int4(stored) if grid is INT4 else stored,
+        "scales": by_column if weight.block is not None else by_column[0],
+    }
+    for piece_name, tensor in pieces.items():
+        start = writer.begin()
+        writer.write(tensor)
+        places[QdqRows(weight.rows, piece_name, weight.block)] = (start, writer.position - start)
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    assert value.dtype is not None
+    return value.dtype
+
+
+def _shape(value: ir.Value) -> ir.Shape:
+    assert value.shape is not None
+    return value.shape
+
+
+def _size(value: ir.Value) -> int:
+    return math.ceil(torch.Size(_shape(value).numpy()).numel() * _dtype(value).itemsize)

@@ -1,0 +1,1 @@
+"""Time to first token, inter-token latency and throughput of a bundle."""

@@ -1,0 +1,97 @@
+"""NVTX ranges around prefill and decode, for Nsight Systems; with the optional package nvtx.
+
+`nsys profile --trace=cuda,nvtx starling profile BUNDLE --nvtx` shows them above the kernels. Not run under Nsight yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from starling.engine.backends.backend import Backend, DeviceChoice, StepOutput, TokenPipeline, Tokens
+from starling.engine.errors import BackendError
+from starling.engine.installation import install_command
+
+DOMAIN = "starling"
+
+
+class RangedBackend:
+    """A backend whose every call is an NVTX range: "prefill 128 tokens", "decode 4 rows", "verify 9 tokens", …"""
+
+    def __init__(self, backend: Backend) -> None:
+        """Raises BackendError where the package nvtx is not installed."""
+        try:
+            self._annotate: Any = import_module("nvtx").annotate
+        except ImportError as error:
+            raise BackendError(f"--nvtx needs the package nvtx: {install_command('profiling')}") from error
+        self._backend = backend
+        self.name, self.provider, self.note = backend.name, backend.provider, backend.note
+        self.kernels, self.kernels_note = backend.kernels, backend.kernels_note
+        self.max_seq, self.max_batch, self.vocab_size = backend.max_seq, backend.max_batch, backend.vocab_size
+        self.kv_cache_bytes = backend.kv_cache_bytes
+        self.verified_rows = backend.verified_rows
+        pipeline = backend.pipeline
+        self.pipeline: TokenPipeline | None = None if pipeline is None else RangedPipeline(pipeline, self._annotate)
+
+    @property
+    def model_seconds(self) -> float:
+        """The backend's own."""
+        return self._backend.model_seconds
+
+    @model_seconds.setter
+    def model_seconds(self, seconds: float) -> None:
+        self._backend.model_seconds = seconds
+
+    def prefill(self, row: int, tokens: Tokens, start: int) -> StepOutput:
+        """As the backend's."""
+        with self._annotate(f"prefill {len(tokens)} tokens", domain=DOMAIN, color="blue"):
+            return self._backend.prefill(row, tokens, start)
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
+        """As the backend's."""
+        with self._annotate(f"decode {len(tokens)} rows", domain=DOMAIN, color="green"):
+            return self._backend.decode(tokens, positions)
+
+    def check_verifies(self) -> None:
+        """As the backend's."""
+        self._backend.check_verifies()
+
+    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> StepOutput:
+        """As the backend's."""
+        with self._annotate(f"verify {len(tokens)} rows of {len(tokens[0])} tokens", domain=DOMAIN, color="green"):
+            return self._backend.verify(first, tokens, starts)
+
+    def clear(self, row: int) -> None:
+        """As the backend's."""
+        self._backend.clear(row)
+
+    def close(self) -> None:
+        """As the backend's."""
+        self._backend.close()
+
+
+class RangedPipeline:
+    """The same for steps that are launched ahead: "launch" is the host's part, "tokens" the wait for the device."""
+
+    def __init__(self, pipeline: TokenPipeline, annotate: Any) -> None:
+        self._pipeline, self._annotate = pipeline, annotate
+        self.draws = pipeline.draws
+
+    def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
+        """As the pipeline's."""
+        self._pipeline.choose(row, choice, first)
+
+    def can_launch(self, rows: int) -> bool:
+        """As the pipeline's."""
+        return self._pipeline.can_launch(rows)
+
+    def launch(self, rows: int) -> None:
+        """As the pipeline's."""
+        with self._annotate(f"launch {rows} rows", domain=DOMAIN, color="green"):
+            self._pipeline.launch(rows)
+
+    def tokens(self) -> list[int]:
+        """As the pipeline's."""
+        with self._annotate("tokens", domain=DOMAIN, color="yellow"):
+            return self._pipeline.tokens()

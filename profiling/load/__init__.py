@@ -1,0 +1,1 @@
+"""Many requests at once, in this process or against a server."""

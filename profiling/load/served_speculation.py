@@ -1,0 +1,113 @@
+"""What speculation gains and loses when several requests run together in a serving loop.
+
+`python -m starling.profiling.load.served_speculation BUNDLE` answers the prompts of `speculation_gain` on one engine,
+with and without drafts, taking turns; tokens must be the same. The gain is the ratio of all tokens per second.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import click
+
+from starling.engine.engine import Engine
+from starling.engine.errors import StarlingError
+from starling.engine.generation.results import GenerationResult
+from starling.engine.generation.sampler import SamplingParams
+from starling.engine.serving_loop import ServingLoop
+from starling.profiling.load.speculation_gain import KINDS, METHOD, prompt_ids, read_texts
+from starling.profiling.machine.environment import describe_environment
+from starling.profiling.reports.profile_document import bundle_document
+
+
+@dataclass(frozen=True, slots=True)
+class ServedGain:
+    """One kind of prompts: tokens per second of all streams in each round, and of the drafts how many were taken."""
+
+    kind: str
+    prompts: int
+    same_tokens: bool
+    tokens_per_second_without: list[float]
+    tokens_per_second_with: list[float]
+    gain: float
+    drafted_tokens: int
+    accepted_tokens: int
+
+
+def measure(engine: Engine, kind: str, params: SamplingParams, rounds: int) -> ServedGain:
+    """Answer all prompts of a kind both ways, `rounds` times. Raises BackendError where the engine cannot speculate."""
+    prompts = [prompt_ids(engine, text.text) for text in read_texts() if text.kind == kind]
+    rates: dict[str | None, list[float]] = {None: [], METHOD: []}
+    answers: dict[str | None, list[GenerationResult]] = {}
+    for number in range(rounds):
+        for method in (None, METHOD) if number % 2 == 0 else (METHOD, None):
+            engine.speculation = method
+            answers[method], rate = _serve(engine, prompts, params)
+            rates[method].append(rate)
+    timings = [answer.timings for answer in answers[METHOD]]
+    return ServedGain(
+        kind=kind,
+        prompts=len(prompts),
+        same_tokens=[answer.tokens for answer in answers[None]] == [answer.tokens for answer in answers[METHOD]],
+        tokens_per_second_without=rates[None],
+        tokens_per_second_with=rates[METHOD],
+        gain=median(rates[METHOD]) / median(rates[None]),
+        drafted_tokens=sum(timing.drafted_tokens for timing in timings),
+        accepted_tokens=sum(timing.accepted_tokens for timing in timings),
+    )
+
+
+def _serve(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> tuple[list[GenerationResult], float]:
+    """The answers, and the tokens per second of all streams from the first submission to the last token."""
+    with ServingLoop(engine) as loop:
+        begin = perf_counter()
+        handles = [loop.submit(prompt, params, reply=True) for prompt in prompts]
+        answers = [handle.result() for handle in handles]
+        seconds = perf_counter() - begin
+    return answers, sum(len(answer.tokens) for answer in answers) / seconds
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--streams", type=click.IntRange(1), default=4, help="Requests that run together.")
+@click.option("--new-tokens", type=click.IntRange(2), default=96, help="Tokens of an answer.")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Times that all prompts are answered both ways.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the CPU backend.  [default: physical cores]")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON document here too.")
+def command(bundle: Path, streams: int, new_tokens: int, rounds: int, threads: int | None, output: Path | None) -> None:
+    """Measure what prompt-lookup speculation brings to several streams. Exit code 1 where tokens are not the same."""
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    try:
+        with Engine(bundle, max_batch=streams, threads=threads, speculation=METHOD) as engine:
+            gains = [measure(engine, kind, params, rounds) for kind in KINDS]
+            document: dict[str, Any] = {
+                "format": "starling-served-speculation",
+                "format_version": 1,
+                "environment": asdict(describe_environment()),
+                "bundle": bundle_document(engine.bundle),
+                "run": {"streams": streams, "new_tokens": new_tokens, "rounds": rounds, "speculation": METHOD},
+                "gains": [asdict(gain) for gain in gains],
+            }
+    except StarlingError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from error
+    if output is not None:
+        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    for gain in gains:
+        click.echo(
+            f"{gain.kind}: {gain.prompts} prompts, {streams} streams, "
+            f"{'the same' if gain.same_tokens else 'OTHER'} tokens, "
+            f"{median(gain.tokens_per_second_without):.1f} -> {median(gain.tokens_per_second_with):.1f} tokens/s "
+            f"({gain.gain:.2f}), {gain.accepted_tokens} of {gain.drafted_tokens} drafted tokens accepted"
+        )
+    sys.exit(not all(gain.same_tokens for gain in gains))
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,81 @@
+"""The machine's arithmetic peak: what its own matrix product reaches, the roof that a prefill is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.errors import UserError
+from starling.profiling.machine.product_graph import product_graph
+
+#: Large enough for the kernel's own peak (its weights do not fit into a core's caches), small enough for 0.1 s a pass.
+ROWS, WIDTH = 512, 2048
+
+
+@dataclass(frozen=True, slots=True)
+class ArithmeticPeak:
+    """The fastest of the products that could serve the bundle, in operations (multiply and add are two) per second."""
+
+    operations_per_second: float
+    #: Which product it was.
+    how: str
+    #: Every product that was measured, by its description.
+    measured: dict[str, float]
+
+
+def measure_arithmetic_peak(bundle: Bundle, threads: int) -> ArithmeticPeak:
+    """Time ONNX Runtime's own CPU products in the types that the bundle may compute in.
+
+    Float32 always: the CPU kernels of fp16 bundles and of block-quantized weights may convert to it. A quantized
+    bundle may multiply int8 activations, hence uint8 x int8 (MatMulInteger) too.
+    """
+    kinds = {"float32 MatMul": ("MatMul", "float32", "float32", "float32")}
+    if bundle.quantization is not None:
+        kinds["uint8 x int8 MatMulInteger"] = ("MatMulInteger", "uint8", "int8", "int32")
+    measured = {name: measure_product(*kind, threads=threads) for name, kind in kinds.items()}
+    best = max(measured, key=lambda name: measured[name])
+    how = f"ONNX Runtime {best}, [{ROWS}, {WIDTH}] x [{WIDTH}, {WIDTH}], {threads} threads, best pass"
+    return ArithmeticPeak(measured[best], how, measured)
+
+
+def measure_product(
+    operator: str, inputs: str, weights: str, outputs: str, *, threads: int, passes: int = 12, width: int = WIDTH
+) -> float:
+    """Operations per second of one product [ROWS, width] x [width, width] on the CPU, the best of `passes`.
+
+    Raises UserError for fewer than one pass or thread.
+    """
+    if passes < 1 or threads < 1:
+        raise UserError(f"passes is {passes} and threads is {threads}: give both as 1 or more")
+    model = product_graph(operator, ROWS, _values(weights, (width, width)), inputs, outputs)
+    session, feed = _session(model, threads), {"x": _values(inputs, (ROWS, width))}
+    session.run(None, feed)  # warm-up: the first run allocates the output
+    best = min(_timed(session, feed) for _ in range(passes))
+    return 2 * ROWS * width * width / best
+
+
+def _timed(session: Any, feed: dict[str, NDArray[np.generic]]) -> float:
+    begin = perf_counter()
+    session.run(None, feed)
+    return perf_counter() - begin
+
+
+def _session(model: bytes, threads: int) -> Any:
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _values(kind: str, shape: tuple[int, int]) -> NDArray[np.generic]:
+    # Small numbers of many values: denormals and zeros would be another speed on some processors.
+    numbers = np.random.default_rng(0).integers(0, 64, shape)
+    return (numbers / 64).astype(kind) if kind.startswith("float") else numbers.astype(kind)

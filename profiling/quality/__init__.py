@@ -1,0 +1,1 @@
+"""What a bundle predicts on a text, alone or against a reference."""

@@ -1,0 +1,1 @@
+"""A profile as a document, at a terminal, as a page, and two of them compared."""

@@ -1,0 +1,82 @@
+"""The sampling part of a request: OpenAI's fields, and the engine's own as extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starling.engine.errors import SamplingError
+from starling.engine.generation.sampler import SamplingParams
+from starling.serving.api.api_errors import bad_field, from_engine
+from starling.serving.api.fields import Fields, Unsupported
+
+#: OpenAI's own limit on strings in `stop`.
+MOST_STOPS = 4
+MOST_LOGPROBS = 20
+
+_PENALTY = "it is not supported; use repetition_penalty (above 1 makes repetition less likely)"
+UNSUPPORTED_SAMPLING: Unsupported = {
+    "n": ((1,), "only 1 choice is generated; send a request for each"),
+    "presence_penalty": ((0,), _PENALTY),
+    "frequency_penalty": ((0,), _PENALTY),
+    "logit_bias": (({},), "it is not supported"),
+}
+SAMPLING_FIELDS = frozenset(
+    {
+        *("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
+        *("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "deadline_s"),
+        *UNSUPPORTED_SAMPLING,
+    }
+)
+#: Fields that say nothing about the answer.
+IGNORED_FIELDS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
+def read_sampling(
+    fields: Fields, defaults: Mapping[str, Any], *, max_tokens: int, logprobs: int | None
+) -> SamplingParams:
+    """SamplingParams of a request. `defaults` are the values of fields left out, `max_tokens` of that one.
+
+    Raises ApiError that names the field for a bad value, and for what is not supported.
+    """
+    fields.refuse_unsupported(UNSUPPORTED_SAMPLING)
+    values: dict[str, Any] = dict(defaults)
+    values |= {name: value for name in _FLOATS if (value := fields.optional(name, float)) is not None}
+    values |= {name: value for name in ("top_k", "seed") if (value := fields.optional(name, int)) is not None}
+    if "ignore_eos" in fields.values:
+        values["ignore_eos"] = fields.required("ignore_eos", bool)
+    if "stop" in fields.values:
+        values["stop"] = _stops(fields)
+    values["stop_token_ids"] = tuple(fields.get("stop_token_ids", list, []))
+    limits = [name for name in ("max_completion_tokens", "max_tokens") if name in fields.values]
+    values["max_tokens"] = fields.required(limits[0], int) if limits else max_tokens
+    try:
+        return SamplingParams(
+            **values,
+            logprobs=logprobs,
+        )
+    except SamplingError as error:
+        refusal = from_engine(error, "")
+        if refusal.param == "max_tokens" and limits:
+            refusal.param, refusal.message = limits[0], refusal.message.replace("max_tokens", limits[0], 1)
+        raise refusal from None
+
+
+def read_deadline(fields: Fields) -> float | None:
+    """Seconds that the whole request may take, None for no limit."""
+    seconds = fields.optional("deadline_s", float)
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise bad_field("deadline_s", f"deadline_s is {seconds}: give seconds above 0", "invalid_value")
+    return seconds
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    value = fields.values.get("stop", [])
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
+        raise bad_field("stop", "stop holds no text: give a string, or a list of strings that are not empty")
+    if len(stops) > MOST_STOPS:
+        raise bad_field("stop", f"stop has {len(stops)} strings: give {MOST_STOPS} at most", "array_above_max_length")
+    return tuple(stops)

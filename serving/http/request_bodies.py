@@ -1,0 +1,163 @@
+"""What a client asks for: the bodies of /v1/completions and /v1/chat/completions, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from starling.engine.generation.sampler import SamplingParams
+from starling.serving.api.api_errors import ApiError, bad_field
+from starling.serving.api.fields import Fields, Unsupported
+from starling.serving.api.messages import read_messages
+from starling.serving.api.sampling_fields import (
+    IGNORED_FIELDS,
+    MOST_LOGPROBS,
+    SAMPLING_FIELDS,
+    read_deadline,
+    read_sampling,
+)
+
+Messages: TypeAlias = list[dict[str, Any]]
+
+#: OpenAI's default for /v1/completions; a chat goes on to the end of the KV cache.
+COMPLETION_TOKENS = 16
+
+#: OpenAI's defaults; those of the bundle go before them.
+API_DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
+
+UNSUPPORTED_COMPLETION: Unsupported = {
+    "echo": ((False,), "the prompt is not repeated in the answer"),
+    "best_of": ((1,), "only 1 choice is generated"),
+    "suffix": (("",), "text is generated at the end of the prompt only"),
+}
+UNSUPPORTED_CHAT: Unsupported = {
+    "tools": (([],), "tools are not supported; describe them in a message"),
+    "functions": (([],), "tools are not supported; describe them in a message"),
+    "tool_choice": (("none", "auto"), "tools are not supported"),
+    "function_call": (("none", "auto"), "tools are not supported"),
+    "response_format": (({"type": "text"},), "only text is generated, without a grammar"),
+    "modalities": ((["text"],), "only text is generated"),
+    "audio": ((), "it is not supported"),
+    "prediction": ((), "it is not supported"),
+    "reasoning_effort": ((), "it is not supported"),
+}
+#: Without tools it says nothing about the answer either.
+IGNORED_CHAT = IGNORED_FIELDS | {"parallel_tool_calls"}
+
+#: All that a body may name; anything else is refused.
+_COMMON = SAMPLING_FIELDS | {"model", "stream", "stream_options", "logprobs"}
+COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", *UNSUPPORTED_COMPLETION}
+CHAT_FIELDS = _COMMON | IGNORED_CHAT | {"messages", "template", "top_logprobs", *UNSUPPORTED_CHAT}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server accepts. `defaults` are sampling settings of requests that do not name them."""
+
+    models: tuple[str, ...]
+    #: Positions of the KV cache.
+    max_seq: int
+    #: Longest prompt, in tokens.
+    max_prompt: int
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ApiRequest:
+    """One request, checked but for its prompt's length. It has either a `prompt` or chat `messages`."""
+
+    model: str
+    params: SamplingParams
+    stream: bool
+    include_usage: bool
+    deadline_s: float | None
+    prompt: str | list[int] = ""
+    messages: Messages | None = None
+    #: The chat template by name; None is the bundle's default.
+    template: str | None = None
+
+    @property
+    def prompt_field(self) -> str:
+        """The field that an error in the prompt names."""
+        return "prompt" if self.messages is None else "messages"
+
+
+def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
+    """The body of /v1/completions. Raises ApiError that names the field."""
+    fields = Fields(document)
+    fields.refuse_unknown(COMPLETION_FIELDS)
+    model = _model(fields, limits)
+    fields.refuse_unsupported(UNSUPPORTED_COMPLETION)
+    logprobs = _count("logprobs", fields.optional("logprobs", int))
+    params = read_sampling(fields, limits.defaults, max_tokens=COMPLETION_TOKENS, logprobs=logprobs)
+    return ApiRequest(model, params, *_streaming(fields), read_deadline(fields), prompt=_prompt(fields))
+
+
+def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
+    """The body of /v1/chat/completions. Raises ApiError that names the field."""
+    fields = Fields(document)
+    fields.refuse_unknown(CHAT_FIELDS)
+    model = _model(fields, limits)
+    fields.refuse_unsupported(UNSUPPORTED_CHAT)
+    params = read_sampling(fields, limits.defaults, max_tokens=limits.max_seq, logprobs=_chat_logprobs(fields))
+    return ApiRequest(
+        model,
+        params,
+        *_streaming(fields),
+        read_deadline(fields),
+        messages=read_messages(fields),
+        template=fields.optional("template", str),
+    )
+
+
+def _model(fields: Fields, limits: Limits) -> str:
+    model = fields.required("model", str)
+    if model not in limits.models:
+        raise ApiError(
+            404,
+            f"there is no model {model[:60]!r} here: use {' or '.join(limits.models)}",
+            param="model",
+            code="model_not_found",
+        )
+    return model
+
+
+def _streaming(fields: Fields) -> tuple[bool, bool]:
+    """Whether to stream, and whether the stream ends with the usage."""
+    stream = fields.get("stream", bool, False)
+    options = Fields(fields.get("stream_options", dict, {}))
+    if options.values and not stream:
+        raise bad_field("stream_options", "stream_options is for streams: send it with stream true")
+    include_usage = options.values.get("include_usage", False)
+    if not isinstance(include_usage, bool):
+        raise bad_field("stream_options.include_usage", "stream_options.include_usage is neither true nor false")
+    return stream, include_usage
+
+
+def _prompt(fields: Fields) -> str | list[int]:
+    value = fields.values.get("prompt")
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if value is None:
+        raise bad_field("prompt", "prompt is missing: give a string or token ids", "missing_required_parameter")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str | list) for item in value):
+        raise bad_field("prompt", f"prompt has {len(value)} prompts: send a request for each; they run together")
+    raise bad_field("prompt", "prompt is neither a string nor a list of token ids")
+
+
+def _chat_logprobs(fields: Fields) -> int | None:
+    wanted, top = fields.get("logprobs", bool, False), fields.optional("top_logprobs", int)
+    if top is not None and not wanted:
+        raise bad_field("top_logprobs", "top_logprobs is given without logprobs: send logprobs true as well")
+    return _count("top_logprobs", top or 0) if wanted else None
+
+
+def _count(name: str, value: int | None) -> int | None:
+    if value is not None and not 0 <= value <= MOST_LOGPROBS:
+        raise bad_field(name, f"{name} is {value}: give 0 to {MOST_LOGPROBS}", "invalid_value")
+    return value

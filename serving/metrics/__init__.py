@@ -1,0 +1,1 @@
+"""The metrics of a service: one table, for Prometheus and for Triton."""

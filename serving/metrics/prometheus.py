@@ -1,0 +1,92 @@
+"""The metrics of a service in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from starling.engine.batching.serving_stats import ServingStats
+from starling.engine.generation.results import Timings
+from starling.serving.metrics.metric_table import (
+    CACHE_USAGE,
+    GENERATION_TOKENS,
+    LABELS,
+    PROMPT_TOKENS,
+    REQUEST_METRICS,
+    REQUEST_SUCCESS,
+    RUNNING,
+    WAITING,
+    Metric,
+    finished_reason,
+    observations,
+)
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+ENGINE = "0"
+
+
+class PrometheusMetrics:
+    """Histograms of finished requests, and the scheduler's state as it is when the metrics are read. Thread-safe."""
+
+    def __init__(self, model: str, stats: Callable[[], ServingStats]) -> None:
+        self._labels = (model, ENGINE)
+        self._registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self._registry)
+        self._registry.register(_State(self._labels, stats))
+        self._histograms = {metric.name: self._histogram(metric) for metric in REQUEST_METRICS}
+
+    def record(self, timings: Timings) -> None:
+        """Take a request that has ended into account."""
+        for metric, value in observations(timings):
+            self._histograms[metric.name].observe(value)
+
+    def export(self) -> bytes:
+        """All metrics, as /metrics gives them."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, metric: Metric) -> Histogram:
+        family = Histogram(metric.name, metric.help, LABELS, buckets=metric.buckets, registry=self._registry)
+        return family.labels(*self._labels)
+
+
+class _State(Collector):
+    """What the scheduler itself knows, read when Prometheus asks."""
+
+    def __init__(self, labels: tuple[str, ...], stats: Callable[[], ServingStats]) -> None:
+        self._labels, self._stats = labels, stats
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """The gauges and counters of now."""
+        stats = self._stats()
+        yield self._gauge(RUNNING, stats.running)
+        yield self._gauge(WAITING, stats.waiting)
+        yield self._gauge(CACHE_USAGE, stats.running / stats.slots)
+        yield self._counter(PROMPT_TOKENS, stats.prompt_tokens)
+        yield self._counter(GENERATION_TOKENS, stats.generated_tokens)
+        ended = CounterMetricFamily(
+            REQUEST_SUCCESS.name, REQUEST_SUCCESS.help, labels=[*LABELS, *REQUEST_SUCCESS.labels]
+        )
+        for reason, count in _by_reason(stats).items():
+            ended.add_metric([*self._labels, reason], count)
+        yield ended
+
+    def _gauge(self, metric: Metric, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(metric.name, metric.help, labels=LABELS)
+        family.add_metric(self._labels, value)
+        return family
+
+    def _counter(self, metric: Metric, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(metric.name, metric.help, labels=LABELS)
+        family.add_metric(self._labels, value)
+        return family
+
+
+def _by_reason(stats: ServingStats) -> dict[str, int]:
+    """Requests by vLLM's finished_reason; every reason is there from the start, so that rates have a beginning."""
+    counts = {"stop": 0, "length": 0, "abort": 0}
+    for reason, count in stats.ended.items():
+        counts[finished_reason(reason)] += count
+    return counts

@@ -1,0 +1,134 @@
+"""The pace of prefill beside running requests, with the times of steps and chunks handed in: no clock is read."""
+
+from dataclasses import dataclass, field
+from random import Random
+from statistics import mean
+
+import numpy as np
+import pytest
+
+from starling.engine.batching.prefill_pacing import GRAIN, LEAST, PrefillPace
+
+MOST, SLOWDOWN = 128, 2.5
+
+
+@dataclass
+class Machine:
+    """What steps and chunks cost, in ms; each varies by `noise` of its time."""
+
+    step: float
+    base: float
+    per_token: float
+    #: How much dearer a token behind 1000 others is.
+    growth: float = 0.5
+    #: How many times as long as a quiet step one behind a chunk takes.
+    behind: float = 1.1
+    noise: float = 0.08
+    chance: Random = field(default_factory=lambda: Random(5))
+
+    def step_s(self, *, behind_chunk: bool) -> float:
+        return self._varied(self.step * (self.behind if behind_chunk else 1))
+
+    def chunk_s(self, tokens: int, start: int) -> float:
+        return self._varied(self.base + tokens * self.per_token * (1 + self.growth * start / 1000))
+
+    def fitting(self) -> int:
+        """Tokens that a step's share has room for, in the middle of a prompt of 1024."""
+        left = self.step * (SLOWDOWN - self.behind) - self.base
+        return min(int(left / (self.per_token * (1 + self.growth / 2))), MOST)
+
+    def _varied(self, ms: float) -> float:
+        return ms / 1e3 * self.chance.lognormvariate(0, self.noise)
+
+
+def quiet(pace: PrefillPace, machine: Machine, rows: int = 1) -> list[float]:
+    """Steps with no prompt between them."""
+    steps = [machine.step_s(behind_chunk=False) for _ in range(40)]
+    for seconds in steps:
+        pace.decoded(rows, seconds, behind_chunk=False)
+    return steps
+
+
+def beside(pace: PrefillPace, machine: Machine, prompt: int = 1024, rows: int = 1) -> tuple[list[float], list[int]]:
+    """A prompt is prefilled between steps: the times from token to token, and the tokens prefilled in each."""
+    gaps, prefilled, written = [], [], 0
+    while written < prompt:
+        budget, spent, tokens, least = pace.budget(rows), 0.0, 0, LEAST
+        while written + tokens < prompt and (size := max(pace.chunk(budget - spent), least)):
+            seconds = machine.chunk_s(size, written + tokens)
+            pace.prefilled(size, seconds)
+            spent, tokens, least = spent + seconds, tokens + size, 0
+        step = machine.step_s(behind_chunk=True)
+        pace.decoded(rows, step, behind_chunk=True)
+        gaps.append(spent + step)
+        prefilled.append(tokens)
+        written += tokens
+    return gaps, prefilled
+
+
+MACHINES = {
+    "chunks cost little more than a step": Machine(step=10, base=8, per_token=0.1),
+    "a token costs a tenth of a step": Machine(step=10, base=6, per_token=0.9),
+    "a step of many rows is dear, a chunk is not": Machine(step=55, base=8, per_token=0.9),
+    "chunks have no base": Machine(step=20, base=0, per_token=0.5),
+    "a noisy machine": Machine(step=20, base=10, per_token=0.4, noise=0.2),
+}
+
+
+@pytest.mark.parametrize("kind", MACHINES)
+def test_running_requests_keep_three_times_their_quiet_latency(kind: str) -> None:
+    pace, machine = PrefillPace(MOST, SLOWDOWN), MACHINES[kind]
+    before = quiet(pace, machine)
+    for _ in range(2):  # a fresh pace, and one that has learned
+        gaps, _ = beside(pace, machine)
+        assert np.percentile(gaps, 95) <= 3 * np.percentile(before, 95)
+        assert mean(gaps) <= SLOWDOWN * mean(before) * 1.05
+
+
+@pytest.mark.parametrize("kind", MACHINES)
+def test_the_prompt_gets_most_of_the_time_that_there_is_for_it(kind: str) -> None:
+    pace, machine = PrefillPace(MOST, SLOWDOWN), MACHINES[kind]
+    quiet(pace, machine)
+    _, prefilled = beside(pace, machine)
+    assert mean(prefilled[:-1]) >= 0.5 * machine.fitting()
+
+
+def test_chunks_of_a_machine_with_constant_times_settle_at_what_fits() -> None:
+    pace, machine = PrefillPace(MOST, SLOWDOWN), Machine(20, 8, 0.5, growth=0, behind=1, noise=0)
+    quiet(pace, machine)
+    assert pace.budget(1) == pytest.approx(0.03)
+    _, prefilled = beside(pace, machine, prompt=4000)
+    assert prefilled[0] < 2 * GRAIN, "nothing was known of chunks"
+    assert set(prefilled[-20:-1]) == {40}, "the multiple of 8 below the 44 tokens that take 30 ms"
+
+
+def test_a_chunk_in_the_time_left_over_is_not_taken_for_a_share_of_a_long_one() -> None:
+    pace, machine = PrefillPace(MOST, SLOWDOWN), Machine(20, 10, 0.4, growth=0, behind=1, noise=0)
+    quiet(pace, machine)
+    beside(pace, machine)
+    assert pace.chunk(0.008) == 0, "8 tokens take 13 ms, whatever a token of a long chunk costs"
+
+
+def test_where_nothing_decodes_chunks_are_as_long_as_they_may_be() -> None:
+    pace = PrefillPace(MOST, SLOWDOWN)
+    assert pace.chunk(pace.budget(0)) == MOST
+    pace.decoded(1, 0.02, behind_chunk=False)
+    assert pace.chunk(pace.budget(0)) == MOST
+    assert pace.chunk(pace.budget(1)) == 0, "nothing is known of chunks: the caller takes the smallest"
+
+
+def test_steps_of_more_rows_have_a_quiet_time_of_their_own() -> None:
+    pace = PrefillPace(MOST, SLOWDOWN)
+    quiet(pace, Machine(10, 5, 0.1, noise=0), rows=1)
+    quiet(pace, Machine(50, 5, 0.1, noise=0), rows=8)
+    assert pace.budget(8) == pytest.approx(5 * pace.budget(1))
+    assert pace.budget(7) == pace.budget(8), "the nearest that is known"
+
+
+def test_one_chunk_that_was_held_up_does_not_stop_the_prompt() -> None:
+    pace, machine = PrefillPace(MOST, SLOWDOWN), Machine(20, 8, 0.2, growth=0, behind=1, noise=0)
+    quiet(pace, machine)
+    beside(pace, machine)
+    pace.prefilled(GRAIN, 5.0)
+    _, prefilled = beside(pace, machine)
+    assert mean(prefilled[:6]) > 2 * GRAIN

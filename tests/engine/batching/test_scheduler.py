@@ -1,0 +1,314 @@
+"""Continuous batching, step by step: who joins, leaves, waits or fails never shows in another request's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from starling.engine.backends.backend import StepOutput, Tokens
+from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend
+from starling.engine.batching.chunk_queue import Mailbox
+from starling.engine.batching.prefill_pacing import GRAIN, PrefillPace
+from starling.engine.batching.request import Request, RequestHandle
+from starling.engine.batching.scheduler import Scheduler
+from starling.engine.batching.serving_stats import ServingCounters
+from starling.engine.engine import Engine
+from starling.engine.errors import BackendError, RequestFailed
+from starling.engine.generation.results import GenerationChunk, GenerationResult
+from starling.engine.generation.sampler import SamplingParams
+
+ROWS, MAX_SEQ = 4, 96
+SHORT, LONG = tuple(range(900, 905)), tuple(range(1000, 1061))
+
+
+class Served:
+    """A scheduler that is stepped by hand, and what it asked of the backend."""
+
+    def __init__(self, engine: Engine, *, chunk: int = GRAIN) -> None:
+        self.engine = engine
+        self.counters = ServingCounters(ROWS, queue_limit=100)
+        self.scheduler = Scheduler(engine.backend, self.counters, PrefillPace(chunk, slowdown=2))
+
+    def submit(
+        self,
+        prompt: Sequence[int] = SHORT,
+        tokens: int = 8,
+        on_chunk: Callable[[GenerationChunk], None] | None = None,
+        **settings: Any,
+    ) -> tuple[Request, RequestHandle]:
+        sequence = self.engine.prepare(prompt, SamplingParams(**{"max_tokens": tokens, "ignore_eos": True, **settings}))
+        request = Request(sequence, perf_counter(), Mailbox(on_chunk))
+        assert self.counters.enter()
+        self.scheduler.add(request)
+        return request, RequestHandle(request)
+
+    def run(self) -> None:
+        for _ in range(10_000):
+            if self.scheduler.idle:
+                return
+            self.scheduler.serve_step()
+        raise AssertionError("the scheduler never came to an end")
+
+    def alone(self, prompt: Sequence[int] = SHORT, tokens: int = 8) -> GenerationResult:
+        return self.engine.generate(list(prompt), max_tokens=tokens, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Path) -> Iterator[Engine]:
+    with Engine(tiny_bundle, backend="onnxruntime-cpu", max_seq=MAX_SEQ, max_batch=ROWS, threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture
+def served(engine: Engine) -> Served:
+    return Served(engine)
+
+
+def even(served: Served) -> bool:
+    stats = served.counters.snapshot()
+    return stats.running == stats.waiting == 0 and stats.submitted == sum(stats.ended.values())
+
+
+def test_requests_that_join_and_leave_answer_as_alone(served: Served) -> None:
+    prompts = [tuple(range(first, first + 3 + 5 * i)) for i, first in enumerate(range(700, 1500, 80))]
+    lengths = [3, 17, 8, 1, 12, 5, 20, 2, 9, 14]
+    alone = [served.alone(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
+    handles = []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        handles.append(served.submit(prompt, length)[1])
+        served.scheduler.serve_step()
+        served.scheduler.serve_step()
+    served.run()
+    for handle, expected in zip(handles, alone, strict=True):
+        result = handle.result(0)
+        assert (result.tokens, result.text, result.finish_reason) == (expected.tokens, expected.text, "length")
+    assert len({result.tokens for result in alone}) == len(alone)
+    assert even(served)
+
+
+def test_a_long_prompt_is_prefilled_between_the_steps_of_the_others(served: Served) -> None:
+    expected = served.alone(tokens=30), served.alone(LONG, 5)
+    running, handle = served.submit(tokens=30)
+    while not running.sequence.tokens:
+        served.scheduler.serve_step()
+    long, long_handle = served.submit(LONG, 5)
+    before = len(running.sequence.tokens)
+    while not long.sequence.tokens:
+        tokens = len(running.sequence.tokens)
+        served.scheduler.serve_step()
+        assert len(running.sequence.tokens) == tokens + 1, "every step gives the running request a token"
+    assert len(running.sequence.tokens) - before >= 3, "the prompt came in several chunks"
+    served.run()
+    assert (handle.result(0).tokens, long_handle.result(0).tokens) == (expected[0].tokens, expected[1].tokens)
+
+
+def test_a_decode_step_leaves_a_half_prefilled_row_below_it_right(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = served.alone(LONG, 6).tokens
+    steps: list[tuple[list[int], list[int]]] = []
+    decode = served.engine.backend.decode
+
+    def recorded(tokens: Sequence[int], positions: Sequence[int]) -> StepOutput:
+        steps.append((list(tokens), list(positions)))
+        return decode(tokens, positions)
+
+    first, _ = served.submit(tokens=2)
+    served.submit(tokens=60)
+    while not first.mailbox.complete:
+        served.scheduler.serve_step()
+    monkeypatch.setattr(served.engine.backend, "decode", recorded)
+    long, handle = served.submit(LONG, 6)
+    held = []
+    while not long.sequence.tokens:
+        held.append(long.written)
+        served.scheduler.serve_step()
+    assert long.row == 0, "the lowest free row, below the one that decodes"
+    assert len(held) > 3
+    for written, (tokens, positions) in zip(held[1:], steps[1:], strict=False):
+        assert (tokens[0], positions[0]) == (LONG[written], written), "where the next chunk writes anyway"
+    served.run()
+    assert handle.result(0).tokens == expected
+
+
+def test_free_rows_in_between_stay_inside_the_cache_and_the_next_prompt_is_right(served: Served) -> None:
+    full = tuple(range(800, 800 + MAX_SEQ))
+    expected = served.alone(LONG, 4).tokens, served.alone(full, 9).tokens
+    assert len(expected[1]) == 1, "a prompt that fills the cache has room for one token"
+    handles = [served.submit(full, 9)[1], served.submit(tokens=2)[1], served.submit(tokens=40)[1]]
+    for _ in range(40):
+        served.scheduler.serve_step()
+    assert handles[1].done, "rows 0 and 1 are free, row 2 decodes"
+    assert handles[0].result(0).tokens == expected[1]
+    late = served.submit(LONG, 4)[1]
+    served.run()
+    assert late.result(0).tokens == expected[0]
+
+
+def test_how_a_prompt_is_cut_does_not_show(engine: Engine) -> None:
+    prompt = list(range(1000, 1066))
+    whole = engine.backend.prefill(0, np.array(prompt), 0).logits()[0].copy()
+    for chunk in (8, 13, 65):  # 65 would leave one token, and 13 does
+        served = Served(engine, chunk=chunk)
+        seen: list[np.ndarray] = []
+        request, handle = served.submit(prompt, 1, logprobs=5)
+        served.run()
+        assert request.sequence.tokens[0] == whole.argmax()
+        result = handle.result(0)
+        assert result.logprobs is not None
+        seen.append(np.array([value for _, value in result.logprobs[0].top]))
+        total = np.log(np.exp(whole.astype(np.float64)).sum())
+        np.testing.assert_allclose(seen[0], np.sort(whole)[::-1][:5] - total, rtol=0, atol=2e-5)
+
+
+def test_first_come_first_served(served: Served) -> None:
+    requests = [served.submit(tuple(range(900, 900 + 10 + i)), 6)[0] for i in range(12)]
+    served.run()
+    starts = [request.submitted + request.sequence.queue_s for request in requests]
+    firsts = [request.submitted + request.sequence.ttft_s for request in requests]
+    assert starts == sorted(starts)
+    assert firsts == sorted(firsts)
+
+
+def test_cancelling_takes_effect_within_one_step(served: Served) -> None:
+    requests = [served.submit(tokens=80, prompt=LONG[:9])[0] for _ in range(ROWS)]
+    prefilling_or_waiting = [served.submit(LONG)[0] for _ in range(2)]
+    while not all(request.sequence.tokens for request in requests):
+        served.scheduler.serve_step()
+    for request in [requests[1], *prefilling_or_waiting]:
+        request.cancelled = True
+    served.scheduler.serve_step()
+    for request in [requests[1], *prefilling_or_waiting]:
+        assert request.mailbox.complete
+        assert RequestHandle(request).result(0).finish_reason == "cancelled"
+    stats = served.counters.snapshot()
+    assert (stats.running, stats.waiting, stats.ended["cancelled"]) == (ROWS - 1, 0, 3)
+    chunks = list(RequestHandle(requests[1]))
+    assert chunks[-1].token is None
+    assert chunks[-1].timings is not None
+    assert "".join(chunk.text for chunk in chunks) == RequestHandle(requests[1]).partial.text
+    served.run()
+    assert even(served)
+
+
+def test_what_is_late_ends_where_it_is_and_waiting_counts(served: Served) -> None:
+    running, handle = served.submit(tokens=80)
+    while len(running.sequence.tokens) < 3:
+        served.scheduler.serve_step()
+    for _ in range(ROWS):
+        served.submit(tokens=60)
+    waiting, _ = served.submit()
+    running.deadline = waiting.deadline = perf_counter()
+    served.scheduler.serve_step()
+    assert running.mailbox.complete
+    assert waiting.mailbox.complete
+    with pytest.raises(Exception, match=r"its deadline passed after \d+ token"):
+        handle.result(0)
+    assert len(handle.partial.tokens) >= 3
+    served.run()
+    assert even(served)
+
+
+@pytest.mark.parametrize("broken", ["sampler", "detokenizer", "reader"])
+def test_a_request_that_fails_fails_alone(served: Served, broken: str) -> None:
+    expected = served.alone(tokens=20).tokens
+
+    def fails(*_: object) -> int:
+        raise ValueError("broken on purpose")
+
+    before, after = served.submit(tokens=20)[1], None
+    on_chunk = fails if broken == "reader" else None
+    request, handle = served.submit(LONG, 20, on_chunk=on_chunk)  # type: ignore[arg-type]
+    after = served.submit(tokens=20)[1]
+    if broken == "sampler":
+        request.sequence.sample = fails
+    if broken == "detokenizer":
+        request.sequence.detokenizer.push = fails  # type: ignore[assignment, method-assign]
+    served.run()
+    with pytest.raises(RequestFailed, match="broken on purpose"):
+        handle.result(0)
+    assert before.result(0).tokens == after.result(0).tokens == expected
+    assert served.counters.snapshot().ended == {"length": 2, "failed": 1}
+    assert even(served)
+
+
+def test_numbers_that_are_not_finite_end_their_own_row_and_stay_there(served: Served) -> None:
+    expected = served.alone(tokens=20).tokens, served.alone(LONG, 9).tokens
+    good, (bad, bad_handle) = served.submit(tokens=20)[1], served.submit(LONG, 20)
+    while len(bad.sequence.tokens) < 2:
+        served.scheduler.serve_step()
+    backend = served.engine.backend
+    assert isinstance(backend, OrtBackend)
+    for buffer in backend._cache.values():
+        buffer.numpy()[bad.row] = np.nan
+    row = bad.row
+    served.scheduler.serve_step()
+    with pytest.raises(RequestFailed, match="greatest logit is nan"):
+        bad_handle.result(0)
+    later = served.submit(LONG, 9)[1]
+    served.run()
+    assert row == 1
+    assert (good.result(0).tokens, later.result(0).tokens) == expected
+
+
+def test_a_step_of_the_model_that_fails_ends_those_in_it_and_the_loop_goes_on(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = served.alone(LONG, 5).tokens
+    running = [served.submit(tokens=60) for _ in range(ROWS)]
+    waiting = served.submit(LONG, 5)[1]
+    while not all(request.sequence.tokens for request, _ in running):
+        served.scheduler.serve_step()
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine.backend, "_session", None)  # what is left of a session that broke
+        served.scheduler.serve_step()
+    for _, handle in running:
+        with pytest.raises(RequestFailed, match="ONNX Runtime failed in a step of the model") as failure:
+            handle.result(0)
+        assert isinstance(failure.value.__cause__, BackendError)
+    served.run()
+    assert waiting.result(0).tokens == expected
+    assert even(served)
+
+
+def test_a_prefill_that_fails_ends_its_own_request(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = served.alone(tokens=20).tokens
+    running, handle = served.submit(tokens=20)
+    while not running.sequence.tokens:
+        served.scheduler.serve_step()
+    prefill = served.engine.backend.prefill
+
+    def fails_later(slot: int, tokens: Tokens, start: int) -> StepOutput:
+        if start > 0:
+            raise BackendError("no room")
+        return prefill(slot, tokens, start)
+
+    monkeypatch.setattr(served.engine.backend, "prefill", fails_later)
+    long = served.submit(LONG)[1]
+    served.run()
+    with pytest.raises(RequestFailed, match="no room"):
+        long.result(0)
+    assert handle.result(0).tokens == expected
+    assert even(served)
+
+
+def test_settings_are_each_requests_own(served: Served) -> None:
+    settings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.9, "seed": 3},
+        {"temperature": 0.9, "seed": 4, "top_p": 0.8, "logprobs": 2},
+        {"repetition_penalty": 1.3},
+    ]
+    alone = [served.engine.generate(list(SHORT), max_tokens=12, ignore_eos=True, **one) for one in settings]
+    handles = [served.submit(tokens=12, **one)[1] for one in settings]
+    served.run()
+    results = [handle.result(0) for handle in handles]
+    assert [result.tokens for result in results] == [result.tokens for result in alone]
+    assert len({result.tokens for result in results}) == len(settings)
+    assert results[2].logprobs is not None
+    assert results[0].logprobs is None

@@ -1,0 +1,192 @@
+"""The backend for CUDA, on ONNX Runtime's CPU provider and a stream that does its work late."""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_stand_in import RUNS_TO_CAPTURE, cuda_backend
+from host_device import HostDevice
+
+from starling.engine import Engine
+from starling.engine.backends.onnxruntime.onnxruntime_cuda import OrtCudaBackend
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.errors import BackendError
+from starling.engine.generation.results import GenerationResult
+from starling.engine.generation.sampler import SamplingParams
+from starling.engine.serving_loop import ServingLoop
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.exporter import ExportOptions, export_bundle
+from starling.export.quantization.blocks import Quantization
+
+POSITIONS, ROWS = 96, 3
+PROMPTS = [[1, 420, 6316, 28781], [1, 7596, 1247, 28747, 26256, 2936, 7653, 1413], list(range(900, 930))]
+GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=[None, "int8"])
+def bundle(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Checkpoint
+) -> Bundle:
+    folder = tmp_path_factory.mktemp("cuda") / "bundle"
+    how = None if request.param is None else Quantization(request.param)
+    export_bundle(tiny_checkpoint, folder, ExportOptions(dtype="fp16", quantization=how))
+    return Bundle.open(folder)
+
+
+@pytest.fixture(scope="module")
+def oracle(bundle: Bundle) -> Iterator[Engine]:
+    with Engine(bundle, backend="onnxruntime-cpu", max_seq=POSITIONS, max_batch=ROWS, threads=1) as engine:
+        assert engine.backend.pipeline is None
+        yield engine
+
+
+@contextmanager
+def engine_on_cuda(
+    bundle: Bundle, refuses: Exception | None = None, **settings: Any
+) -> Iterator[tuple[Engine, OrtCudaBackend]]:
+    """An engine whose backend is the one for CUDA."""
+    device = HostDevice()
+
+    def open_backend(bundle: Bundle, *, max_seq: int, max_batch: int, **_: object) -> OrtCudaBackend:
+        return cuda_backend(bundle, device, refuses=refuses, max_seq=max_seq, max_batch=max_batch, prefill_chunk=8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("starling.engine.engine.open_backend", open_backend)
+        room = {"max_seq": POSITIONS, "max_batch": ROWS, **settings}
+        with Engine(bundle, **room) as engine:
+            assert isinstance(engine.backend, OrtCudaBackend)
+            yield engine, engine.backend
+    assert device.live == 0
+
+
+def runs(backend: OrtCudaBackend) -> list[str]:
+    """What the session ran, by the names of CUDA graphs; -1 outside of one."""
+    ran: list[str] = backend._session.runs
+    return ran
+
+
+def same(got: list[GenerationResult], expected: list[GenerationResult]) -> None:
+    assert [result.tokens for result in got] == [result.tokens for result in expected]
+    assert [result.text for result in got] == [result.text for result in expected]
+
+
+def test_tokens_are_those_of_the_cpu(bundle: Bundle, oracle: Engine) -> None:
+    with engine_on_cuda(bundle) as (engine, _):
+        same(engine.generate(PROMPTS, GREEDY), oracle.generate(PROMPTS, GREEDY))
+        for prompt in PROMPTS:  # rows that held another prompt
+            same([engine.generate(prompt, GREEDY)], [oracle.generate(prompt, GREEDY)])
+
+
+def test_a_decode_step_is_one_run_of_its_graph(bundle: Bundle) -> None:
+    with engine_on_cuda(bundle) as (engine, backend):
+        engine.generate(PROMPTS[0], GREEDY)
+        first = list(runs(backend))
+        engine.generate(PROMPTS[0], GREEDY)
+        second = runs(backend)[len(first) :]
+    steps = GREEDY.max_tokens - 1
+    assert first == ["-1"] + ["1"] * (RUNS_TO_CAPTURE + steps)
+    assert second == ["-1"] + ["1"] * steps
+
+
+def test_a_greedy_step_brings_eight_bytes_a_row_to_the_host(bundle: Bundle) -> None:
+    with engine_on_cuda(bundle) as (engine, backend):
+        engine.generate(PROMPTS, GREEDY)
+        device = backend._memory.device
+        assert isinstance(device, HostDevice)
+        before = device.bytes_to_host
+        engine.generate(PROMPTS, GREEDY)
+        assert device.bytes_to_host - before == GREEDY.max_tokens * 8 * len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 5},
+        {"repetition_penalty": 1.3},
+        {"logprobs": 3},
+        {"temperature": 1.2, "seed": 1},
+    ],
+    ids=str,
+)
+def test_what_the_host_chooses_is_what_it_chooses_on_the_cpu(
+    bundle: Bundle, oracle: Engine, changes: dict[str, Any]
+) -> None:
+    params = replace(GREEDY, **changes)
+    with engine_on_cuda(bundle) as (engine, _):
+        got, expected = engine.generate(PROMPTS, params), oracle.generate(PROMPTS, params)
+    same(got, expected)
+    assert [result.logprobs for result in got] == [result.logprobs for result in expected]
+
+
+def test_requests_of_a_serving_loop_come_and_go(bundle: Bundle, oracle: Engine) -> None:
+    settings = [
+        replace(GREEDY, max_tokens=length, temperature=heat, seed=3)
+        for length, heat in ((5, 0), (31, 0), (17, 0.8), (2, 0), (23, 0), (9, 0.8), (30, 0))
+    ]
+    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(settings))]
+    with engine_on_cuda(bundle) as (engine, _), ServingLoop(engine) as loop:
+        requests = [loop.submit(prompt, params) for prompt, params in zip(prompts, settings, strict=True)]
+        got = [request.result() for request in requests]
+    same(got, [oracle.generate(prompt, params) for prompt, params in zip(prompts, settings, strict=True)])
+
+
+def test_a_row_is_filled_to_its_last_position(bundle: Bundle, oracle: Engine) -> None:
+    long = replace(GREEDY, max_tokens=POSITIONS)
+    prompt = list(range(100, 100 + POSITIONS - 2))  # no room to capture a step
+    with engine_on_cuda(bundle) as (engine, backend):
+        same([engine.generate(prompt, long)], [oracle.generate(prompt, long)])
+        assert set(runs(backend)) == {"-1"}
+        same([engine.generate(PROMPTS[0], long)], [oracle.generate(PROMPTS[0], long)])
+        same([engine.generate(prompt, long)], [oracle.generate(prompt, long)])
+
+
+def test_where_no_step_can_be_captured_all_goes_on_without(bundle: Bundle, oracle: Engine) -> None:
+    with engine_on_cuda(bundle, refuses=RuntimeError("operation not permitted\nwhen capturing")) as (engine, backend):
+        same(engine.generate(PROMPTS, GREEDY), oracle.generate(PROMPTS, GREEDY))
+        assert backend.note is not None
+        assert backend.note.startswith("decode steps run without CUDA graphs: ")
+        assert backend.note.endswith(": operation not permitted")
+
+
+def test_drafts_are_verified(bundle: Bundle, oracle: Engine) -> None:
+    repeated = [1, *PROMPTS[1][1:] * 3]
+    params = replace(GREEDY, max_tokens=40)
+    with engine_on_cuda(bundle, speculation="prompt-lookup") as (engine, _):
+        got = engine.generate(repeated, params)
+    assert got.timings.drafted_tokens > 0
+    same([got], [oracle.generate(repeated, params)])
+
+
+def test_logits_that_are_no_numbers_end_the_request_and_leave_nothing(bundle: Bundle, oracle: Engine) -> None:
+    with engine_on_cuda(bundle) as (engine, backend):
+        stream = iter(engine.stream(PROMPTS[0], GREEDY))
+        next(stream)
+        for address, size in backend._cache.parts(0):
+            ctypes.memset(address, 0xFF, size)
+        with pytest.raises(BackendError, match="greatest logit is nan"):
+            list(stream)
+        same([engine.generate(PROMPTS[0], GREEDY)], [oracle.generate(PROMPTS[0], GREEDY)])
+
+
+def test_a_bundle_of_fp32_has_no_graph_for_it(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    assert bundle.cuda_graph is None
+    with pytest.raises(BackendError, match="has no graph for CUDA: export it again with --dtype fp16"):
+        cuda_backend(bundle, HostDevice(), max_seq=8, max_batch=1)
+
+
+@pytest.mark.parametrize(("position", "row"), [(POSITIONS, 0), (0, ROWS)])
+def test_what_lies_outside_the_cache_is_refused(bundle: Bundle, position: int, row: int) -> None:
+    backend = cuda_backend(bundle, HostDevice(), max_seq=POSITIONS, max_batch=ROWS)
+    with pytest.raises(BackendError, match="outside the KV cache"):
+        backend.prefill(row, np.array([1]), position)
+    with pytest.raises(BackendError, match="outside the KV cache"):
+        backend.decode([1] * (row + 1), [position] * (row + 1))
+    with pytest.raises(BackendError, match="2 rows"):
+        backend.verify(0, [[1], [2]], [0, 0])
+    backend.close()

@@ -1,0 +1,312 @@
+"""A GGUF file gives the tensors that transformers dequantizes, and the token ids that llama.cpp gives."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map
+from gguf.quants import quantize
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from starling.engine.errors import CheckpointError, UnsupportedModelError
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.demo_model import demo_gguf
+from starling.export.checkpoints.model_source import open_checkpoint
+from starling.export.tokenizers.starling_tokenizer import mistral_model_file, read_pieces
+
+pytestmark = pytest.mark.slow
+
+# Made with llama.cpp itself (build 11549, /tokenize with add_special and parse_special off).
+LLAMA_CPP_IDS = Path(__file__).parents[1] / "data" / "smollm2_llama_cpp_ids.json"
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE, rms_norm_eps=1e-5),
+    "llama-tied": LlamaConfig(**{**SHAPE, "tie_word_embeddings": True}, head_dim=32),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+    "phi3": Phi3Config(**SHAPE, sliding_window=64),
+}
+
+
+def rows_of(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    return checkpoint.tensors.rows(name, 0, checkpoint.tensors.shape(name)[0])
+
+
+def interleaved(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """llama.cpp's order of the rows of q and k: a pair of each half of a head side by side."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def write_tensors(writer: GGUFWriter, model: PreTrainedModel, kind: GGMLQuantizationType) -> None:
+    config = model.config
+    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == config.model_type)
+    names = get_tensor_name_map(architecture, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        stem, _, leaf = name.rpartition(".")
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = tensor.float().numpy()
+        if config.model_type == "llama" and stem.endswith(("q_proj", "k_proj")):
+            values = interleaved(values, heads[stem.rpartition(".")[2]])
+        if values.ndim == 1:
+            writer.add_tensor(f"{names.get_name(stem)}.{leaf}", values)
+        else:
+            writer.add_tensor(f"{names.get_name(stem)}.{leaf}", quantize(values, kind), raw_dtype=kind)
+
+
+def write_byte_tokenizer(writer: GGUFWriter, pre: str) -> None:
+    letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    tokens = ["<pad>", "<s>", "</s>", *letters, "12", "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens + [f"<unused{i}>" for i in range(300 - len(tokens))])
+    writer.add_token_types(
+        [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 3) + [TokenType.UNUSED] * (300 - len(tokens))
+    )
+    writer.add_token_merges(["1 2", "a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+
+
+def write_gguf(
+    path: Path,
+    config: PreTrainedConfig,
+    *,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    pre: str = "gpt-2",
+    extra: dict[str, str] | None = None,
+) -> PreTrainedModel:
+    """A GGUF file as llama.cpp's converter lays it out, of a small random model; the model."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)  # biases and norms too, so that none can be mistaken for another
+    writer = GGUFWriter(path, config.model_type)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+    for key, value in (extra or {}).items():
+        writer.add_string(key, value)
+    write_byte_tokenizer(writer, pre)
+    write_tensors(writer, model, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.fixture(scope="module")
+def demo() -> Checkpoint:
+    return open_checkpoint("demo")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo: Checkpoint) -> Tokenizer:
+    made = Tokenizer.from_str(demo.tokenizer.tokenizer_json)
+    made.encode_special_tokens = True
+    return made
+
+
+def test_the_demo_is_smollm2(demo: Checkpoint) -> None:
+    assert (demo.kind, demo.name) == ("gguf", "SmolLM2-135M-Instruct")
+    assert (demo.config.model_type, demo.config.num_hidden_layers, demo.config.vocab_size) == ("llama", 30, 49152)
+    assert demo.config.rms_norm_eps == 1e-5
+    assert demo.config.rope_parameters["rope_theta"] == 100000.0
+    assert demo.config.tie_word_embeddings
+    assert "lm_head.weight" not in demo.tensors.names()
+    assert (demo.tokenizer.bos, demo.tokenizer.eos, demo.tokenizer.pad) == (1, (2,), 2)
+    assert "<|im_start|>" in str(demo.tokenizer.chat_template)
+
+
+def test_every_tensor_of_the_demo_is_what_transformers_dequantizes(demo: Checkpoint) -> None:
+    # The part of from_pretrained(gguf_file=…) that reads the tensors; the whole of it takes twice as long.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(demo.config)  # type: ignore[no-untyped-call]
+    loaded = load_gguf_checkpoint(str(demo_gguf()), return_tensors=True, model_to_load=model)  # type: ignore[no-untyped-call]
+    reference = loaded["tensors"]
+    assert set(demo.tensors.names()) == set(reference)
+    for name in demo.tensors.names():
+        assert torch.equal(rows_of(demo, name), reference[name]), name
+
+
+def test_a_row_range_is_a_cut_of_the_whole(demo: Checkpoint) -> None:
+    name = "model.layers.3.self_attn.q_proj.weight"
+    assert torch.equal(demo.tensors.rows(name, 37, 301), rows_of(demo, name)[37:301])
+
+
+def test_the_digits_of_smollm2_stay_apart(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("        0: no debugging output (default)").ids
+    assert ids == [353, 32, 42, 787, 33665, 3124, 365, 6518, 25]
+
+
+def test_smollm2_tokenizes_as_llama_cpp_does(tokenizer: Tokenizer) -> None:
+    cases = json.loads(LLAMA_CPP_IDS.read_text(encoding="utf-8"))
+    assert len(cases) >= 50
+    for case in cases:
+        assert tokenizer.encode(case["text"]).ids == case["ids"], case["text"]
+        assert tokenizer.decode(case["ids"], skip_special_tokens=False) == case["text"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_and_shape_of_each_family_come_back(tmp_path: Path, family: str) -> None:
+    config = FAMILIES[family]
+    model = write_gguf(tmp_path / "m.gguf", config)
+    checkpoint = open_checkpoint(str(tmp_path / "m.gguf"))
+    expected = model.state_dict()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    assert set(checkpoint.tensors.names()) == set(expected) - tied
+    for name in checkpoint.tensors.names():
+        assert torch.equal(rows_of(checkpoint, name), expected[name]), name
+    for key in ("hidden_size", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
+        assert getattr(checkpoint.config, key) == getattr(config, key)
+    assert getattr(checkpoint.config, "sliding_window", None) == getattr(config, "sliding_window", None)
+    assert getattr(checkpoint.config, "head_dim", None) == getattr(config, "head_dim", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"),
+    [
+        (GGMLQuantizationType.F16, torch.float16, 2e-3),
+        (GGMLQuantizationType.BF16, torch.bfloat16, 1e-2),
+        (GGMLQuantizationType.Q8_0, torch.float32, 2e-2),
+    ],
+    ids=["f16", "bf16", "q8_0"],
+)
+def test_stored_precision_is_kept(
+    tmp_path: Path, kind: GGMLQuantizationType, dtype: torch.dtype, tolerance: float
+) -> None:
+    model = write_gguf(tmp_path / "m.gguf", FAMILIES["llama"], kind=kind)
+    checkpoint = open_checkpoint(str(tmp_path / "m.gguf"))
+    name = "model.layers.1.self_attn.k_proj.weight"
+    rows = rows_of(checkpoint, name)
+    assert rows.dtype is dtype is checkpoint.config.dtype
+    torch.testing.assert_close(rows.float(), model.state_dict()[name], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-2", "12345 ab", ["12", "3", "4", "5", "Ġ", "ab"]),
+        ("smollm", "12345", ["1", "2", "3", "4", "5"]),
+        ("qwen2", "12", ["1", "2"]),
+        ("llama-bpe", "4512", ["4", "5", "1", "2"]),
+        ("default", "12", ["12"]),
+    ],
+)
+def test_the_named_pre_tokenizer_decides_where_digits_part(
+    tmp_path: Path, pre: str, text: str, pieces: list[str]
+) -> None:
+    write_gguf(tmp_path / "m.gguf", FAMILIES["llama"], pre=pre)
+    tokenizer = Tokenizer.from_str(open_checkpoint(str(tmp_path / "m.gguf")).tokenizer.tokenizer_json)
+    assert tokenizer.encode(text, add_special_tokens=False).tokens == pieces
+
+
+def test_llama_bpe_adds_bos_and_the_others_do_not(tmp_path: Path) -> None:
+    for pre, ids in (("llama-bpe", [1]), ("gpt-2", [])):
+        write_gguf(tmp_path / "m.gguf", FAMILIES["llama"], pre=pre)
+        tokenizer = Tokenizer.from_str(open_checkpoint(str(tmp_path / "m.gguf")).tokenizer.tokenizer_json)
+        assert tokenizer.encode("").ids == ids
+
+
+def test_a_sentencepiece_vocabulary_is_encoded_as_sentencepiece_does() -> None:
+    from starling.export.tokenizers.gguf_tokenizer import gguf_tokenizer_files
+
+    pieces = read_pieces(mistral_model_file())
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [piece.text for piece in pieces],
+        "tokenizer.ggml.scores": [piece.score for piece in pieces],
+        "tokenizer.ggml.token_type": [int(piece.kind) for piece in pieces],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    tokenizer = Tokenizer.from_str(gguf_tokenizer_files(metadata, 32000, where="m.gguf").tokenizer_json)
+    reference = SentencePieceProcessor(model_file=str(mistral_model_file()))
+    for text in ("Hello  world", " 日本🎉", "a\n\tb 12345"):
+        assert tokenizer.encode(text).ids == [1, *reference.encode(text)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "extra", "line"),
+    [
+        ("viking", {}, "pre-tokenizer 'viking'"),
+        ("gpt-2", {"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+    ],
+)
+def test_what_cannot_be_read_faithfully_is_refused_by_name(
+    tmp_path: Path, pre: str, extra: dict[str, str], line: str
+) -> None:
+    write_gguf(tmp_path / "m.gguf", FAMILIES["llama"], pre=pre, extra=extra)
+    with pytest.raises(UnsupportedModelError, match=line):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "m.gguf", "rwkv7")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match="GGUF architecture 'rwkv7'"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 5_000, -1000])
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+    write_gguf(tmp_path / "m.gguf", FAMILIES["llama"])
+    content = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(content[:keep])
+    with pytest.raises(CheckpointError, match=r"m\.gguf is truncated"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
+def test_a_file_of_another_kind_and_a_missing_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(CheckpointError, match="not b'GGUF'"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+    with pytest.raises(CheckpointError, match=r"none\.gguf cannot be read: No such file"):
+        open_checkpoint(str(tmp_path / "none.gguf"))

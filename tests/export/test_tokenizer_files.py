@@ -1,0 +1,178 @@
+"""The tokenizer of a folder reaches the bundle as it is, but for ids that the embedding does not have."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import MistralConfig
+
+from starling.engine.errors import CheckpointError
+from starling.export.checkpoints.checkpoint import TokenizerFiles
+from starling.export.tokenizers.starling_tokenizer import mistral_model_file, openchat_template, starling_tokenizer_json
+from starling.export.tokenizers.tokenizer_files import read_tokenizer_files
+
+CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+SINGLE_TURN = "GPT4 Correct User: Hello<|end_of_turn|>GPT4 Correct Assistant:"
+SINGLE_TURN_IDS = [
+    1,
+    420,
+    6316,
+    28781,
+    3198,
+    3123,
+    1247,
+    28747,
+    22557,
+    32000,
+    420,
+    6316,
+    28781,
+    3198,
+    3123,
+    21631,
+    28747,
+]
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with Starling's tokenizer.json and a tokenizer_config.json."""
+    (tmp_path / "tokenizer.json").write_text(starling_tokenizer_json(), encoding="utf-8")
+    write_json(tmp_path / "tokenizer_config.json", CONFIG)
+    return tmp_path
+
+
+def read(folder: Path, *, vocab_size: int = 32002, generation: dict[str, Any] | None = None) -> TokenizerFiles:
+    config = MistralConfig(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2)
+    return read_tokenizer_files(folder, config, generation or {})
+
+
+def add_token(folder: Path, text: str, index: int) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    document["added_tokens"].append({**document["added_tokens"][-1], "id": index, "content": text})
+    write_json(folder / "tokenizer.json", document)
+
+
+def test_tokenizer_json_is_taken_as_it_is(folder: Path) -> None:
+    files = read(folder)
+    assert json.loads(files.tokenizer_json) == json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    assert (files.bos, files.notes) == (1, ())
+
+
+def test_starlings_sep_token_is_dropped_with_a_note(folder: Path) -> None:
+    add_token(folder, "<sep>", 32002)
+    write_json(folder / "special_tokens_map.json", {"bos_token": "<s>", "sep_token": "<sep>"})
+    write_json(folder / "tokenizer_config.json", CONFIG | {"sep_token": "<sep>", "added_tokens_decoder": {"32002": {}}})
+    files = read(folder)
+    assert files.notes[0] == "dropped <sep> (id 32002): outside the vocabulary of 32002"
+    assert max(Tokenizer.from_str(files.tokenizer_json).get_vocab().values()) == 32001
+    assert files.special_tokens_map == {"bos_token": "<s>"}
+    assert files.tokenizer_config == CONFIG | {"added_tokens_decoder": {}}
+
+
+def test_a_sep_token_that_only_the_special_tokens_map_names_is_dropped(folder: Path) -> None:
+    write_json(folder / "special_tokens_map.json", {"bos_token": "<s>", "sep_token": "<sep>"})
+    files = read(folder)
+    assert files.notes == ("dropped sep_token <sep>: it has no id in the vocabulary",)
+    assert files.special_tokens_map == {"bos_token": "<s>"}
+
+
+def test_a_token_outside_the_vocabulary_that_is_added_to_every_text_is_refused(folder: Path) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    document["post_processor"]["special_tokens"]["<s>"]["ids"] = [32002]
+    write_json(folder / "tokenizer.json", document)
+    with pytest.raises(CheckpointError, match="its post_processor adds '<s>', outside the vocabulary of 32002"):
+        read(folder)
+
+
+def test_a_base_token_outside_the_vocabulary_is_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"token '梦' has id 31999, outside the vocabulary of 31999"):
+        read(folder, vocab_size=31999)
+
+
+@pytest.mark.parametrize(
+    ("generation", "eos"),
+    [({}, (2,)), ({"eos_token_id": 5}, (5,)), ({"eos_token_id": [5, 7]}, (5, 7)), ({"eos_token_id": 40000}, ())],
+)
+def test_eos_comes_from_generation_config_else_from_config(
+    folder: Path, generation: dict[str, Any], eos: tuple[int, ...]
+) -> None:
+    assert read(folder, generation=generation).eos == eos
+
+
+def test_a_chat_model_also_stops_at_its_end_of_turn(folder: Path) -> None:
+    write_json(folder / "tokenizer_config.json", CONFIG | {"eos_token": {"content": "<|end_of_turn|>"}})
+    assert read(folder).eos == (2,)
+    (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    assert read(folder).eos == (2, 32000)
+
+
+def test_templates_of_tokenizer_config_may_be_a_list(folder: Path) -> None:
+    named = [{"name": "default", "template": "D"}, {"name": "rag", "template": "R"}]
+    write_json(folder / "tokenizer_config.json", CONFIG | {"chat_template": named})
+    files = read(folder)
+    assert (files.chat_template, files.additional_chat_templates) == ("D", {"rag": "R"})
+    assert "chat_template" not in files.tokenizer_config
+
+
+def test_template_files_win_over_tokenizer_config(folder: Path) -> None:
+    write_json(folder / "tokenizer_config.json", CONFIG | {"chat_template": "old"})
+    (folder / "chat_template.jinja").write_text("new", encoding="utf-8")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("T", encoding="utf-8")
+    files = read(folder)
+    assert (files.chat_template, files.additional_chat_templates) == ("new", {"tool": "T"})
+
+
+def test_a_template_of_the_openchat_kind_gains_code_and_math(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(openchat_template(), encoding="utf-8")
+    assert read(folder).additional_chat_templates == {
+        "code": openchat_template("code"),
+        "math": openchat_template("math"),
+    }
+
+
+def test_another_template_gains_nothing(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    assert read(folder).additional_chat_templates == {}
+
+
+def test_a_sentencepiece_model_alone_is_converted(tmp_path: Path) -> None:
+    shutil.copy(mistral_model_file(), tmp_path / "tokenizer.model")
+    added = {
+        str(32000 + i): {"content": text, "special": True} for i, text in enumerate(("<|end_of_turn|>", "<|pad_0|>"))
+    }
+    write_json(
+        tmp_path / "tokenizer_config.json",
+        CONFIG
+        | {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "added_tokens_decoder": added},
+    )
+    tokenizer = Tokenizer.from_str(read(tmp_path).tokenizer_json)
+    assert tokenizer.encode(SINGLE_TURN).ids == SINGLE_TURN_IDS
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no tokenizer: it needs"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "holds a list"),
+        ("{}", "is no tokenizer of the tokenizers library"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', "the tokenizer cannot be loaded"),
+    ],
+)
+def test_an_altered_tokenizer_json_is_refused(folder: Path, content: str, line: str) -> None:
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=line):
+        read(folder)

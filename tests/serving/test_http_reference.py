@@ -1,0 +1,260 @@
+"""docs/http.md is true: its tables are the code's own, and what they claim holds on a running server."""
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from http_server import MODEL, Server, serving
+
+from starling.cli.serve import command as serve_command
+from starling.engine.generation.sampler import SamplingParams
+from starling.serving.api import api_errors as errors
+from starling.serving.api import sampling_fields
+from starling.serving.api.fields import Unsupported
+from starling.serving.http import body, logs, request_log
+from starling.serving.http import request_bodies as requests
+from starling.serving.http.app import _Endpoints
+from starling.serving.metrics.metric_table import REQUEST_METRICS, STATE_METRICS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "http.md").read_text(encoding="utf-8")
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+KNOWN = {"completions": requests.COMPLETION_FIELDS, "chat": requests.CHAT_FIELDS}
+IGNORED = {"completions": sampling_fields.IGNORED_FIELDS, "chat": requests.IGNORED_CHAT}
+REFUSED: dict[str, Unsupported] = {
+    "completions": {**sampling_fields.UNSUPPORTED_SAMPLING, **requests.UNSUPPORTED_COMPLETION},
+    "chat": {**sampling_fields.UNSUPPORTED_SAMPLING, **requests.UNSUPPORTED_CHAT},
+}
+BASE: dict[str, dict[str, Any]] = {
+    "completions": {"model": MODEL, "prompt": "Once", "max_tokens": 1},
+    "chat": {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
+}
+#: What a field is good for only together with.
+BESIDE: dict[str, dict[str, Any]] = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading, without its first two lines."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+def words(cell: str) -> list[str]:
+    """What a cell has in backticks."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def by_endpoint(heading: str) -> dict[str, list[list[str]]]:
+    rows = table(heading)
+    assert {row[1] for row in rows} <= {"both", *PATHS}
+    return {endpoint: [row for row in rows if row[1] in ("both", endpoint)] for endpoint in PATHS}
+
+
+TAKEN, PASSED_OVER, NOT_TAKEN = (by_endpoint(f"Fields that are {how}") for how in ("taken", "ignored", "refused"))
+
+
+def name_of(row: list[str]) -> str:
+    [name] = words(row[0])
+    return name
+
+
+@pytest.mark.parametrize("endpoint", PATHS)
+def test_the_tables_have_the_fields_of_the_code(endpoint: str) -> None:
+    taken, ignored, refused = ([name_of(row) for row in rows[endpoint]] for rows in (TAKEN, PASSED_OVER, NOT_TAKEN))
+    for names in (taken, ignored, refused):
+        assert len(set(names)) == len(names)
+    assert set(ignored) == IGNORED[endpoint]
+    assert set(refused) == set(REFUSED[endpoint])
+    assert set(taken) == KNOWN[endpoint] - set(ignored) - set(refused)
+    passing = {name_of(row): [json.loads(word) for word in words(row[2])] for row in NOT_TAKEN[endpoint]}
+    assert passing == {name: list(accepted) for name, (accepted, _) in REFUSED[endpoint].items()}
+
+
+def test_numeric_defaults_are_those_of_the_code() -> None:
+    defaults: dict[str, Any] = {
+        name: getattr(SamplingParams(), name) for name in ("top_k", "min_p", "repetition_penalty")
+    }
+    defaults |= requests.API_DEFAULTS | {"max_tokens": requests.COMPLETION_TOKENS, "top_logprobs": 0}
+    rows = [row for endpoint in PATHS for row in TAKEN[endpoint] if re.fullmatch(r"[\d.]+", row[4])]
+    assert {name_of(row): float(row[4]) for row in rows} == defaults
+
+
+def test_limits_endpoints_metrics_and_the_logs_fields_are_those_of_the_code() -> None:
+    limits = {row[0]: row[1] for row in table("Limits")}
+    assert limits["strings in `stop`"] == str(sampling_fields.MOST_STOPS)
+    assert limits["alternatives of `logprobs`"] == str(sampling_fields.MOST_LOGPROBS)
+    assert limits["time for the body to arrive"] == f"{body.BODY_TIMEOUT_S} s"
+    options = {option.name: option.default for option in serve_command.params}
+    assert limits["body"] == "`--max-body`, 1 MiB"
+    assert options["max_body"] == 2**20
+    assert f"within `--grace` seconds ({options['grace']})" in PAGE
+    assert f"{errors.RETRY_AFTER_S} (second), with 429 and 503" in PAGE
+    for option in set(re.findall(r"--[a-z][a-z-]+", PAGE)):
+        assert option in CliRunner().invoke(serve_command, ["--help"]).output, option
+
+    routes = {route.path.replace(":path", ""): route.methods for route in _Endpoints.routes(object.__new__(_Endpoints))}
+    assert [words(row[0])[0] for row in table("Endpoints")] == list(routes)
+    for path, method in ((words(row[0])[0], row[1]) for row in table("Endpoints")):
+        assert method in (routes[path] or ())
+
+    metrics = [(metric.name + "_total" * (metric.kind == "counter"), metric.kind) for metric in STATE_METRICS]
+    metrics += [(metric.name, metric.kind) for metric in REQUEST_METRICS]
+    assert [(words(row[0])[0], row[1]) for row in table("Metrics")] == metrics
+
+    assert tuple(name for row in table("Log") for name in words(row[0])) == request_log.FIELDS
+    assert f"up to {logs.MOST_CHARACTERS} characters" in PAGE
+    assert all(f"`{level}`" in PAGE for level in logs.LEVELS)
+    for line in PAGE.split("```text\n")[1].split("```")[0].splitlines():
+        assert re.match(r"\S+Z INFO starling\.serve\.request: POST /v1/completions \d{3} request_id=", line)
+        assert set(re.findall(r"(\w+)=", line)) <= set(request_log.FIELDS)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: Path) -> Iterator[Server]:
+    limits = ("--max-batch", "1", "--max-queue", "1", "--max-seq", "2048", "--max-prompt", "64", "--max-body", "300000")
+    with serving(tiny_bundle, *limits, env={"STARLING_API_KEY": "key"}) as running:
+        yield running
+
+
+def ask(
+    server: Server, endpoint: str, change: dict[str, Any], **headers: str
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, error and headers of a request that changes the base of its endpoint."""
+    name = next(iter(change), "")
+    asked = BASE[endpoint] | BESIDE.get(name, {}) | change
+    status, answered, content = server.request(
+        "POST", PATHS[endpoint], asked, {"Authorization": "Bearer key", **headers}
+    )
+    return status, {} if status == 200 else json.loads(content)["error"], dict(answered)
+
+
+#: Good and bad values of the types that are not just a range of numbers.
+TYPES: dict[str, tuple[list[Any], list[Any]]] = {
+    "string, or list of token ids": (["Hi", [5, 6], ["Hi"], [[5]]], ["", [], [5, "x"], 5, ["a", "b"], {}]),
+    "list of messages": (
+        [
+            [{"role": role, "content": "Hi"}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+            for role in ("system", "developer")
+        ]
+        + [[{"role": "user", "content": "Hi", "name": "Bo", "tool_calls": []}]],
+        [[], "Hi", [5], [{"role": "tool", "content": "x"}], [{"role": "user", "content": "x", "tool_calls": [1]}]],
+    ),
+    "string, or list of strings": (["x", ["a", "b", "c", "d"]], ["", [""], ["a"] * 5, 5]),
+    "list of token ids": ([[], [5]], ["x", [-1], ["x"]]),
+    "object": ([{"include_usage": True}], [[], {"include_usage": "yes"}, "x"]),
+    "true or false": ([True, False], ["yes", 1]),
+    "string": ([], [5, ["x"]]),
+    "whole number": ([], ["1", 1.5, True]),
+    "number": ([], ["1", True]),
+}
+#: Good and bad values of each range.
+RANGES: dict[str, tuple[list[float], list[float]]] = {
+    "": ([], []),
+    "1 or more": ([1, 10**30], [0, -1]),
+    "0 or more": ([0, 10**9], [-1]),
+    "above 0": ([60], [0, -1]),
+    "above 0 to 1": ([0.01, 1], [0, 1.01]),
+    "0 to 1": ([0, 1], [-0.1, 1.1]),
+    "0 to 20": ([0, 20], [-1, 21]),
+}
+#: Ends an answer that would go on to the end of the cache.
+ANY_TOKEN = {"stop_token_ids": list(range(32100))}
+GOOD: dict[str, list[Any]] = {"model": [MODEL], "template": ["default"]}
+
+
+@pytest.mark.parametrize("endpoint", PATHS)
+def test_fields_are_taken_as_their_row_says(server: Server, endpoint: str) -> None:
+    for row in TAKEN[endpoint]:
+        name, kind, span = name_of(row), row[2], row[3]
+        good, bad = ([*a, *b] for a, b in zip(TYPES[kind], RANGES[span], strict=True))
+        for value in [*good, *GOOD.get(name, [])]:
+            quick = ANY_TOKEN if value == 10**30 else {}
+            status, error, _ = ask(server, endpoint, {name: value} | quick)
+            assert status == 200, (name, value, error)
+        for value in bad:
+            status, error, _ = ask(server, endpoint, {name: value})
+            assert status == 400, (name, value)
+            assert re.split(r"[.\[]", error["param"])[0] == name, (name, value, error)
+        status, error, _ = ask(server, endpoint, {name: None} | (ANY_TOKEN if name == "max_tokens" else {}))
+        left_out = (400, "missing_required_parameter") if row[4] == "required" else (200, None)
+        assert (status, error.get("code")) == left_out, name
+
+
+@pytest.mark.parametrize("endpoint", PATHS)
+def test_fields_are_ignored_and_refused_as_their_row_says(server: Server, endpoint: str) -> None:
+    everything = {name_of(row): {"any": ["value"]} for row in PASSED_OVER[endpoint]}
+    assert ask(server, endpoint, everything)[0] == 200
+    for row in NOT_TAKEN[endpoint]:
+        name = name_of(row)
+        for value in [None, *map(json.loads, words(row[2]))]:
+            assert ask(server, endpoint, {name: value})[0] == 200, (name, value)
+        status, error, _ = ask(server, endpoint, {name: {"other": "value"}})
+        assert (status, error["param"], error["code"]) == (400, name, "unsupported_parameter")
+    other = ({*KNOWN["chat"], *KNOWN["completions"]} - KNOWN[endpoint]) | {"temprature"}
+    for name in other:
+        status, error, _ = ask(server, endpoint, {name: 1})
+        assert (status, error["param"], error["code"]) == (400, name, "unknown_parameter")
+
+
+def test_errors_are_those_of_the_table(server: Server) -> None:
+    long = {"max_tokens": 2000, "ignore_eos": True}
+    seen: dict[tuple[int, str, str | None], dict[str, str]] = {}
+
+    def note(status: int, error: dict[str, Any], headers: dict[str, str]) -> None:
+        assert set(error) == {"message", "type", "param", "code"}
+        seen[status, error["type"], error["code"]] = headers
+
+    for change in (
+        *({"temperature": -1}, {"prompt": None}, {"no_such": 1}, {"n": 2}, {"top_p": "x"}, {"logprobs": 21}),
+        *({"stop": ["a"] * 5}, {"prompt": "word " * 100}, {"model": "x"}, {"prompt": "x" * 300_000}),
+        long | {"deadline_s": 0.2},
+    ):
+        note(*ask(server, "completions", change))
+    note(*ask(server, "completions", {}, Authorization="Bearer wrong"))
+    note(*ask(server, "completions", {}, **{"Content-Type": "text/plain"}))
+    for method, path in (("GET", "/nothing"), ("GET", "/v1/completions")):
+        status, headers, content = server.request(method, path, headers={"Authorization": "Bearer key"})
+        note(status, json.loads(content)["error"], dict(headers))
+    streams = [server.client("key").completions.create(**BASE["completions"] | {"max_tokens": 2000}, stream=True)]
+    next(iter(streams[0]))
+    with socket.create_connection(("127.0.0.1", server.port)) as waiting:
+        content = json.dumps(BASE["completions"]).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer key"
+        waiting.sendall(f"{head}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+        while server.metric("vllm:num_requests_waiting") == 0:
+            pass
+        note(*ask(server, "completions", {}))
+    streams[0].close()
+
+    rows = {(int(row[0]), words(row[1])[0], words(row[2])[0]): row for row in table("Errors")}
+    told = {(status, kind, code or "null") for status, kind, code in seen}
+    # A body that is slow for 30 s; a failure, and an end, which test_serve_log.py and test_serve_refusals.py have.
+    elsewhere = {
+        (408, "invalid_request_error", "null"),
+        (500, "server_error", "null"),
+        (503, "service_unavailable_error", "shutting_down"),
+    }
+    assert told == set(rows) - elsewhere
+    unanswered = [errors.internal(""), errors.shutting_down(), errors.ApiError(408, "")]
+    assert {(error.status, error.kind, error.code or "null") for error in unanswered} == elsewhere
+    assert seen[429, "rate_limit_error", "queue_full"]["retry-after"] == str(errors.RETRY_AFTER_S)
+    assert seen[401, "invalid_request_error", "invalid_api_key"]["www-authenticate"] == "Bearer"
+    assert seen[405, "invalid_request_error", None]["allow"] == "POST"
+
+
+def test_a_bundles_own_sampling_defaults_are_the_servers(tiny_bundle: Path, tmp_path: Path) -> None:
+    from command_line import copy_bundle, edit_manifest
+
+    own = copy_bundle(tiny_bundle, tmp_path / "own")
+    edit_manifest(own, generation={"do_sample": True, "temperature": 0, "top_p": None, "top_k": 3})
+    with serving(own, "--max-seq", "64") as server:
+        texts = {
+            server.client().completions.create(model=MODEL, prompt="Once", max_tokens=8).choices[0].text for _ in "abc"
+        }
+        assert len(texts) == 1
+        assert not any("sampled at" in line for line in server.log)

@@ -1,0 +1,200 @@
+"""`starling triton` writes a whole repository or nothing, and never over what it did not write."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import CHECKOUT, refusal, succeed
+
+from starling.serving.triton.entry_inputs import Inputs
+from starling.serving.triton.entry_interface import Call, Interface
+from starling.serving.triton.socket_messages import (
+    Delta,
+    Job,
+    Logprob,
+    RequestError,
+    delta_line,
+    error_line,
+    read_delta,
+)
+from starling.serving.triton.tensorrt_llm import TensorRtLlmInterface
+from starling.serving.triton.vllm import VllmInterface
+
+pytestmark = pytest.mark.slow
+
+MODELS = ("starling", "ensemble", "vllm_model")
+
+
+@pytest.fixture
+def repository(tiny_bundle: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "models"
+    succeed("triton", tiny_bundle, folder)
+    return folder
+
+
+def test_a_repository_has_three_models_and_says_how_to_start(repository: Path, tiny_bundle: Path) -> None:
+    for model in MODELS:
+        assert f'name: "{model}"' in (repository / model / "config.pbtxt").read_text()
+        compile((repository / model / "1" / "model.py").read_text(), model, "exec")
+    assert {path.name for path in repository.iterdir() if path.is_dir()} == set(MODELS)
+    config = (repository / "starling" / "config.pbtxt").read_text()
+    assert f'key: "bundle" value {{ string_value: "{tiny_bundle.resolve()}" }}' in config
+    assert "KIND_CPU" in config
+    assert "decoupled: true" in (repository / "ensemble" / "config.pbtxt").read_text()
+    assert os.access(repository / "start.sh", os.X_OK)
+    for name in ("README.md", "start.sh", "make_environment.sh"):
+        assert not re.search(r"@\{\w+\}", (repository / name).read_text())
+    assert str(tiny_bundle.resolve()) in (repository / "README.md").read_text()
+
+
+def test_a_gpu_repository_names_the_gpu_and_the_environment(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    options = ("--instance-kind", "gpu", "--env", tmp_path / "env", "--max-batch", "3", "--backend", "tensorrt")
+    succeed("triton", tiny_bundle, folder, *options)
+    config = (folder / "starling" / "config.pbtxt").read_text()
+    assert "KIND_GPU gpus: [ 0 ]" in config
+    assert 'key: "max_batch" value { string_value: "3" }' in config
+    assert 'key: "backend" value { string_value: "tensorrt" }' in config
+    for model in MODELS:
+        text = (folder / model / "config.pbtxt").read_text()
+        assert f'key: "EXECUTION_ENV_PATH" value {{ string_value: "{tmp_path / "env"}" }}' in text
+    assert "KIND_CPU" in (folder / "ensemble" / "config.pbtxt").read_text()
+
+
+def test_copy_makes_the_repository_stand_alone(tiny_bundle: Path, tmp_path: Path) -> None:
+    succeed("triton", tiny_bundle, tmp_path / "models", "--copy")
+    assert 'key: "bundle" value { string_value: "bundle" }' in (tmp_path / "models/starling/config.pbtxt").read_text()
+    copied = tmp_path / "models" / "starling" / "1" / "bundle"
+    assert json.loads((copied / "bundle.json").read_text()) == json.loads((tiny_bundle / "bundle.json").read_text())
+
+
+def test_nothing_is_overwritten_without_force(repository: Path, tiny_bundle: Path) -> None:
+    before = (repository / "starling" / "config.pbtxt").read_text()
+    line = refusal("triton", tiny_bundle, repository, "--max-batch", "2")
+    assert line == f"{repository} exists already: give another place, or --force to replace it"
+    assert (repository / "starling" / "config.pbtxt").read_text() == before
+    succeed("triton", tiny_bundle, repository, "--max-batch", "2", "--force")
+    assert 'key: "max_batch" value { string_value: "2" }' in (repository / "starling" / "config.pbtxt").read_text()
+    assert [path.name for path in repository.parent.iterdir()] == ["models"]
+
+
+def test_force_spares_what_starling_did_not_write(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    assert "is not a repository that Starling wrote" in refusal("triton", tiny_bundle, tmp_path / "mine", "--force")
+    assert (tmp_path / "mine" / "file").read_text() == "precious"
+
+
+def test_more_positions_than_the_model_has_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    assert "--max-seq is 10000000" in refusal("triton", tiny_bundle, tmp_path / "models", "--max-seq", "10000000")
+    assert not (tmp_path / "models").exists()
+
+
+def _read(interface: Interface, **fields: object) -> Call:
+    arrays = {}
+    for name, value in fields.items():
+        values = [
+            one.encode() if isinstance(one, str) else one for one in (value if isinstance(value, list) else [value])
+        ]
+        dtype = object if isinstance(values[0], bytes) else None
+        arrays[name] = np.array(values, dtype=dtype).reshape((1, -1) if interface.batched else (-1,))
+    return interface.read(Inputs(arrays, batched=interface.batched), {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings"),
+    [
+        ({}, (0.0, 0, 1.0)),  # TensorRT-LLM's default is top_k 1
+        ({"temperature": 0.7}, (0.0, 0, 1.0)),
+        ({"top_k": 1, "temperature": 0.7}, (0.0, 0, 1.0)),
+        ({"top_k": 0, "top_p": 0.0}, (0.0, 0, 1.0)),
+        ({"top_k": 40, "temperature": 0.5}, (0.5, 40, 1.0)),
+        ({"top_p": 0.5}, (1.0, 0, 0.5)),
+    ],
+)
+def test_tensorrt_llm_draws_only_where_top_k_or_top_p_say_so(
+    fields: dict[str, float], settings: tuple[float, int, float]
+) -> None:
+    params = _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, **fields).job.params
+    assert (params.temperature, params.top_k, params.top_p) == settings
+
+
+def test_tensorrt_llm_end_id_replaces_the_models_own() -> None:
+    params = _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, end_id=7, stop_words=["", "a"]).job.params
+    assert (params.stop_token_ids, params.ignore_eos, params.stop) == ((7,), True, ("a",))
+    assert _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, end_id=-1).job.params.stop_token_ids == ()
+
+
+def test_values_that_change_nothing_pass_and_others_do_not() -> None:
+    neutral = {"bad_words": "", "beam_width": 1, "length_penalty": 1.0, "presence_penalty": 0.0, "pad_id": 5}
+    _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, **neutral)
+    with pytest.raises(RequestError, match=r"length_penalty is 2\.0, which is not supported"):
+        _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, length_penalty=2.0)
+
+
+def test_several_prompts_in_one_request_are_refused() -> None:
+    arrays = {"text_input": np.array([[b"a"], [b"b"]], dtype=object)}
+    with pytest.raises(RequestError, match="text_input has 2 rows"):
+        Inputs(arrays, batched=True)
+
+
+def test_vllm_settings_have_vllms_defaults_and_take_numbers_as_strings() -> None:
+    params = _read(VllmInterface(), text_input="x").job.params
+    assert (params.temperature, params.max_tokens) == (1.0, 16)
+    settings = '{"temperature": "0.5", "top_k": -1, "stop": "a", "max_tokens": "3", "presence_penalty": 0}'
+    params = _read(VllmInterface(), text_input="x", sampling_parameters=settings).job.params
+    assert (params.temperature, params.top_k, params.stop, params.max_tokens) == (0.5, 0, ("a",), 3)
+
+
+def test_jobs_and_answers_survive_the_socket() -> None:
+    call = _read(TensorRtLlmInterface(), text_input="Zürich\n😀", max_tokens=4, stop_words=["\n"], top_k=5, seed=2**63)
+    assert Job.from_line(call.job.to_line()) == call.job
+    delta = Delta("ü", 1, (Logprob(3, -0.5, "ü", ((3, -0.5, "ü"),)),), "stop", 9)
+    assert read_delta(delta_line(delta)) == delta
+    with pytest.raises(RequestError, match="busy") as refused:
+        read_delta(error_line(RequestError("busy", "unavailable")))
+    assert refused.value.kind == "unavailable"
+
+
+class TestTheEnvironmentsRecipe:
+    """make_environment.sh installs Starling from where it came from, and leaves a whole environment or none."""
+
+    def make(self, repository: Path, folder: Path, **env: str) -> tuple[int, list[str]]:
+        """Exit code and lines on stderr."""
+        command = [repository / "make_environment.sh", folder]
+        variables = os.environ | {"PYTHON": sys.executable, "PIP_NO_INDEX": "1"} | env
+        finished = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        return finished.returncode, finished.stderr.splitlines()
+
+    def test_it_names_the_checkout_that_wrote_it(self, repository: Path) -> None:
+        assert f"DEFAULT={CHECKOUT}\n" in (repository / "make_environment.sh").read_text()
+
+    @pytest.mark.parametrize("source", ["/nosuch/checkout", "./nosuch.whl", "/nosuch/with space"])
+    def test_a_source_that_is_not_there_is_one_line(self, repository: Path, tmp_path: Path, source: str) -> None:
+        code, lines = self.make(repository, tmp_path / "env", SOURCE=source)
+        assert code == 2
+        assert lines == [f"error: {source} does not exist: give SOURCE, a checkout of Starling or a wheel of it"]
+        assert not (tmp_path / "env").exists()
+
+    def test_what_is_there_already_is_left_alone(self, repository: Path, tmp_path: Path) -> None:
+        (tmp_path / "env").mkdir()
+        (tmp_path / "env" / "mine").touch()
+        code, lines = self.make(repository, tmp_path / "env")
+        assert code == 2
+        assert "exists already" in lines[0]
+        assert (tmp_path / "env" / "mine").exists()
+
+    @pytest.mark.parametrize("source", ["no-such-package", "no-such-package==1", "no-such-package @ file:///nosuch"])
+    def test_a_failed_installation_leaves_nothing(self, repository: Path, tmp_path: Path, source: str) -> None:
+        code, lines = self.make(repository, tmp_path / "env", SOURCE=source)
+        assert code == 1
+        assert "ERROR" in "".join(lines[:-1])  # pip's own words
+        assert lines[-1] == f"error: {tmp_path / 'env'} was not made"
+        assert not (tmp_path / "env").exists()
