@@ -105,6 +105,8 @@ class Backend(Protocol):
     max_seq: int
     max_batch: int
     vocab_size: int
+    #: Tokens that one run prefills at most.
+    prefill_chunk: int
     #: Memory of the whole KV cache, in bytes.
     kv_cache_bytes: int
     #: Seconds spent inside the model's run since the backend was opened; the rest of a step is host time. Of a step

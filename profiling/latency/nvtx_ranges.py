@@ -29,7 +29,7 @@ class RangedBackend:
         self.name, self.provider, self.note = backend.name, backend.provider, backend.note
         self.kernels, self.kernels_note = backend.kernels, backend.kernels_note
         self.max_seq, self.max_batch, self.vocab_size = backend.max_seq, backend.max_batch, backend.vocab_size
-        self.kv_cache_bytes = backend.kv_cache_bytes
+        self.kv_cache_bytes, self.prefill_chunk = backend.kv_cache_bytes, backend.prefill_chunk
         self.verified_rows = backend.verified_rows
         pipeline = backend.pipeline
         self.pipeline: TokenPipeline | None = None if pipeline is None else RangedPipeline(pipeline, self._annotate)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from starling.engine.backends.backend import PREFILL_CHUNK, Backend, default_threads
+from starling.engine.backends.backend import Backend, default_threads
 from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime, why_not_on_cuda
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
@@ -129,7 +129,7 @@ def measure(
         kv_cache_bytes=cache,
         peak_rss_bytes=peak,
         peaks=peaks,
-        measurements=tuple(_measurement(bundle, measured, peaks) for measured in latencies),
+        measurements=tuple(_measurement(bundle, backend, measured, peaks) for measured in latencies),
         operators=_operators(bundle, sweep, options, backend, positions, steps) if options.operators else None,
     )
 
@@ -175,7 +175,7 @@ def _require_memory(bundle: Bundle, sweep: Sweep, backend: str, positions: int, 
         )
 
 
-def _measurement(bundle: Bundle, latencies: Latencies, peaks: MachinePeaks | None) -> Measurement:
+def _measurement(bundle: Bundle, backend: Backend, latencies: Latencies, peaks: MachinePeaks | None) -> Measurement:
     if peaks is None:
         return Measurement(latencies, None, None)
     point = latencies.point
@@ -183,12 +183,14 @@ def _measurement(bundle: Bundle, latencies: Latencies, peaks: MachinePeaks | Non
         "operations_per_second": peaks.arithmetic.operations_per_second,
         "bytes_per_second": peaks.read_bytes_per_second,
     }
-    prefill = prefill_work(bundle, point.prompt_tokens, PREFILL_CHUNK)
+    prefill = prefill_work(bundle, point.prompt_tokens, backend.prefill_chunk)
     decode = decode_work(bundle, point.prompt_tokens, point.new_tokens, point.batch)
+    # Where steps are launched ahead the host waits for a part of each only.
+    decode_s = latencies.decode_model_s if backend.pipeline is None else latencies.decode_step_s
     return Measurement(
         latencies,
         under_roof(prefill, latencies.prefill_model_s, **limits),
-        None if latencies.drafts is not None else under_roof(decode, latencies.decode_model_s, **limits),
+        None if latencies.drafts is not None else under_roof(decode, decode_s, **limits),
     )
 
 

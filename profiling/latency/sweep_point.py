@@ -104,6 +104,11 @@ class Latencies:
         return median(row.prefill_model_s for run in self.runs for row in run)
 
     @property
+    def decode_step_s(self) -> float:
+        """Seconds from one token of a row to the next, the median over the steps."""
+        return median(gap for run in self.runs for gap in run[0].itl_s)
+
+    @property
     def decode_model_s(self) -> float:
         """Seconds that the model's run of one decode step takes, the median over the steps."""
         return median(step - host for run in self.runs for step, host in zip(run[0].itl_s, run[0].host_s, strict=True))

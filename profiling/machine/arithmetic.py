@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
+from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
 from starling.profiling.machine.product_graph import product_graph
 
 #: Large enough for the kernel's own peak (its weights do not fit into a core's caches), small enough for 0.1 s a pass.
 ROWS, WIDTH = 512, 2048
+#: On a GPU: 1.1 tera-operations a pass, beside which its launch is nothing.
+CUDA_WIDTH, CUDA_PASSES = 8192, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,28 @@ def measure_product(
     session.run(None, feed)  # warm-up: the first run allocates the output
     best = min(_timed(session, feed) for _ in range(passes))
     return 2 * ROWS * width * width / best
+
+
+def measure_cuda_peak(ort: Any) -> ArithmeticPeak:
+    """Time ONNX Runtime's float16 product on the first GPU, which computes so whatever the weights are stored as."""
+    name, width = "float16 MatMul", CUDA_WIDTH
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    model = product_graph("MatMul", width, _values("float16", (width, width)), "float16", "float16")
+    session = ort.InferenceSession(model, options, providers=["CUDAExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(_values("float16", (width, width)), "cuda", 0))
+    half = ONNX_TYPES["float16"]
+    product = ort.OrtValue.ortvalue_from_shape_and_type([width, width], half, "cuda", 0)
+    binding.bind_ortvalue_output("y", product)
+    best = float("inf")
+    for _ in range(CUDA_PASSES):
+        begin = perf_counter()
+        session.run_with_iobinding(binding)
+        best = min(best, perf_counter() - begin)
+    rate = 2 * width**3 / best
+    how = f"ONNX Runtime {name}, [{width}, {width}] x [{width}, {width}], best of {CUDA_PASSES} passes"
+    return ArithmeticPeak(rate, how, {name: rate})
 
 
 def _timed(session: Any, feed: dict[str, NDArray[np.generic]]) -> float:

@@ -1,6 +1,6 @@
 """What an NVIDIA GPU does while it is measured: memory, clocks, power, energy, by NVML (package nvidia-ml-py).
 
-Written against NVML's documentation; not run on hardware.
+Run on an NVIDIA H200.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The machine's own memory read bandwidth, the limit that a decode step on the CPU is held against."""
+"""The bandwidth of the machine's own memory, the limit that a decode step is held against."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from starling.engine.backends.cuda.cuda_device import Device
+from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.errors import UserError
 
 # numpy's int32 maximum is vectorised and releases the GIL; of its reductions it comes closest to a C read loop (the
@@ -44,3 +46,26 @@ def _timed_pass(pool: ThreadPoolExecutor, parts: list[NDArray[np.int32]]) -> flo
     start = time.perf_counter()
     list(pool.map(np.max, parts))
     return time.perf_counter() - start
+
+
+def measure_copy_bandwidth(device: Device, bytes: int = 512 * 2**20, copies: int = 8, repeats: int = 5) -> float:
+    """Bytes per second that a GPU reads and writes while it copies in its own memory, the best of `repeats` passes.
+
+    A pass is `copies` copies of `bytes` bytes, a multiple of what its caches hold. Raises BackendError where the GPU has
+    no room for two such blocks.
+    """
+    memory = DeviceMemory(device)
+    try:
+        source, destination = memory.allocate(bytes), memory.allocate(bytes)
+        memory.copy(destination, source, bytes)
+        memory.synchronize()
+        best = float("inf")
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            for _ in range(copies):
+                memory.copy(destination, source, bytes)
+            memory.synchronize()
+            best = min(best, time.perf_counter() - begin)
+    finally:
+        memory.close()
+    return 2 * bytes * copies / best

@@ -84,13 +84,23 @@ def test_tokens_are_those_of_the_cpu(bundle: Bundle, oracle: Engine) -> None:
 
 def test_a_decode_step_is_one_run_of_its_graph(bundle: Bundle) -> None:
     with engine_on_cuda(bundle) as (engine, backend):
+        opening = list(runs(backend))
         engine.generate(PROMPTS[0], GREEDY)
-        first = list(runs(backend))
-        engine.generate(PROMPTS[0], GREEDY)
-        second = runs(backend)[len(first) :]
-    steps = GREEDY.max_tokens - 1
-    assert first == ["-1"] + ["1"] * (RUNS_TO_CAPTURE + steps)
-    assert second == ["-1"] + ["1"] * steps
+        answer = runs(backend)[len(opening) :]
+    captured = [graph for graph in "123" for _ in range(RUNS_TO_CAPTURE + 1)]
+    assert opening == ["-1", *captured]
+    assert answer == ["-1"] + ["1"] * (GREEDY.max_tokens - 1)
+
+
+def test_attention_gets_the_length_that_the_rows_have_reached(bundle: Bundle, oracle: Engine) -> None:
+    long, room = replace(GREEDY, max_tokens=300), {"max_seq": 600, "max_batch": 1}
+    with engine_on_cuda(bundle, **room) as (engine, backend):
+        got = engine.generate(PROMPTS[0], long)
+        assert sorted(backend._steps) == [(1, 256), (1, 512)]
+        graphs = [graph for graph in runs(backend) if graph != "-1"]
+    assert graphs.count("2") == RUNS_TO_CAPTURE + len(PROMPTS[0]) + long.max_tokens - 1 - 256
+    with Engine(bundle, backend="onnxruntime-cpu", threads=1, **room) as plain:
+        same([got], [plain.generate(PROMPTS[0], long)])
 
 
 def test_a_greedy_step_brings_eight_bytes_a_row_to_the_host(bundle: Bundle) -> None:
@@ -137,10 +147,11 @@ def test_requests_of_a_serving_loop_come_and_go(bundle: Bundle, oracle: Engine) 
 
 def test_a_row_is_filled_to_its_last_position(bundle: Bundle, oracle: Engine) -> None:
     long = replace(GREEDY, max_tokens=POSITIONS)
-    prompt = list(range(100, 100 + POSITIONS - 2))  # no room to capture a step
+    prompt = list(range(100, 100 + POSITIONS - 2))
     with engine_on_cuda(bundle) as (engine, backend):
+        opening = len(runs(backend))
         same([engine.generate(prompt, long)], [oracle.generate(prompt, long)])
-        assert set(runs(backend)) == {"-1"}
+        assert set(runs(backend)[opening:]) == {"-1", "1"}
         same([engine.generate(PROMPTS[0], long)], [oracle.generate(PROMPTS[0], long)])
         same([engine.generate(prompt, long)], [oracle.generate(prompt, long)])
 

@@ -116,9 +116,9 @@ class OrtBackend:
         self.vocab_size = bundle.architecture.vocab_size
         self.kv_cache_bytes = bundle.kv_cache.bytes_per_token * max_seq * max_batch
         self.model_seconds = 0.0
-        self._chunk = min(prefill_chunk, max_seq)
+        self.prefill_chunk = min(prefill_chunk, max_seq)
         self._cache = allocate_cache(self._ort, bundle, max_batch, max_seq)
-        longest = max(self._chunk, MOST_VERIFIED_TOGETHER)
+        longest = max(self.prefill_chunk, MOST_VERIFIED_TOGETHER)
         self._inputs = INPUTS[bundle.dialect](max_batch, longest, max_seq)
         self._why_no_verify = _why_no_verify(bundle)
         self._kept = KeptPositions(MOST_VERIFIED) if self._why_no_verify is None else None
@@ -137,7 +137,7 @@ class OrtBackend:
         """
         first = 0
         while first < len(tokens):
-            chunk = tokens[first : first + chunk_length(len(tokens) - first, self._chunk)]
+            chunk = tokens[first : first + chunk_length(len(tokens) - first, self.prefill_chunk)]
             check_room(self, row, start + first + len(chunk) - 1)
             self._inputs.write_chunk(chunk, start + first)
             self._run(self._row_binding(row, len(chunk)))
