@@ -48,6 +48,15 @@ class Kernel:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _call("cuLaunchKernelEx", ctypes.byref(configuration), self._function, parameters, None)
 
+    @property
+    def handle(self) -> int | None:
+        """The CUfunction."""
+        return self._function.value
+
+    def close(self) -> None:
+        """Unload its code."""
+        _call("cuModuleUnload", self._module)
+
     def blocks_of_a_multiprocessor(self, threads: int) -> int:
         count = ctypes.c_int()
         name = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
@@ -65,13 +74,14 @@ class Kernel:
 
 
 @cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """The driver's library."""
     return ctypes.CDLL("libcuda.so.1")
 
 
 def _call(name: str, *arguments: object) -> None:
-    status = getattr(_driver(), name)(*arguments)
+    status = getattr(driver(), name)(*arguments)
     if status:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
+        driver().cuGetErrorString(status, ctypes.byref(text))
         raise DriverError(f"{name}: {(text.value or b'').decode()} ({status})")
