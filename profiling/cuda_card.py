@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any, Protocol
 
@@ -97,7 +98,7 @@ class Card:
         own = f"sm_{properties.major}{properties.minor}"
         if own != self.arch:
             raise RuntimeError(f"the kernels are built for {self.arch}, the card is {own}: give --arch {own}")
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(self._stream)
 
     def kernel(self, source: Source) -> Any:
@@ -136,15 +137,15 @@ class Card:
             work()
         finally:
             graph.capture_end()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
         graph.replay()
         for event in events[:-1]:
             event.record()
             graph.replay()
         events[-1].record()
         torch.cuda.synchronize()
-        times = [first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False)]
-        return 1e3 * median(times)
+        times = [first.elapsed_time(second) for first, second in pairwise(events)]
+        return float(1e3 * median(times))
 
 
 @dataclass(slots=True)

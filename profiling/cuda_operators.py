@@ -199,7 +199,9 @@ class Session:
             for variant in self.variants(product, bits, rows):
                 if not self.check(variant, product, rows, 0):
                     continue
-                lines += [self.time(variant, product, rows, persistent, True) for persistent in self.grids(variant, product)]
+                lines += [
+                    self.time(variant, product, rows, persistent, True) for persistent in self.grids(variant, product)
+                ]
             timed = sorted((line for line in lines if line), key=lambda line: line[0])
             for _, variant, persistent in timed[:2]:
                 self.time(variant, product, rows, persistent, False)

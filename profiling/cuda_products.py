@@ -104,11 +104,11 @@ class Pool:
     def make(cls, bits: int, elements: int, device: str) -> Pool:
         if bits == 16:
             data = torch.empty(elements, dtype=torch.float16, device=device)
-            for piece in data.split(1 << 30):
+            for piece in torch.split(data, 1 << 30):
                 piece.normal_(0, 0.02)
             return cls(data, torch.empty(32, dtype=torch.float16, device=device))
         data = torch.empty(elements, dtype=torch.uint8, device=device)
-        for piece in data.split(1 << 30):
+        for piece in torch.split(data, 1 << 30):
             piece.random_(0, 256)
         scales = torch.empty(elements // 32, dtype=torch.float16, device=device).uniform_(2e-4, 4e-4)
         return cls(data, scales)
@@ -198,9 +198,7 @@ def check(target: Target, variant: Linear, product: Product, pool: Pool, rows: i
             raise RuntimeError("writes past the end of its output")
         if not target.is_card:
             break
-    return relative_error(
-        out, expected(product, x, dequantized(data, scales), norm, residual, normalize=variant.norm)
-    )
+    return relative_error(out, expected(product, x, dequantized(data, scales), norm, residual, normalize=variant.norm))
 
 
 def time_product(

@@ -81,7 +81,14 @@ def rotary_tables(positions: int, device: str) -> tuple[Any, Any]:
 
 
 def attention_launcher(
-    target: Target, variant: Attention, model: Model, state: AttentionState, scratch: Scratch, *, window: int, early: bool
+    target: Target,
+    variant: Attention,
+    model: Model,
+    state: AttentionState,
+    scratch: Scratch,
+    *,
+    window: int,
+    early: bool,
 ) -> Callable[[], None]:
     arguments = AttentionArguments(
         state.out.data_ptr(), state.qkv.data_ptr(), state.keys.data_ptr(), state.values.data_ptr(),

@@ -25,7 +25,12 @@ def cubin(source: str, defines: dict[str, int], arch: str) -> bytes:
     text, header = ((FOLDER / name).read_bytes() for name in (source, _HEADER))
     headers, names = (ctypes.c_char_p * 1)(header), (ctypes.c_char_p * 1)(_HEADER.encode())
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 1, headers, names), "create")
-    options = [f"-arch={arch}", "-std=c++17", "-default-device", *(f"-D{key}={value}" for key, value in defines.items())]
+    options = [
+        f"-arch={arch}",
+        "-std=c++17",
+        "-default-device",
+        *(f"-D{key}={value}" for key, value in defines.items()),
+    ]
     values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     status = nvrtc.nvrtcCompileProgram(program, len(options), values)
     if status:
@@ -49,7 +54,17 @@ def emulated(source: str, defines: dict[str, int]) -> ctypes.CDLL:
     library = Path(tempfile.gettempdir()) / f"emulated-{hashlib.sha256(key).hexdigest()[:24]}.so"
     if not library.exists():
         made = library.with_suffix(".new.so")
-        command = ["g++", "-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-DHOST_EMULATION"]
+        command = [
+            "g++",
+            "-x",
+            "c++",
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-shared",
+            "-Wno-unknown-pragmas",
+            "-DHOST_EMULATION",
+        ]
         done = subprocess.run([*command, *flags, str(FOLDER / source), "-o", str(made)], capture_output=True, text=True)
         if done.returncode:
             raise CompilationError(done.stderr[:2000])

@@ -50,6 +50,7 @@ struct Linear {
   static constexpr int kRowsOfX = COLUMN_TILES * (kInt8 ? 4 : 8);
   static constexpr int kPitch = K + 32;  // of x in shared memory: two rows apart lie in other banks
   static constexpr int kOutputRowTiles = EPILOGUE == kGated ? ROW_TILES / 2 : ROW_TILES;
+  static_assert(UNROLL == 1 || UNROLL % 2 == 0, "scales of whole vectors");
   static_assert(K % kStep == 0 && kSteps >= WARPS, "a step for each warp");
   static_assert(EPILOGUE != kGated || ROW_TILES % 2 == 0, "a gate and a value");
 
@@ -131,9 +132,14 @@ struct Linear {
         const uint4 v = reinterpret_cast<const uint4*>(from)[i];
         into[4 * i] = v.x, into[4 * i + 1] = v.y, into[4 * i + 2] = v.z, into[4 * i + 3] = v.w;
       }
-    } else {
+    } else if constexpr (UNROLL % 2 == 0) {
 #pragma unroll
-      for (int i = 0; i < UNROLL; ++i) into[i] = reinterpret_cast<const unsigned*>(from)[i];
+      for (int i = 0; i < UNROLL / 2; ++i) {
+        const uint2 v = reinterpret_cast<const uint2*>(from)[i];
+        into[2 * i] = v.x, into[2 * i + 1] = v.y;
+      }
+    } else {
+      *into = *reinterpret_cast<const unsigned*>(from);
     }
   }
 

@@ -41,13 +41,14 @@ def rotate(x: Array, cosines: Array, sines: Array, position: int) -> NDArray[np.
     """[..., head_dim], the halves of a head against each other; as float16, as which it goes on."""
     low, high = np.split(x.astype(np.float32), 2, axis=-1)
     cosine, sine = (table[position].astype(np.float32) for table in (cosines, sines))
-    return np.concatenate([low * cosine - high * sine, high * cosine + low * sine], -1).astype(np.float16)
+    both = np.concatenate([low * cosine - high * sine, high * cosine + low * sine], -1)
+    return np.asarray(both, np.float16)
 
 
 def attention(
     qkv: Array, keys: Array, values: Array, cosines: Array, sines: Array, lengths: Array, window: int, scale: float
 ) -> tuple[NDArray[np.float64], Array, Array]:
-    """One position of each row: ([rows, heads * head_dim], the caches [rows, kv_heads, max, head_dim] as appended to)."""
+    """One position of each row: [rows, heads * head_dim], and the caches [rows, kv_heads, max, head_dim] with it."""
     rows, kv_heads, _, head_dim = keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     keys, values = keys.copy(), values.copy()
