@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,8 @@ class Session:
         self.best[bits, rows, product.name] = Choice(variant, persistent)
         tbs = product.bytes(bits) / us / 1e6
         self.report.write("best", product=product.name, bits=bits, m=rows, us=us, tbs=round(tbs, 3),
-                          share=round(tbs / PEAK_TBS, 3), persistent=persistent, variant=str(variant))  # fmt: skip
+                          share=round(tbs / PEAK_TBS, 3), persistent=persistent, n=product.n,
+                          variant=asdict(variant))  # fmt: skip
 
     def tune_attention(self, rows: int, length: int) -> None:
         from starling.profiling.cuda_step import attention_candidates, time_attention

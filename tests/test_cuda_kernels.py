@@ -127,3 +127,37 @@ def test_what_a_variant_cannot_do() -> None:
     assert not Linear(4096, 8, epilogue=GATED, row_tiles=1).is_valid  # no pairs of gate and value
     assert not Linear(14336, 8, 16, norm=True).is_valid  # more of x than shared memory holds
     assert Linear(4096, 8, epilogue=STORE).grid(32002, 132) == (2001, 1, 1)
+
+
+class DequantizeArguments(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("out", "data", "scales")), ("blocks", ctypes.c_longlong)]
+
+
+class GateArguments(ctypes.Structure):
+    _fields_ = [("out", ctypes.c_void_p), ("x", ctypes.c_void_p), ("rows", ctypes.c_int), ("width", ctypes.c_int)]
+
+
+def test_weights_are_dequantized_for_products_of_many_rows() -> None:
+    random = np.random.default_rng(1)
+    data = random.integers(0, 256, (37, 96)).astype(np.uint8)
+    scales = (random.random((37, 3)) * 3e-4 + 1e-4).astype(np.float16)
+    out = np.full(data.size + 64, np.nan, np.float16)
+    arguments = DequantizeArguments(*map(_address, (out, data, scales)), scales.size)
+    grid = -(-scales.size * 4 // 256)
+    compiler.emulated("dense.cu", {}).emulate_dequantize(ctypes.byref(arguments), ctypes.c_uint(grid))
+    expected = reference.dequantized(data, scales).astype(np.float16)
+    assert np.array_equal(out[: data.size].reshape(data.shape), expected)
+    assert np.isnan(out[data.size :]).all()
+
+
+def test_gates_and_values_of_many_rows_become_their_products() -> None:
+    rows, width = 21, 40
+    x = np.random.default_rng(2).standard_normal((rows, 2 * width)).astype(np.float16)
+    out = np.full(rows * width + 64, np.nan, np.float16)
+    arguments = GateArguments(_address(out), _address(x), rows, width)
+    grid = -(-rows * width // 8 // 256)
+    compiler.emulated("dense.cu", {}).emulate_gate(ctypes.byref(arguments), ctypes.c_uint(grid))
+    gate, value = np.split(x.astype(np.float64), 2, axis=1)
+    expected = gate / (1 + np.exp(-gate)) * value
+    assert reference.relative_error(out[: rows * width].reshape(rows, width), expected) < LIMIT
+    assert np.isnan(out[rows * width :]).all()

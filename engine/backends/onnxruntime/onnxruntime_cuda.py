@@ -151,7 +151,6 @@ class OrtCudaBackend:
                 multiprocessors=device.multiprocessors,
                 stream=self._memory.stream,
                 allocate=self._memory.allocate,
-                most_rows=self.max_batch,
                 prefill_chunk=self.prefill_chunk,
                 cache=cache_directory() / "kernels",
             )

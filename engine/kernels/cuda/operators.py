@@ -76,7 +76,6 @@ class CudaOperators:
         multiprocessors: int,
         stream: int,
         allocate: Callable[[int], int],
-        most_rows: int,
         prefill_chunk: int,
         cache: Path,
     ) -> None:
@@ -86,8 +85,7 @@ class CudaOperators:
         """
         self._library = ctypes.CDLL(str(require_kernel_library().path))
         wanted = list(dict.fromkeys(products))
-        rows = [count for count in ROWS if count < most_rows] + [min(c for c in ROWS if c >= min(most_rows, ROWS[-1]))]
-        chosen = {(product, count): variant(product, count) for product in wanted for count in rows}
+        chosen = {(product, count): variant(product, count) for product in wanted for count in ROWS}
         architecture = f"sm_{target.removeprefix('sm')}"
         codes = _compile({each for each in chosen.values()}, architecture, cache)
         self._kernels = {
@@ -111,7 +109,7 @@ class CudaOperators:
         dense, norm = (_cached(source, {}, architecture, cache) for source in ("dense.cu", "norm.cu"))
         self._dense = [Kernel(dense, "dequantize", 0), Kernel(norm, "rms_norm", _NORM_SHARED), Kernel(dense, "gate", 0)]
         widest = max((product.k + (product.n if product.epilogue == GATED else 0) for product in wanted), default=0)
-        activations = 2 * max(prefill_chunk, most_rows) * widest
+        activations = 2 * max(prefill_chunk, ROWS[-1]) * widest
         blas = _Blas(stream)
         self._session = _CudaSession(
             launch=_address(driver().cuLaunchKernelEx),
@@ -156,11 +154,6 @@ def variant(product: Product, rows: int) -> Linear:
     ]  # fmt: skip
     plain = Linear(product.k, 8, rows, norm, product.epilogue)
     return next(each for changes in tried if (each := replace(plain, **changes)).is_valid)
-
-
-def supports(product: Product) -> bool:
-    """Whether linear.cu can multiply by the weights."""
-    return product.k % 64 == 0 and (product.epilogue != GATED or product.n % 16 == 0)
 
 
 def _measured() -> dict[str, dict[str, int]]:
