@@ -25,9 +25,9 @@ from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
 from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps
 from starling.engine.backends.cuda.step_tensors import ITEM_BYTES, KVCache
 from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES, first_line
-from starling.engine.backends.tensorrt.run.runtime_cache import cache_directory
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
+from starling.engine.host import cache_folder
 from starling.engine.kernels import KernelsUnavailable
 from starling.engine.kernels.cuda.compiler import CompilationError
 from starling.engine.kernels.cuda.driver import DriverError
@@ -152,7 +152,7 @@ class OrtCudaBackend:
                 stream=self._memory.stream,
                 allocate=self._memory.allocate,
                 prefill_chunk=self.prefill_chunk,
-                cache=cache_directory() / "kernels",
+                cache=cache_folder() / "kernels",
             )
         except (KernelsUnavailable, CompilationError, DriverError, OSError) as error:
             self.kernels_note = f"without CUDA kernels: {error}"
