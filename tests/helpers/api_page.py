@@ -1,4 +1,4 @@
-"""docs/api.md: the public Python API, written from its docstrings. `python tests/helpers/api_page.py` writes the page."""
+"""docs/api.md, the Python API, from its docstrings; `python tests/helpers/api_page.py` writes the page."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 HEAD = """\
 # Python API
 
-Written from the docstrings by `python tests/helpers/api_page.py`; `tests/project/test_api_page.py` fails where it is not
-up to date. What is not on this page may change at any time. An example is in the [README](../README.md#use), the words are
-those of [architecture.md](architecture.md#words).
+Written from the docstrings by `python tests/helpers/api_page.py`; `tests/project/test_api_page.py` fails where it is
+not up to date. What is not on this page may change at any time. An example is in the [README](../README.md#use); the
+words are those of [architecture.md](architecture.md#words).
 
 Shapes are in brackets, times in seconds unless a name ends in `_ms`, sizes in bytes. Starling is typed (`py.typed`).
 """
@@ -48,12 +48,18 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
 #: Classes that a program makes itself; it is given the others, or they are dataclasses.
 MADE = {"Engine", "ServingLoop"}
 #: Members for other parts of Starling, and for `with`.
-INTERNAL = {"lend", "take_back", "prepare", "displace", "backend"}
+INTERNAL = {
+    *("lend", "take_back", "prepare", "displace", "backend", "chat_templates"),
+    *("blocks", "block_for", "bits", "weights", "activations", "to_json"),
+}
+#: Types that are words, by their module; the comment above them says what the words mean.
+WORDS = {"engine.generation.results": "FinishReason", "engine.generation.prompts": "Prompt"}
 
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *(line for title in SECTIONS for line in _section(title)), *_errors()]).rstrip() + "\n"
+    sections = [*(line for title in SECTIONS for line in _section(title)), *_words(), *_errors()]
+    return "\n".join([HEAD, *sections]).rstrip() + "\n"
 
 
 def _section(title: str) -> Iterator[str]:
@@ -92,8 +98,9 @@ def _fields(found: type) -> Iterator[str]:
     yield "|---|---|---|---|"
     for field in dataclasses.fields(found):  # type: ignore[arg-type]
         if not field.name.startswith("_"):
+            kind, comment = _type(field.type, in_table=True), comments.get(field.name, "")
             default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
-            yield f"| `{field.name}` | `{_type(field.type, in_table=True)}` | {default} | {comments.get(field.name, '')} |"
+            yield f"| `{field.name}` | `{kind}` | {default} | {comment} |"
     yield ""
 
 
@@ -111,8 +118,11 @@ def _comments(found: type) -> dict[str, str]:
 
 
 def _properties(found: type) -> Iterator[str]:
-    members = [(n, v) for n, v in vars(found).items() if isinstance(v, property | cached_property) and n not in INTERNAL]
-    members = [(name, value) for name, value in members if not name.startswith("_")]
+    members = [
+        (name, value)
+        for name, value in vars(found).items()
+        if isinstance(value, property | cached_property) and not name.startswith("_") and name not in INTERNAL
+    ]
     if members:
         yield "| property | type | |"
         yield "|---|---|---|"
@@ -167,6 +177,18 @@ def _text(documented: Any) -> str:
 
 def _list(lines: str) -> str:
     return re.sub(r"^ *(\w+): ", r"- `\1`: ", textwrap.dedent(lines), flags=re.MULTILINE)
+
+
+def _words() -> Iterator[str]:
+    """What the types are that stand for a few words or forms."""
+    yield "## Types"
+    yield ""
+    for module, name in WORDS.items():
+        source = inspect.getsource(import_module(f"starling.{module}"))
+        found = re.search(rf"((?:^#: .*\n)+)^{name}\b[^=]*= (.+)$", source, re.MULTILINE)
+        assert found, f"{module} has no comment above {name}"
+        yield f"`{name}` = `{found[2]}`\n"
+        yield re.sub(r"^#: ", "", found[1], flags=re.MULTILINE)
 
 
 def _errors() -> Iterator[str]:
