@@ -23,7 +23,8 @@ from starling.export.dialects import get_dialect
 from starling.export.dialects.tensorrt_reference import GRAPH_FILE as REFERENCE_FILE
 from starling.export.dialects.tensorrt_reference import reference_graph
 from starling.export.graphs.cuda_graph import GRAPH_FILE as CUDA_GRAPH_FILE
-from starling.export.graphs.cuda_graph import cuda_graph
+from starling.export.graphs.cuda_graph import KERNEL_GRAPH_FILE as CUDA_KERNEL_GRAPH_FILE
+from starling.export.graphs.cuda_graph import cuda_graph, cuda_kernel_graph
 from starling.export.graphs.genai import GRAPH_FILE as GENAI_GRAPH_FILE
 from starling.export.graphs.genai import genai_config, genai_graph
 from starling.export.graphs.kernel_graph import GRAPH_FILE as KERNEL_GRAPH_FILE
@@ -145,21 +146,36 @@ def _write_model(
     if options.dialect == "ort":
         ir.save(genai_graph(graph), folder / GENAI_GRAPH_FILE)
         write_json(folder / "genai_config.json", genai_config(arch, checkpoint))
-        if (for_kernels := kernel_graph(graph, blocks)) is not None:
-            ir.save(for_kernels, folder / KERNEL_GRAPH_FILE)
-        if (for_cuda := cuda_graph(graph, blocks)) is not None:
-            ir.save(for_cuda, folder / CUDA_GRAPH_FILE)
-    elif options.dialect == "tensorrt":
-        ir.save(reference_graph(graph), folder / REFERENCE_FILE)
-    manifest = _manifest(checkpoint, arch, options, graph, total)
+    manifest = _manifest(checkpoint, arch, options, graph, total) | _write_companions(graph, blocks, options, folder)
     if prepared is not None:
         manifest["quantization"] = prepared.report
         manifest["notes"] += prepared.notes
     manifest["files"] = _files(folder, {WEIGHT_FILE: data})
-    for companion, file in (("kernel_graph", KERNEL_GRAPH_FILE), ("cuda_graph", CUDA_GRAPH_FILE)):
-        manifest[companion] = file if file in manifest["files"] else None
     write_json(folder / "bundle.json", manifest)
     return manifest, arch
+
+
+def _write_companions(
+    graph: ir.Model, how: Quantization | None, options: ExportOptions, folder: Path
+) -> dict[str, Any]:
+    """Write the further graphs over the same weights; what bundle.json says of them."""
+    said: dict[str, Any] = dict.fromkeys(("reference_graph", "kernel_graph", "cuda_graph", "cuda_kernels"))
+    if options.dialect == "tensorrt":
+        ir.save(reference_graph(graph), folder / REFERENCE_FILE)
+        said["reference_graph"] = REFERENCE_FILE
+    if options.dialect != "ort":
+        return said
+    for name, file, made in (
+        ("kernel_graph", KERNEL_GRAPH_FILE, kernel_graph(graph, how)),
+        ("cuda_graph", CUDA_GRAPH_FILE, cuda_graph(graph, how)),
+    ):
+        if made is not None:
+            ir.save(made, folder / file)
+            said[name] = file
+    if (found := cuda_kernel_graph(graph, how)) is not None:
+        ir.save(found[0], folder / CUDA_KERNEL_GRAPH_FILE)
+        said["cuda_kernels"] = {"graph": CUDA_KERNEL_GRAPH_FILE, "products": found[1]}
+    return said
 
 
 def _clean(graph: ir.Model) -> None:
@@ -195,9 +211,6 @@ def _manifest(
             "inputs": _tensor_specs(graph.graph.inputs),
             "outputs": _tensor_specs(graph.graph.outputs),
         },
-        "reference_graph": REFERENCE_FILE if options.dialect == "tensorrt" else None,
-        "kernel_graph": None,
-        "cuda_graph": None,
         "kv_cache": {
             "dtype": _DTYPE_NAMES[options.dtype],
             "bytes_per_token": 2 * arch.layers * arch.kv_heads * arch.head_dim * width,

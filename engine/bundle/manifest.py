@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from starling.engine.bundle.json_fields import JsonFields
 from starling.engine.errors import BundleError
 from starling.engine.names import DIALECTS, DTYPES, Dialect, DType
+
+Around = Literal["none", "residual", "gated"]
 
 FORMAT = "starling-bundle"
 FORMAT_VERSION = 1
@@ -110,12 +112,33 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class CudaProduct:
+    """A product with [n, k] weights in the graph for the CUDA kernels, whether its input is normed, and what follows.
+
+    `around`: "none", "residual" (an addition) or "gated" (silu(gate) * value).
+    """
+
+    k: int
+    n: int
+    norm: bool
+    around: Around
+
+
+@dataclass(frozen=True, slots=True)
+class CudaKernels:
+    """The graph for the engine's own CUDA kernels, and every product in it once."""
+
+    graph: str
+    products: tuple[CudaProduct, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """Typed view of a bundle folder. `raw` is bundle.json as it was read; `parity` what the export measured.
 
     `reference_graph` is a second file with the same nodes, in which operators of the dialect's own have a meaning;
     `kernel_graph` one over the same weights for `starling.engine.kernels`, `cuda_graph` one for decode steps that stay
-    on a GPU. None: there is none.
+    on a GPU, `cuda_kernels` the same for kernels of `starling.engine.kernels.cuda`. None: there is none.
     """
 
     folder: Path
@@ -128,6 +151,7 @@ class Bundle:
     reference_graph: str | None
     kernel_graph: str | None
     cuda_graph: str | None
+    cuda_kernels: CudaKernels | None
     kv_cache: KVCache
     weights: Weights
     tokens: SpecialTokens
@@ -208,7 +232,9 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
     kv, weights = top.inside("kv_cache"), top.inside("weights")
     graph, files = _graph(top.inside("graph")), _files(top.inside("files"))
     others = {field: top.optional(field, str) for field in ("reference_graph", "kernel_graph", "cuda_graph")}
-    for field, file in {"graph.file": graph.file, **others}.items():
+    cuda_kernels = _cuda_kernels(top.inside("cuda_kernels")) if raw.get("cuda_kernels") is not None else None
+    named = {"graph.file": graph.file, **others, "cuda_kernels.graph": cuda_kernels and cuda_kernels.graph}
+    for field, file in named.items():
         if file is not None and file not in files:
             raise top.bad(field, file, "one of the files that bundle.json lists")
     return Bundle(
@@ -220,6 +246,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
         quantization=_quantization(top.inside("quantization")) if raw.get("quantization") is not None else None,
         graph=graph,
         **others,
+        cuda_kernels=cuda_kernels,
         kv_cache=KVCache(kv.choice("dtype", ("float32", "float16", "bfloat16")), kv.get("bytes_per_token", int)),
         weights=Weights(weights.get("bytes", int), weights.get("bytes_per_token", int)),
         tokens=_tokens(top.inside("tokens")),
@@ -254,6 +281,15 @@ def _quantization(fields: JsonFields) -> Quantization:
         fields.optional("smoothing", float),
         tuple(fields.optional("kept", list) or ()),
     )
+
+
+def _cuda_kernels(fields: JsonFields) -> CudaKernels:
+    return CudaKernels(fields.get("graph", str), tuple(_cuda_product(item) for item in fields.items("products")))
+
+
+def _cuda_product(fields: JsonFields) -> CudaProduct:
+    around = cast(Around, fields.choice("around", get_args(Around)))
+    return CudaProduct(fields.get("k", int), fields.get("n", int), fields.get("norm", bool), around)
 
 
 def _graph(fields: JsonFields) -> Graph:

@@ -3,16 +3,20 @@
 Measured on an NVIDIA H200 with ONNX Runtime 1.31 at the shape of a 7B model (profiling/results).
 """
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from starling.engine.names import LOGITS, NEXT_SEQLENS, NEXT_TOKENS
-from starling.export.graphs.rewrites import insert, required, take_over
+from starling.export.graphs.kernel_graph import fuse_products
+from starling.export.graphs.rewrites import STARLING, insert, required, take_over
 from starling.export.quantization.blocks import Quantization
 from starling.export.weights.weight_file import ROW_MULTIPLE
 
 GRAPH_FILE = "model_cuda.onnx"
+KERNEL_GRAPH_FILE = "model_cuda_kernels.onnx"
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -34,6 +38,39 @@ def cuda_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
     _advance_lengths(graph, _check_choice(graph))
     common_passes.RemoveUnusedNodesPass()(twin)
     return twin
+
+
+def cuda_kernel_graph(model: ir.Model, how: Quantization | None) -> tuple[ir.Model, list[dict[str, Any]]] | None:
+    """The graph of `cuda_graph` for the engine's own CUDA kernels, and the products in it; None where they do not fit.
+
+    They are for float16 between the products, and products in symmetric int8 in blocks of 32 without a bias.
+    """
+    nodes = [node for node in model.graph if node.op_type == "MatMulNBits"]
+    fits = how is not None and how.is_symmetric and nodes and all(_has_kernel(node) for node in nodes)
+    if not fits:
+        return None
+    twin = model.clone()
+    graph = twin.graph
+    fuse_products(graph)
+    _advance_lengths(graph, _check_choice(graph))
+    common_passes.RemoveUnusedNodesPass()(twin)
+    twin.opset_imports[STARLING] = 1
+    products = [_product(node) for node in graph if node.op_type == "QuantizedLinear"]
+    return twin, [product for index, product in enumerate(products) if product not in products[:index]]
+
+
+def _has_kernel(product: ir.Node) -> bool:
+    scales = product.inputs[2]
+    sizes = [product.attributes[name].as_int() for name in ("bits", "block_size")]
+    is_half = scales is not None and scales.dtype == ir.DataType.FLOAT16
+    return sizes == [8, 32] and is_half and len(product.inputs) < 6 and product.attributes["K"].as_int() % 64 == 0
+
+
+def _product(linear: ir.Node) -> dict[str, Any]:
+    inputs = [*linear.inputs, *[None] * 6]
+    around = "gated" if linear.attributes["gated"].as_int() else "residual" if inputs[5] is not None else "none"
+    sizes = {name.lower(): linear.attributes[name].as_int() for name in ("K", "N")}
+    return {**sizes, "norm": inputs[3] is not None, "around": around}
 
 
 def _drop_zero_points(product: ir.Node) -> None:

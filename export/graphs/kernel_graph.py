@@ -30,18 +30,24 @@ def kernel_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
     twin = model.clone()
     graph = twin.graph
     if takes_products:
-        for node in list(graph):
-            if node.op_type == "SkipSimplifiedLayerNormalization":
-                _separate_residual(graph, node)
-    for node in list(graph):
-        if takes_products and node.op_type == "MatMulNBits":
-            _replace(graph, node)
-        elif takes_attention and node.op_type == "GroupQueryAttention":
+        fuse_products(graph)
+    if takes_attention:
+        for node in [node for node in graph if node.op_type == "GroupQueryAttention"]:
             # bfloat16 leaves of a score about what int8 products leave of it: mean KL is the same within its noise.
             _take_attention(graph, node, reduced_precision=takes_products)
     common_passes.RemoveUnusedNodesPass()(twin)
     twin.opset_imports[STARLING] = 1
     return twin
+
+
+def fuse_products(graph: ir.Graph) -> None:
+    """Make a `starling::QuantizedLinear` of each MatMulNBits in blocks of 32, with what stands around it."""
+    for node in list(graph):
+        if node.op_type == "SkipSimplifiedLayerNormalization":
+            _separate_residual(graph, node)
+    for node in list(graph):
+        if node.op_type == "MatMulNBits":
+            _replace(graph, node)
 
 
 def _is_supported(node: ir.Node) -> bool:

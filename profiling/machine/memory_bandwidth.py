@@ -51,8 +51,8 @@ def _timed_pass(pool: ThreadPoolExecutor, parts: list[NDArray[np.int32]]) -> flo
 def measure_copy_bandwidth(device: Device, bytes: int = 512 * 2**20, copies: int = 8, repeats: int = 5) -> float:
     """Bytes per second that a GPU reads and writes while it copies in its own memory, the best of `repeats` passes.
 
-    A pass is `copies` copies of `bytes` bytes, many times what its caches hold. Raises BackendError where the GPU has no
-    room for two such blocks.
+    A pass is `copies` copies of `bytes` bytes, many times what its caches hold. Raises BackendError where the GPU
+    has no room for two such blocks.
     """
     memory = DeviceMemory(device)
     try:

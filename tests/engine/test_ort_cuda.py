@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from cuda_stand_in import RUNS_TO_CAPTURE, cuda_backend
 from host_device import HostDevice
@@ -201,3 +202,24 @@ def test_what_lies_outside_the_cache_is_refused(bundle: Bundle, position: int, r
     with pytest.raises(BackendError, match="2 rows"):
         backend.verify(0, [[1], [2]], [0, 0])
     backend.close()
+
+
+def test_an_int8_bundle_names_the_products_of_its_graph_for_the_kernels(bundle: Bundle) -> None:
+    if bundle.quantization is None:
+        assert bundle.cuda_kernels is None
+        return
+    assert bundle.cuda_kernels is not None
+    shapes = {(each.k, each.n): (each.norm, each.around) for each in bundle.cuda_kernels.products}
+    assert shapes == {
+        (256, 6144): (True, "none"),
+        (4096, 256): (False, "residual"),
+        (256, 1024): (True, "gated"),
+        (512, 256): (False, "residual"),
+        (256, 32002): (True, "none"),
+    }
+    nodes = {
+        node.op_type
+        for node in onnx.load(bundle.folder / bundle.cuda_kernels.graph, load_external_data=False).graph.node
+    }
+    assert "QuantizedLinear" in nodes
+    assert not nodes & {"MatMulNBits", "SkipSimplifiedLayerNormalization", "Sigmoid"}

@@ -24,6 +24,7 @@ class HostDevice:
 
     def __init__(self, name: str = "HostDevice", target: str = "sm89", room: int = 2**31) -> None:
         self.name, self.target, self._room = name, target, room
+        self.multiprocessors = 4
         self._memory: dict[int, npt.NDArray[np.uint8]] = {}
         self._queues: dict[int, deque[Work]] = {}
         self._recording: list[Work] | None = None

@@ -33,6 +33,7 @@ class Device(Protocol):
     name: str
     #: Compute capability as plans name it, for example "sm89".
     target: str
+    multiprocessors: int
 
     def allocate(self, size: int) -> int:
         """Address of `size` bytes of device memory, aligned to ALIGNMENT; what they hold is not defined."""
@@ -108,6 +109,7 @@ class CudaDevice:
         self._any_direction = self._cuda.cudaMemcpyKind.cudaMemcpyDefault
         major, minor = self._attribute("ComputeCapabilityMajor"), self._attribute("ComputeCapabilityMinor")
         self.target = f"sm{major}{minor}"
+        self.multiprocessors = self._attribute("MultiProcessorCount")
         self.name = self._call("cudaGetDeviceProperties", 0).name.decode()
 
     def allocate(self, size: int) -> int:

@@ -26,7 +26,9 @@ class CudaRuntime:
     cudaEventDisableTiming = 2
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-    cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76)
+    cudaDeviceAttr = SimpleNamespace(
+        cudaDevAttrMultiProcessorCount=16, cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76
+    )
     _ARGUMENTS: ClassVar[dict[str, tuple[Any, ...]]] = {
         "cudaFree": (_POINTER,),
         "cudaFreeHost": (_POINTER,),

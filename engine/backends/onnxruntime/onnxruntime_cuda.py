@@ -6,6 +6,7 @@ The host launches a step without having seen the token of the step before, and r
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
@@ -24,8 +25,14 @@ from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
 from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps
 from starling.engine.backends.cuda.step_tensors import ITEM_BYTES, KVCache
 from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES, first_line
+from starling.engine.backends.tensorrt.run.runtime_cache import cache_directory
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
+from starling.engine.kernels import KernelsUnavailable
+from starling.engine.kernels.cuda.compiler import CompilationError
+from starling.engine.kernels.cuda.driver import DriverError
+from starling.engine.kernels.cuda.operators import CudaOperators, Product
+from starling.engine.kernels.cuda.variants import ADD_RESIDUAL, GATED, STORE
 from starling.engine.names import LOGITS_TO_KEEP, NEXT_SEQLENS, NEXT_TOKENS
 
 PROVIDER = "CUDAExecutionProvider"
@@ -37,6 +44,9 @@ SESSION_SETTINGS = {
     "session.use_device_allocator_for_initializers": "1",
     "ep.cuda.fpa_intb_gemm": "1",
 }
+#: 1 takes the engine's own CUDA kernels for int8 products.
+KERNELS_SWITCH = "STARLING_CUDA_KERNELS"
+_EPILOGUES = {"none": STORE, "residual": ADD_RESIDUAL, "gated": GATED}
 LENGTH_BYTES = 4
 _POSITIONS_MULTIPLE = 64  # every row of the cache then begins at an aligned address
 _UNCAPTURED = -1
@@ -85,11 +95,13 @@ class OrtCudaBackend:
         prefill_chunk: int | None = None,
         capture: bool = True,
         profile_prefix: Path | None = None,
+        kernels: bool = False,
     ) -> None:
         """Load the graph for CUDA and allocate everything.
 
         `capture` False leaves CUDA graphs out; so does `profile_prefix`, with which ONNX Runtime times every operator
-        and `end_profiling` gives the file. Raises BackendError where the provider does not start or memory is short.
+        and `end_profiling` gives the file. With `kernels` the engine's own run the products of a bundle that has a
+        graph for them; `kernels_note` says where they cannot. Raises BackendError where the provider does not start or memory is short.
         """
         if bundle.cuda_graph is None:
             raise BackendError(f"{bundle.folder} has no graph for CUDA: export it again with --dtype fp16")
@@ -100,19 +112,53 @@ class OrtCudaBackend:
         self.kernels: str | None = None
         self.kernels_note: str | None = None
         self.verified_rows = 1 if max_seq > 1 else 0
-        self.graph_path = bundle.folder / bundle.cuda_graph
         self._ort = ort
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._row_bindings: dict[int, Any] = {}
         with ExitStack() as closing:
             self._memory = memory = DeviceMemory(device)
             closing.callback(memory.close)
             self._captures = capture and profile_prefix is None
-            self._session: Any = _open(ort, self.graph_path, memory.stream, self._captures, profile_prefix)
-            self._allocate(bundle, min(prefill_chunk or PREFILL_CHUNK, max_seq))
+            self.prefill_chunk = max(min(prefill_chunk or PREFILL_CHUNK, max_seq), min(MOST_VERIFIED, max_seq))
+            operators = self._operators(bundle) if kernels and bundle.cuda_kernels is not None else None
+            graph = bundle.cuda_graph
+            if operators is not None:
+                closing.callback(operators.close)
+                assert bundle.cuda_kernels is not None
+                graph, self.kernels = bundle.cuda_kernels.graph, device.target
+            #: The file that was loaded.
+            self.graph_path = bundle.folder / graph
+            self._session: Any = _open(
+                ort, self.graph_path, memory.stream, operators, captures=self._captures, profile_prefix=profile_prefix
+            )
+            closing.callback(self._drop_session)
+            self._allocate(bundle)
             if profile_prefix is None:
                 self._warm_up()
             self._closing = closing.pop_all()
 
-    def _allocate(self, bundle: Bundle, chunk: int) -> None:
+    def _operators(self, bundle: Bundle) -> CudaOperators | None:
+        """The engine's own kernels for the card; None, with a note, where they cannot be had."""
+        assert bundle.cuda_kernels is not None
+        device = self._memory.device
+        products = [
+            Product(each.k, each.n, each.norm, _EPILOGUES[each.around]) for each in bundle.cuda_kernels.products
+        ]
+        try:
+            return CudaOperators(
+                products,
+                target=device.target,
+                multiprocessors=device.multiprocessors,
+                stream=self._memory.stream,
+                allocate=self._memory.allocate,
+                prefill_chunk=self.prefill_chunk,
+                cache=cache_directory() / "kernels",
+            )
+        except (KernelsUnavailable, CompilationError, DriverError, OSError) as error:
+            self.kernels_note = f"without CUDA kernels: {error}"
+            return None
+
+    def _allocate(self, bundle: Bundle) -> None:
         memory, rows = self._memory, self.max_batch
         positions = -(-self.max_seq // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
         arch = bundle.architecture
@@ -125,7 +171,6 @@ class OrtCudaBackend:
         self._cache = KVCache(memory, bundle, pairs, rows, positions)
         self.kv_cache_bytes = self._cache.bytes
         self._batch = self._tensors(rows, rows, feeds_itself=True)
-        self.prefill_chunk = max(chunk, min(MOST_VERIFIED, self.max_seq))
         self._chunk = self._tensors(self.prefill_chunk, MOST_VERIFIED, feeds_itself=False)
         self._logits = HostLogits(memory, self._kind, max(rows, MOST_VERIFIED), self.vocab_size)
         self._launched = LaunchedSteps(memory, max(rows, MOST_VERIFIED))
@@ -141,8 +186,6 @@ class OrtCudaBackend:
         self._longest = np.zeros(1, np.int32)
         #: Positions of each row that are written when all that was launched has run.
         self._lengths = [0] * rows
-        self._steps: dict[tuple[int, int], _Step] = {}
-        self._row_bindings: dict[int, Any] = {}
         self._uncaptured = self._run_options(_UNCAPTURED)
 
     def _tensors(self, tokens: int, rows: int, *, feeds_itself: bool) -> _Tensors:
@@ -267,10 +310,12 @@ class OrtCudaBackend:
 
     def close(self) -> None:
         """Free the session, the cache and every buffer; a second call does nothing."""
+        self._closing.close()
+
+    def _drop_session(self) -> None:
         self._steps.clear()
         self._row_bindings.clear()
         self._session = None
-        self._closing.close()
 
     def _feed(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Have the next step read these tokens at these positions, in place of its own choice."""
@@ -386,6 +431,7 @@ def open_cuda(
         max_batch=max_batch,
         prefill_chunk=prefill_chunk,
         profile_prefix=profile_prefix,
+        kernels=os.environ.get(KERNELS_SWITCH) == "1",
     )
 
 
@@ -395,7 +441,9 @@ def load_cuda(ort: Any) -> None:
         ort.preload_dlls(cudnn=False)
 
 
-def _open(ort: Any, graph: Path, stream: int, captures: bool, profile_prefix: Path | None) -> Any:
+def _open(
+    ort: Any, graph: Path, stream: int, operators: CudaOperators | None, *, captures: bool, profile_prefix: Path | None
+) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # the GPU computes
     options.log_severity_level = 3
@@ -403,6 +451,8 @@ def _open(ort: Any, graph: Path, stream: int, captures: bool, profile_prefix: Pa
         options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
     for key, value in SESSION_SETTINGS.items():
         options.add_session_config_entry(key, value)
+    if operators is not None:
+        operators.register(options)
     settings = {
         "user_compute_stream": str(stream),
         "enable_cuda_graph": str(int(captures)),

@@ -40,7 +40,7 @@ struct GroupQueryAttention::Step {
   }
 };
 
-GroupQueryAttention::GroupQueryAttention(const NodeInfo& node)
+GroupQueryAttention::GroupQueryAttention(const NodeInfo& node, NoContext)
     : heads_(static_cast<int>(node.integer("num_heads"))),
       kv_heads_(static_cast<int>(node.integer("kv_num_heads"))),
       window_(static_cast<int>(std::max<int64_t>(node.integer("local_window_size"), 0))),

@@ -30,7 +30,10 @@ class GroupQueryAttention {
   // output [batch, sequence, heads * head_dim]; present_key and present_value: the memory of past_key and past_value.
   static constexpr size_t outputs = 3;
 
-  explicit GroupQueryAttention(const NodeInfo& node);
+  static constexpr ort::ElementType output_type = ort::kFloat;
+  static constexpr const char* provider = "CPUExecutionProvider";
+
+  GroupQueryAttention(const NodeInfo& node, NoContext);
   void compute(const Call& call) const;
 
  private:

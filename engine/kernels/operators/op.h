@@ -144,17 +144,20 @@ class Call {
   ort::KernelContext* context_;
 };
 
+// What the kernels of one registration share; nothing on the CPU.
+struct NoContext {};
+
 // An operator whose kernel is a class Kernel with
 //   static constexpr const char* name; static constexpr std::array<InputSpec, n> inputs;
-//   static constexpr size_t outputs; Kernel(const NodeInfo&); void compute(const Call&).
-// All outputs are float32.
-template <typename Kernel>
+//   static constexpr size_t outputs; static constexpr ort::ElementType output_type; static constexpr const char*
+//   provider; Kernel(const NodeInfo&, Context&); void compute(const Call&).
+template <typename Kernel, typename Context = NoContext>
 class Op : public ort::CustomOp {
  public:
-  Op() : ort::CustomOp{} {
+  explicit Op(Context context = {}) : ort::CustomOp{}, context_(context) {
     version = ort::kApiVersion;
     get_name = [](const CustomOp*) { return Kernel::name; };
-    get_provider = [](const CustomOp*) { return "CPUExecutionProvider"; };
+    get_provider = [](const CustomOp*) { return Kernel::provider; };
     get_input_count = [](const CustomOp*) { return Kernel::inputs.size(); };
     get_input_type = [](const CustomOp*, size_t index) { return Kernel::inputs[index].type; };
     get_input_presence = [](const CustomOp*, size_t index) {
@@ -162,7 +165,7 @@ class Op : public ort::CustomOp {
     };
     get_input_memory = [](const CustomOp*, size_t) { return 0; };
     get_output_count = [](const CustomOp*) { return Kernel::outputs; };
-    get_output_type = [](const CustomOp*, size_t) { return ort::kFloat; };
+    get_output_type = [](const CustomOp*, size_t) { return Kernel::output_type; };
     get_output_presence = [](const CustomOp*, size_t) { return ort::kRequired; };
     get_variadic_input_minimum = [](const CustomOp*) { return 1; };
     get_variadic_input_homogeneity = [](const CustomOp*) { return 1; };
@@ -170,9 +173,10 @@ class Op : public ort::CustomOp {
     get_variadic_output_homogeneity = [](const CustomOp*) { return 1; };
     get_start_version = [](const CustomOp*) { return 1; };
     get_end_version = [](const CustomOp*) { return INT32_MAX; };
-    create_kernel_v2 = [](const CustomOp*, const void* const* table, const ort::KernelInfo* info, void** made) {
+    create_kernel_v2 = [](const CustomOp* self, const void* const* table, const ort::KernelInfo* info, void** made) {
       const ort::Api api(table);
-      return guarded(api, [&] { *made = new State{api, Kernel(NodeInfo(api, info))}; });
+      const Context& context = static_cast<const Op*>(self)->context_;
+      return guarded(api, [&] { *made = new State{api, Kernel(NodeInfo(api, info), context)}; });
     };
     compute_v2 = [](void* kernel, ort::KernelContext* context) {
       auto* state = static_cast<State*>(kernel);
@@ -186,6 +190,8 @@ class Op : public ort::CustomOp {
     ort::Api api;
     Kernel kernel;
   };
+
+  Context context_;
 
   template <typename Action>
   static ort::Status* guarded(const ort::Api& api, const Action& action) {

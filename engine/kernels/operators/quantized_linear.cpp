@@ -55,7 +55,7 @@ void pack_pair(PackedWeights& packed, int pair, const uint8_t* data, const float
 
 }  // namespace
 
-QuantizedLinear::QuantizedLinear(const NodeInfo& node) : kernels_(block_kernels()) {
+QuantizedLinear::QuantizedLinear(const NodeInfo& node, NoContext) : kernels_(block_kernels()) {
   require(kernels_ != nullptr, "this processor has neither AVX-512 nor AVX2");
   PackedWeights& packed = weights_;
   packed.inputs = static_cast<int>(node.integer("K"));

@@ -17,8 +17,10 @@ class QuantizedLinear {
   static constexpr std::array<InputSpec, 6> inputs = {
       {{ort::kFloat}, {ort::kUInt8}, {ort::kFloat}, {ort::kFloat, true}, {ort::kFloat, true}, {ort::kFloat, true}}};
   static constexpr size_t outputs = 1;
+  static constexpr ort::ElementType output_type = ort::kFloat;
+  static constexpr const char* provider = "CPUExecutionProvider";
 
-  explicit QuantizedLinear(const NodeInfo& node);
+  QuantizedLinear(const NodeInfo& node, NoContext);
   void compute(const Call& call) const;
 
  private:
