@@ -166,7 +166,7 @@ def files_of(title: str, found: Functions) -> list[str]:
 def check_flow(heading: str, found: Functions, main: str) -> list[str]:
     """The files of the map's table under a heading, whose every step was passed on the thread that it names.
 
-    `main` is the table's name for the main thread.
+    `main` is the table's name for the main thread. Where it is the only one, the steps are in the order of the calls.
     """
     section = re.split(r"\n##", MAP.read_text(encoding="utf-8").partition(f"\n### {heading}\n")[2])[0]
     steps = list(STEP.finditer(section))
@@ -176,6 +176,9 @@ def check_flow(heading: str, found: Functions, main: str) -> list[str]:
         threads = found.get((step["file"], step["function"]), set())
         assert threads, f"{heading}: {step['function']} of {step['file']} was not passed"
         assert step["thread"] in {names.get(name, "worker") for name in threads}, f"{step[0]} runs on {threads}"
+    if {step["thread"] for step in steps} == {main}:
+        first_calls = [list(found).index((step["file"], step["function"])) for step in steps]
+        assert first_calls == sorted(first_calls)
     return [step["file"] for step in steps]
 
 
