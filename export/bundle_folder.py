@@ -1,48 +1,32 @@
 """Write a bundle folder so that it is there whole or not at all."""
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starling.engine.errors import StarlingError, UserError
+from starling.engine.host import new_folder
 
 if TYPE_CHECKING:
     from starling.export.checkpoints.checkpoint import TokenizerFiles
 
 
-@contextmanager
-def new_folder(target: Path, *, force: bool) -> Iterator[Path]:
-    """A working folder beside `target`, renamed to it when the block ends well and removed when it does not.
-
-    Its name starts with a dot and says that it is partial, so a killed run leaves nothing that looks whole; the next
-    export to the same place clears it away.
+def new_bundle_folder(target: Path, *, force: bool) -> AbstractContextManager[Path]:
+    """A working folder that becomes `target` when the block ends well: see `host.new_folder`.
 
     Raises:
         UserError: `target` exists and `force` is not set, or is not a bundle and would be overwritten.
         StarlingError: the disk is full or the place cannot be written.
     """
-    check_target(target, force=force)
-    work = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(target)
-        work.mkdir()
-        yield work
-        _put_in_place(work, target)
-    except OSError as error:
-        raise _explain(error, target) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    return new_folder(target, lambda: check_target(target, force=force))
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise UserError where a bundle may not be written to `target`: see `new_folder`."""
+    """Raise UserError where a bundle may not be written to `target`: see `new_bundle_folder`."""
     if not target.exists():
         _check_parents(target)
         return
@@ -94,38 +78,3 @@ def file_entry(file: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, as bundle.json lists it."""
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    if not target.exists():
-        work.rename(target)
-        return
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
-    target.rename(old)
-    work.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _clear_leftovers(target: Path) -> None:
-    """Remove what killed exports to the same place left; an export that still runs keeps its own."""
-    for left in target.parent.glob(f".{target.name}.partial-*"):
-        if not _is_alive(left.name.rpartition("-")[2]):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(pid: str) -> bool:
-    with suppress(ValueError, ProcessLookupError):
-        try:
-            os.kill(int(pid), 0)
-        except PermissionError:
-            return True
-        return True
-    return False
-
-
-def _explain(error: OSError, target: Path) -> StarlingError:
-    if error.errno == errno.ENOSPC:
-        return StarlingError(
-            f"the disk is full: writing {target} stopped and nothing was left behind; free space and retry"
-        )
-    return StarlingError(f"cannot write {target}: {error.strerror or error}")

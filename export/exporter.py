@@ -14,7 +14,7 @@ from starling import __version__
 from starling.engine.bundle.manifest import FORMAT, FORMAT_VERSION, Architecture
 from starling.engine.errors import UserError
 from starling.engine.names import DTYPES
-from starling.export.bundle_folder import check_space, file_entry, new_folder, write_json, write_tokenizer
+from starling.export.bundle_folder import check_space, file_entry, new_bundle_folder, write_json, write_tokenizer
 from starling.export.check.bundle_quality import CUT_LAYERS, fits, measure, require_quality
 from starling.export.check.parity import Parity, require_fp32
 from starling.export.check.torch_reference import cut
@@ -104,7 +104,7 @@ def export_bundle(
         StarlingError: the disk is full, or the graph disagrees with PyTorch.
     """
     progress = progress or Silent()
-    with new_folder(out, force=options.force) as work:
+    with new_bundle_folder(out, force=options.force) as work:
         manifest, arch = _write_model(checkpoint, work, options, progress)
         wanted = options.check if options.check is not None else checkpoint.kind != "random"
         if wanted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -158,22 +157,6 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free the model and the cache; the backend cannot be used afterwards."""
         ...
-
-
-def default_threads() -> int:
-    """Physical cores that this process may run on: hyper-threads share the units that a matrix product needs."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cpus = os.sched_getaffinity(0)
-    return len({_siblings(cpu) for cpu in cpus}) or 1
-
-
-def _siblings(cpu: int) -> str:
-    try:
-        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return str(cpu)
 
 
 def chunk_length(remaining: int, most: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from starling.engine.backends.backend import CUDA, PREFILL_CHUNK, Backend, default_threads
+from starling.engine.backends.backend import CUDA, PREFILL_CHUNK, Backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError, PlanError, UserError, did_you_mean
+from starling.engine.host import default_threads
 from starling.engine.names import BACKENDS
 
 

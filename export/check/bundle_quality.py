@@ -6,7 +6,8 @@ import numpy as np
 
 from starling.engine.bundle.manifest import Architecture
 from starling.engine.errors import UserError
-from starling.export.check.parity import Parity, available_memory, bundle_logits, compare, compared_positions
+from starling.engine.host import available_memory
+from starling.export.check.parity import Parity, bundle_logits, compare, compared_positions
 from starling.export.check.sample_texts import TextEncoder, held_out_rows
 from starling.export.check.torch_reference import load_reference, reference_logits
 from starling.export.checkpoints.checkpoint import Checkpoint

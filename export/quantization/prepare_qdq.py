@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from starling.engine.bundle.manifest import Architecture
-from starling.export.check.parity import available_memory
+from starling.engine.host import available_memory
 from starling.export.check.sample_texts import CALIBRATION, TextEncoder, TokenRows, calibration_rows
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.graphs.rewrites import is_linear

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from starling.engine.backends.backend import Backend, default_threads
+from starling.engine.backends.backend import Backend
 from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime, why_not_on_cuda
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import UserError
+from starling.engine.host import default_threads
 from starling.profiling.latency.cold_start import ColdStart, measure_cold_start
 from starling.profiling.latency.nvtx_ranges import RangedBackend
 from starling.profiling.latency.sweep_point import Latencies, measure_latencies

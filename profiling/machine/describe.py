@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from starling.engine.backends.backend import default_threads
+from starling.engine.host import default_threads
 
 #: Flags of /proc/cpuinfo by which kernels are chosen, in the order of their age: x86, then ARM.
 ISA_FLAGS = (

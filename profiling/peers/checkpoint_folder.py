@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from starling.export.bundle_folder import new_folder, write_json, write_tokenizer
+from starling.export.bundle_folder import new_bundle_folder, write_json, write_tokenizer
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
 
@@ -23,7 +23,7 @@ def write_checkpoint(model: str, out: Path) -> None:
     from safetensors.torch import save_file
 
     checkpoint = open_checkpoint(model)
-    with new_folder(out, force=False) as work:
+    with new_bundle_folder(out, force=False) as work:
         write_json(work / "config.json", _config(checkpoint))
         write_tokenizer(work, checkpoint.tokenizer, checkpoint.generation)
         write_json(work / "tokenizer_config.json", _tokenizer_config(checkpoint))

@@ -16,10 +16,10 @@ from typing import Any
 import click
 from rich.console import Console
 
-from starling.engine.backends.backend import default_threads
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.divergence import Quality
 from starling.engine.errors import StarlingError, UserError
+from starling.engine.host import default_threads
 from starling.engine.text.tokenizer import Tokenizer
 from starling.profiling.exact_prompts import prompt_tokens
 from starling.profiling.machine.describe import describe_machine

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from starling.engine.errors import StarlingError, UserError
-from starling.export.bundle_folder import new_folder
+from starling.export.bundle_folder import new_bundle_folder
 from starling.profiling.peers.catalogue import PEERS, Device, Peer, Recipe
 from starling.profiling.peers.checkpoint_folder import GGUF, write_checkpoint
 from starling.profiling.peers.contenders import Contender
@@ -123,7 +123,7 @@ def _set_up_peer(folder: Path, peer: Peer) -> None:
 
 def _make(folder: Path, peer: Peer, recipe: Recipe, out: Path, log: Path) -> None:
     program = Path(__file__).parent / "makers" / "maker.py"
-    with new_folder(out, force=False) as work:
+    with new_bundle_folder(out, force=False) as work:
         options = json.dumps(dict(recipe.options or {}))
         command = [str(python_of(_environment(folder, peer))), str(program), str(peer.maker)]
         # The checkpoint is at hand: nothing has to ask a hub.

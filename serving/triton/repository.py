@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import stat
@@ -16,6 +15,7 @@ from pathlib import Path
 from starling import __version__
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
+from starling.engine.host import new_folder
 from starling.engine.installation import source
 from starling.serving.triton import engine_model
 from starling.serving.triton.entry_interface import Interface
@@ -80,17 +80,12 @@ class RepositoryOptions:
 def write_repository(bundle: Bundle, target: Path, options: RepositoryOptions) -> None:
     """Write the repository of `bundle` to `target`.
 
-    Raises UserError where `target` is taken: without `force` by anything, with it by what is no repository of ours.
+    Raises UserError where `target` is taken: without `force` by anything, with it by what is no repository of ours;
+    StarlingError where the disk is full or the place cannot be written.
     """
     target = target.absolute()
-    _check_target(target, options.force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
+    with new_folder(target, lambda: _check_target(target, options.force)) as draft:
         _write(bundle, draft, options)
-        _put_in_place(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _check_target(target: Path, force: bool) -> None:
@@ -173,13 +168,3 @@ def _write_texts(folder: Path, bundle: Bundle, where: str) -> None:
 def _filled(text: str, values: Mapping[str, str]) -> str:
     """The text with each @{name} replaced; ${name} is the shell's."""
     return reduce(lambda filled, item: filled.replace(f"@{{{item[0]}}}", item[1]), values.items(), text)
-
-
-def _put_in_place(draft: Path, target: Path) -> None:
-    if not target.exists():
-        draft.rename(target)
-        return
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
-    target.rename(old)
-    draft.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

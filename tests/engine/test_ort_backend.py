@@ -13,12 +13,12 @@ import numpy.typing as npt
 import onnxruntime  # type: ignore[import-untyped]
 import pytest
 
-from starling.engine.backends.backend import default_threads
 from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend
 from starling.engine.backends.onnxruntime.step_outputs import StepOutputs
 from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle, TensorSpec
 from starling.engine.errors import BackendError, UserError
+from starling.engine.host import default_threads
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 

@@ -93,17 +93,6 @@ def test_a_decode_step_is_one_run_of_its_graph(bundle: Bundle) -> None:
     assert answer == ["-1"] + ["1"] * (GREEDY.max_tokens - 1)
 
 
-def test_attention_gets_the_length_that_the_rows_have_reached(bundle: Bundle, oracle: Engine) -> None:
-    long, room = replace(GREEDY, max_tokens=300), {"max_seq": 600, "max_batch": 1}
-    with engine_on_cuda(bundle, **room) as (engine, backend):
-        got = engine.generate(PROMPTS[0], long)
-        assert sorted(backend._steps) == [(1, 256), (1, 512)]
-        graphs = [graph for graph in runs(backend) if graph != "-1"]
-    assert graphs.count("2") == RUNS_TO_CAPTURE + len(PROMPTS[0]) + long.max_tokens - 1 - 256
-    with Engine(bundle, backend="onnxruntime-cpu", threads=1, **room) as plain:
-        same([got], [plain.generate(PROMPTS[0], long)])
-
-
 def test_a_greedy_step_brings_eight_bytes_a_row_to_the_host(bundle: Bundle) -> None:
     with engine_on_cuda(bundle) as (engine, backend):
         engine.generate(PROMPTS, GREEDY)

@@ -25,13 +25,13 @@ from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
 from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps
 from starling.engine.backends.cuda.step_tensors import ITEM_BYTES, KVCache
 from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES, first_line
-from starling.engine.backends.tensorrt.run.runtime_cache import cache_directory
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
+from starling.engine.host import cache_folder
 from starling.engine.kernels import KernelsUnavailable
 from starling.engine.kernels.cuda.compiler import CompilationError
 from starling.engine.kernels.cuda.driver import DriverError
-from starling.engine.kernels.cuda.operators import CudaOperators, Product
+from starling.engine.kernels.cuda.operators import CudaOperators, Product, is_measured
 from starling.engine.kernels.cuda.variants import ADD_RESIDUAL, GATED, STORE
 from starling.engine.names import LOGITS_TO_KEEP, NEXT_SEQLENS, NEXT_TOKENS
 
@@ -44,13 +44,12 @@ SESSION_SETTINGS = {
     "session.use_device_allocator_for_initializers": "1",
     "ep.cuda.fpa_intb_gemm": "1",
 }
-#: 1 takes the engine's own CUDA kernels for int8 products.
+#: 0 never takes the engine's own CUDA kernels for int8 products, 1 on every card; else where a card has shown them.
 KERNELS_SWITCH = "STARLING_CUDA_KERNELS"
 _EPILOGUES = {"none": STORE, "residual": ADD_RESIDUAL, "gated": GATED}
 LENGTH_BYTES = 4
 _POSITIONS_MULTIPLE = 64  # every row of the cache then begins at an aligned address
 _UNCAPTURED = -1
-_LEAST_REACH = 256
 _MOST_ROWS_WARM = 16  # a row count that is met later is captured then
 _RUNS_TO_CAPTURE = 3  # ONNX Runtime runs a step twice before it captures the third
 
@@ -68,11 +67,10 @@ class _Tensors:
 
 @dataclass(slots=True)
 class _Step:
-    """A decode step of so many rows that are at most `reach` [1] positions long; `options` name its CUDA graph."""
+    """A decode step of so many rows; `options` name its CUDA graph."""
 
     binding: Any
     options: Any
-    reach: npt.NDArray[np.int32]
     is_captured: bool = False
 
 
@@ -101,7 +99,8 @@ class OrtCudaBackend:
 
         `capture` False leaves CUDA graphs out; so does `profile_prefix`, with which ONNX Runtime times every operator
         and `end_profiling` gives the file. With `kernels` the engine's own run the products of a bundle that has a
-        graph for them; `kernels_note` says where they cannot. Raises BackendError where the provider does not start or memory is short.
+        graph for them; `kernels_note` says where they cannot. Raises BackendError where the provider does not start or
+        memory is short.
         """
         if bundle.cuda_graph is None:
             raise BackendError(f"{bundle.folder} has no graph for CUDA: export it again with --dtype fp16")
@@ -113,7 +112,7 @@ class OrtCudaBackend:
         self.kernels_note: str | None = None
         self.verified_rows = 1 if max_seq > 1 else 0
         self._ort = ort
-        self._steps: dict[tuple[int, int], _Step] = {}
+        self._steps: dict[int, _Step] = {}
         self._row_bindings: dict[int, Any] = {}
         with ExitStack() as closing:
             self._memory = memory = DeviceMemory(device)
@@ -152,7 +151,7 @@ class OrtCudaBackend:
                 stream=self._memory.stream,
                 allocate=self._memory.allocate,
                 prefill_chunk=self.prefill_chunk,
-                cache=cache_directory() / "kernels",
+                cache=cache_folder() / "kernels",
             )
         except (KernelsUnavailable, CompilationError, DriverError, OSError) as error:
             self.kernels_note = f"without CUDA kernels: {error}"
@@ -182,8 +181,9 @@ class OrtCudaBackend:
         kept[:] = np.arange(-MOST_VERIFIED, 0)
         self._kept = memory.allocate(kept.nbytes)
         memory.copy(self._kept, address_of(kept), kept.nbytes)
-        #: The longest row of a run that is no decode step, which GroupQueryAttention reads on the host.
-        self._longest = np.zeros(1, np.int32)
+        # GroupQueryAttention reads these on the host: the longest row of a run, and for a decode step, whose CUDA graph
+        # keeps its arguments, the longest that there can be. On an H200 that costs nothing.
+        self._longest, self._any_length = np.zeros(1, np.int32), np.full(1, positions, np.int32)
         #: Positions of each row that are written when all that was launched has run.
         self._lengths = [0] * rows
         self._uncaptured = self._run_options(_UNCAPTURED)
@@ -326,9 +326,7 @@ class OrtCudaBackend:
         self._memory.copy(self._batch.lengths, address_of(self._fed_lengths), rows * LENGTH_BYTES)
 
     def _launch(self, rows: int) -> None:
-        longest = max(self._lengths[:rows]) + 1
-        reach = self._reach(longest)
-        step = self._steps.get((rows, reach)) or self._new_step(rows, reach)
+        step = self._steps.get(rows) or self._new_step(rows)
         if not step.is_captured and self._captures:
             self._capture(step, rows)
         for row in range(rows):
@@ -336,19 +334,11 @@ class OrtCudaBackend:
         options = step.options if step.is_captured else self._uncaptured
         self._launched.launch(lambda: self._run(step.binding, options), rows, self._batch.next_tokens)
 
-    def _reach(self, longest: int) -> int:
-        """What a CUDA graph has for the longest row's length, as its arguments stay as they were: a power of two.
-
-        The length decides in how many parts attention goes over the cache: 0.25 ms of a step of 5 ms lay between a
-        reach of 192 and one of 2,304 at 200 positions.
-        """
-        return min(max(_LEAST_REACH, 1 << (longest - 1).bit_length()), self._cache.row_shape[1])
-
-    def _new_step(self, rows: int, reach: int) -> _Step:
-        binding, length = self._session.io_binding(), np.full(1, reach, np.int32)
+    def _new_step(self, rows: int) -> _Step:
+        binding = self._session.io_binding()
         self._bind_cache(binding, 0, rows)
-        self._bind(binding, self._batch, (rows, 1), 1, length)
-        step = self._steps[rows, reach] = _Step(binding, self._run_options(len(self._steps) + 1), length)
+        self._bind(binding, self._batch, (rows, 1), 1, self._any_length)
+        step = self._steps[rows] = _Step(binding, self._run_options(rows))
         return step
 
     def _warm_up(self) -> None:
@@ -431,7 +421,7 @@ def open_cuda(
         max_batch=max_batch,
         prefill_chunk=prefill_chunk,
         profile_prefix=profile_prefix,
-        kernels=os.environ.get(KERNELS_SWITCH) == "1",
+        kernels={"0": False, "1": True}.get(os.environ.get(KERNELS_SWITCH, ""), is_measured(device.target)),
     )
 
 

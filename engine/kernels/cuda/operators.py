@@ -23,7 +23,9 @@ ROWS = (1, 4, 8, 16)
 MOST_NORMED_ROWS = 4
 #: What a block of dequantized weights may take, so that the product after it finds them in the card's cache.
 WEIGHTS_BYTES = 32 << 20
-#: A JSON file with the variant of linear.cu for each shape, as profiling finds them: {"k,n,rows,epilogue": {...}}.
+#: The variant of linear.cu that was fastest on a card, {"sm90": {"k,n,rows,epilogue": {...}}}: by profiling on an H200.
+MEASURED = FOLDER / "measured.json"
+#: Another such file, while the next card is measured.
 VARIANTS = "STARLING_CUDA_VARIANTS"
 _CUBLAS = ("libcublas.so.13", "libcublas.so.12")
 _DENSE_THREADS, _NORM_THREADS, _NORM_SHARED = 256, 512, 64
@@ -85,7 +87,7 @@ class CudaOperators:
         """
         self._library = ctypes.CDLL(str(require_kernel_library().path))
         wanted = list(dict.fromkeys(products))
-        chosen = {(product, count): variant(product, count) for product in wanted for count in ROWS}
+        chosen = {(product, count): variant(product, count, target) for product in wanted for count in ROWS}
         architecture = f"sm_{target.removeprefix('sm')}"
         codes = _compile({each for each in chosen.values()}, architecture, cache)
         self._kernels = {
@@ -102,7 +104,7 @@ class CudaOperators:
                 each.threads,
                 each.shared_bytes,
                 self._kernels[each].handle,
-            )  # fmt: skip
+            )
             for (product, count), each in chosen.items()
         ]
         self._table = (_CudaKernel * len(table))(*table)
@@ -142,10 +144,10 @@ class CudaOperators:
             kernel.close()
 
 
-def variant(product: Product, rows: int) -> Linear:
+def variant(product: Product, rows: int, target: str) -> Linear:
     """The parameters of linear.cu for a product of up to `rows` rows: those measured, else ones that fit."""
     norm = product.norm and rows <= MOST_NORMED_ROWS
-    known: dict[str, Any] = _measured().get(f"{product.k},{product.n},{rows},{product.epilogue}", {})
+    known: dict[str, Any] = _measured().get(target, {}).get(f"{product.k},{product.n},{rows},{product.epilogue}", {})
     gated = product.epilogue == GATED
     tried: list[dict[str, Any]] = [
         *([known] if known else []),
@@ -156,12 +158,13 @@ def variant(product: Product, rows: int) -> Linear:
     return next(each for changes in tried if (each := replace(plain, **changes)).is_valid)
 
 
-def _measured() -> dict[str, dict[str, int]]:
-    file = os.environ.get(VARIANTS) or FOLDER / "measured.json"
-    try:
-        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
+def is_measured(target: str) -> bool:
+    """Whether such a card has shown that the kernels are right and faster than ONNX Runtime's."""
+    return target in _measured()
+
+
+def _measured() -> dict[str, dict[str, dict[str, int]]]:
+    return dict(json.loads(Path(os.environ.get(VARIANTS) or MEASURED).read_text(encoding="utf-8")))
 
 
 def _compile(variants: set[Linear], architecture: str, cache: Path) -> dict[Linear, bytes]:

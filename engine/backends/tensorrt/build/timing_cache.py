@@ -6,21 +6,19 @@ TensorRT for RTX times nothing when it builds and keeps none.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from starling.engine.backends.tensorrt.library import Library
+from starling.engine.host import cache_folder, write_whole
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_file(library: Library, targets: Sequence[str]) -> Path:
     """Where the timings for these targets are kept, under the user's cache directory."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "starling" / "timing" / f"{library.name}-{library.version}-{'-'.join(targets)}.cache"
+    return cache_folder() / "timing" / f"{library.name}-{library.version}-{'-'.join(targets)}.cache"
 
 
 def load_timing_cache(config: Any, file: Path) -> str | None:
@@ -36,16 +34,10 @@ def load_timing_cache(config: Any, file: Path) -> str | None:
 def save_timing_cache(config: Any, file: Path) -> str | None:
     """Keep the timings of a finished build in `file`, SHA-256 first; a note where they could not be kept."""
     content = bytes(config.get_timing_cache().serialize())
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(hashlib.sha256(content).digest() + content)
-        draft.rename(file)
+        write_whole(file, hashlib.sha256(content).digest() + content)
     except OSError as error:
         return f"timings are not kept: {file}: {error.strerror or error}"
-    finally:
-        with suppress(OSError):
-            draft.unlink()
     return None
 
 

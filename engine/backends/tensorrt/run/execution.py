@@ -15,8 +15,9 @@ from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.tensorrt.library import Library
 from starling.engine.backends.tensorrt.plan_record import EngineRecord
 from starling.engine.backends.tensorrt.run.layer_times import LayerTimes
-from starling.engine.backends.tensorrt.run.runtime_cache import RuntimeCache, cache_directory
+from starling.engine.backends.tensorrt.run.runtime_cache import RuntimeCache
 from starling.engine.errors import BackendError
+from starling.engine.host import cache_folder
 
 
 class PlanExecution:
@@ -37,7 +38,9 @@ class PlanExecution:
         self._scratch = memory.allocate(self._scratch_bytes)
         # TensorRT for RTX compiles kernels on this machine; TensorRT did so when it built the plan.
         compiles = library.name == "tensorrt-rtx"
-        self._cache = RuntimeCache(cache_directory() / f"{record.plan.sha256}.cache") if compiles else None
+        self._cache = (
+            RuntimeCache(cache_folder() / "tensorrt-rtx" / f"{record.plan.sha256}.cache") if compiles else None
+        )
 
     def context(self, profile: str, *, fixed_shape: bool) -> ExecutionContext:
         """A context on the optimization profile of that name; `fixed_shape`: it is for one set of shapes only."""

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-
-def cache_directory() -> Path:
-    """Where this user's programs keep what they can make again: $XDG_CACHE_HOME, or the system's usual place."""
-    named = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
-    return (Path(named) if named else Path.home() / ".cache") / "starling" / "tensorrt-rtx"
+from starling.engine.host import write_whole
 
 
 class RuntimeCache:
@@ -42,9 +36,6 @@ class RuntimeCache:
         content = b"" if memory is None else bytes(memory)
         if content == self._saved:
             return
-        beside = self._file.with_name(f"{self._file.name}.{os.getpid()}")
         with suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(content)
-            beside.replace(self._file)
+            write_whole(self._file, content)
             self._saved = content

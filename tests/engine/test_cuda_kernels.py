@@ -1,4 +1,4 @@
-"""The CUDA kernels' logic in emulation, against NumPy. On a GPU, `profiling.cuda_operators` checks them."""
+"""The CUDA kernels' logic in emulation, against NumPy. On a GPU, `profiling.gpu.tune_kernels` checks them."""
 
 import ctypes
 import shutil

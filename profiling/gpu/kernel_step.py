@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from starling.engine.kernels.cuda.variants import Attention, AttentionArguments, Linear
-from starling.profiling.cuda_card import Source, Target
-from starling.profiling.cuda_products import (
+from starling.profiling.gpu.card import Source, Target
+from starling.profiling.gpu.kernel_products import (
     MOST_NORMALIZED_ROWS,
     Model,
     Pool,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from starling.engine.kernels.cuda.variants import ADD_RESIDUAL, GATED, STORE, Linear, LinearArguments, NormArguments
-from starling.profiling.cuda_card import NORM, Source, Target
+from starling.profiling.gpu.card import NORM, Source, Target
 
 EPSILON = 1e-5
 #: Up to here each block normalizes the rows itself.

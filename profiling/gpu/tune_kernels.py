@@ -1,6 +1,6 @@
 """The CUDA kernels on a card: right first, then how fast, variant by variant; then a whole decode step.
 
-    python -m starling.profiling.cuda_operators --seconds 75 --out results.jsonl
+    python -m starling.profiling.gpu.tune_kernels --seconds 75 --out results.jsonl
 
 A line of JSON for each check, timing, choice and failure. A variant that fails is reported and left out; one that takes
 the card down with it, too: the program starts itself anew and goes on with the rest. `--emulate` runs the same on the
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.engine.kernels.cuda.variants import Attention, Linear
-from starling.profiling.cuda_card import NORM, Card, EmulatedCard, Source, Target, start_builders
+from starling.profiling.gpu.card import NORM, Card, EmulatedCard, Source, Target, start_builders
 
 #: Of a product's or a step's result: its rounding to fp16 alone is 2e-4 to 3e-4.
 ERROR_LIMIT, STEP_ERROR_LIMIT = 1e-3, 1e-2
@@ -75,7 +75,7 @@ class Report:
         """Anew, without what was being tried."""
         self.write("fatal", key=self.current)
         self.target.close()
-        os.execv(sys.executable, [sys.executable, "-m", "starling.profiling.cuda_operators", *sys.argv[1:], "--started",
+        os.execv(sys.executable, [sys.executable, "-m", "starling.profiling.gpu.tune_kernels", *sys.argv[1:], "--started",
                                   str(self.start)])  # fmt: skip
 
     def watch(self) -> None:
@@ -101,7 +101,7 @@ class Session:
     """Checks and timings of one model on one target."""
 
     def __init__(self, target: Target, report: Report, tiny: bool) -> None:
-        from starling.profiling.cuda_products import MISTRAL_7B, TINY
+        from starling.profiling.gpu.kernel_products import MISTRAL_7B, TINY
 
         self.target, self.report, self.tiny = target, report, tiny
         self.model = TINY if tiny else MISTRAL_7B
@@ -110,7 +110,7 @@ class Session:
         self.best_attention: dict[tuple[int, int], Attention] = {}
 
     def pool(self, bits: int) -> Any:
-        from starling.profiling.cuda_products import Pool
+        from starling.profiling.gpu.kernel_products import Pool
 
         if bits not in self.pools:
             *layer, head = self.model.products()
@@ -120,14 +120,14 @@ class Session:
         return self.pools[bits]
 
     def variants(self, product: Any, bits: int, rows: int) -> list[Linear]:
-        from starling.profiling.cuda_products import candidates
+        from starling.profiling.gpu.kernel_products import candidates
 
         found = candidates(product, bits, rows)
         return found[:2] if self.tiny else found
 
     def sources(self) -> Iterator[Source]:
         """All there is to build, in the order in which it is asked for."""
-        from starling.profiling.cuda_step import attention_candidates
+        from starling.profiling.gpu.kernel_step import attention_candidates
 
         products = self.model.products()
         yield NORM
@@ -151,7 +151,7 @@ class Session:
                 self.check(variant, product, rows, 0)
 
     def check(self, variant: Linear, product: Any, rows: int, persistent: int) -> bool:
-        from starling.profiling.cuda_products import check
+        from starling.profiling.gpu.kernel_products import check
 
         def work() -> dict[str, Any]:
             error = check(self.target, variant, product, self.pool(variant.bits), rows, persistent=persistent)
@@ -164,7 +164,7 @@ class Session:
     def check_norm(self) -> None:
         import torch
 
-        from starling.profiling.cuda_products import norm_launcher, normalized, relative_error
+        from starling.profiling.gpu.kernel_products import norm_launcher, normalized, relative_error
 
         def work() -> dict[str, Any]:
             device = self.target.device
@@ -178,7 +178,7 @@ class Session:
         self.report.attempt("check norm", "check", work)
 
     def check_attention(self) -> None:
-        from starling.profiling.cuda_step import attention_candidates, check_attention
+        from starling.profiling.gpu.kernel_step import attention_candidates, check_attention
 
         longest = self.model.positions - 257
         cases = [([1], 0), ([5], 0), ([128], 0), ([longest], 0), ([0, 1, 5, 128, longest, 63, 64, 65], 0),
@@ -221,7 +221,7 @@ class Session:
     def time(
         self, variant: Linear, product: Any, rows: int, persistent: int, early: bool
     ) -> tuple[float, Linear, int] | None:
-        from starling.profiling.cuda_products import time_product
+        from starling.profiling.gpu.kernel_products import time_product
 
         def work() -> dict[str, Any]:
             us = time_product(
@@ -241,7 +241,7 @@ class Session:
         return (line["us"], variant, persistent) if line else None
 
     def choose(self, bits: int, rows: int, product: Any, us: float, variant: Linear, persistent: int) -> None:
-        from starling.profiling.cuda_step import Choice
+        from starling.profiling.gpu.kernel_step import Choice
 
         self.best[bits, rows, product.name] = Choice(variant, persistent)
         tbs = product.bytes(bits) / us / 1e6
@@ -250,7 +250,7 @@ class Session:
                           variant=asdict(variant))  # fmt: skip
 
     def tune_attention(self, rows: int, length: int) -> None:
-        from starling.profiling.cuda_step import attention_candidates, time_attention
+        from starling.profiling.gpu.kernel_step import attention_candidates, time_attention
 
         lines = []
         for variant in attention_candidates(self.model)[: 2 if self.tiny else None]:
@@ -269,7 +269,7 @@ class Session:
             self.report.write("best", attention=str(variant), m=rows, length=length, us=us)
 
     def time_torch(self, rows: int) -> None:
-        from starling.profiling.cuda_products import time_torch
+        from starling.profiling.gpu.kernel_products import time_torch
 
         for product in self.model.products():
 
@@ -282,7 +282,7 @@ class Session:
 
     def chain(self, bits: int, rows: int, length: int) -> None:
         """A step checked with one layer, then timed with all."""
-        from starling.profiling.cuda_step import Step, attention_candidates, check_step, time_step
+        from starling.profiling.gpu.kernel_step import Step, attention_candidates, check_step, time_step
 
         names = [product.name for product in self.model.products()]
         choices = {name: self.best[bits, rows, name] for name in names if (bits, rows, name) in self.best}
