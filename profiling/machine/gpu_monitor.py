@@ -106,7 +106,7 @@ class GpuWatch:
 
 @contextmanager
 def watch_gpu(provider: str) -> Iterator[GpuWatch]:
-    """A watch on the GPU in use, or one that sees nothing: `provider` is the CPU's, or nvidia-ml-py is not installed."""
+    """A watch on the GPU in use; one that sees nothing where `provider` is the CPU's, or nvidia-ml-py is missing."""
     nvml = None if provider == CPU_PROVIDER else _open_nvml()
     if nvml is None:
         yield GpuWatch()
