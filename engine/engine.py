@@ -17,7 +17,7 @@ from starling.engine.batching.generation_stream import GenerationStream, generat
 from starling.engine.batching.speculation import checked_speculation
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.chat_session import ChatSession
-from starling.engine.errors import PromptError, SamplingError, StarlingError, UserError, did_you_mean
+from starling.engine.errors import PromptError, SamplingError, UserError, did_you_mean
 from starling.engine.generation.prompts import Prompt, checked_ids, common_prefix, is_single
 from starling.engine.generation.results import GenerationInterrupted, GenerationResult
 from starling.engine.generation.sampler import SamplingOverrides, SamplingParams
@@ -68,10 +68,10 @@ class Engine:
         self.backend: Backend = open_backend(
             self.bundle, name=backend, engine=engine, max_seq=self.max_seq, max_batch=max_batch, threads=threads
         )
-        self.tokenizer = tokenizer()
         try:
+            self.tokenizer = tokenizer()
             self.speculation = speculation
-        except StarlingError:
+        except BaseException:
             self.backend.close()
             raise
         self._newest: GenerationStream | None = None
@@ -173,9 +173,8 @@ class Engine:
         cached = self._first_row.cached_ids() if self._first_row is not None else ()
         # The last prompt token is always prefilled, for its logits.
         reused = min(common_prefix(cached, prompt), len(prompt) - 1)
-        sequence = self._sequence(prompt, sampling_params(params, overrides), reused=reused, encode_s=encode_s)
-        sequence.detokenizer = self.tokenizer.detokenizer()
-        return self._start([sequence])
+        chosen = sampling_params(params, overrides)
+        return self._start([self._sequence(prompt, chosen, reused=reused, reply=True, encode_s=encode_s)])
 
     def chat(self, system: str | None = None, template: str | None = None) -> ChatSession:
         """A multi-turn chat with an optional system message, by the bundle's template or the one named `template`."""
@@ -199,12 +198,10 @@ class Engine:
         """A sequence ready to run; any thread may ask for one. Raises PromptError or SamplingError."""
         begin = perf_counter()
         if isinstance(prompt, str) and not prompt:
-            raise PromptError("the prompt is empty: give it at least one character")
+            raise PromptError("the prompt is empty", detail="give it at least one character")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        sequence = self._sequence(checked_ids(ids, self.bundle, self.max_seq), params, encode_s=perf_counter() - begin)
-        if reply:
-            sequence.detokenizer = self.tokenizer.detokenizer()
-        return sequence
+        checked = checked_ids(ids, self.bundle, self.max_seq)
+        return self._sequence(checked, params, reply=reply, encode_s=perf_counter() - begin)
 
     def lend(self, borrower: object, end: Callable[[], None]) -> None:
         """Leave the backend to a borrower, until `take_back`: generating here raises UserError.
@@ -248,7 +245,7 @@ class Engine:
         return [self.prepare(prompt, params, reply=reply) for prompt in prompts]
 
     def _sequence(
-        self, prompt: tuple[int, ...], params: SamplingParams, *, reused: int = 0, encode_s: float
+        self, prompt: tuple[int, ...], params: SamplingParams, *, reused: int = 0, reply: bool, encode_s: float
     ) -> GenerationSequence:
         return make_sequence(
             prompt,
@@ -257,6 +254,7 @@ class Engine:
             eos=self.bundle.tokens.eos,
             max_seq=self.max_seq,
             reused=reused,
+            reply=reply,
             encode_s=encode_s,
             on_device=self.backend.pipeline is not None and self.backend.pipeline.draws,
         )
@@ -285,7 +283,8 @@ def sampling_params(params: SamplingParams | None, overrides: Mapping[str, Any])
     for name in overrides:
         if name not in known:
             near = did_you_mean(name, known)
-            raise SamplingError(f"unknown sampling setting {name!r}{near}; the settings are {', '.join(known)}")
+            problem = f"unknown sampling setting {name!r}{near}; the settings are {', '.join(known)}"
+            raise SamplingError(problem, field=name)
     return replace(params or SamplingParams(), **overrides)
 
 
@@ -317,5 +316,6 @@ def _checked_max_seq(bundle: Bundle, max_seq: int | None) -> int:
     if max_seq is None:
         return min(DEFAULT_MAX_SEQ, most)
     if not 1 <= max_seq <= most:
-        raise PromptError(f"max_seq is {max_seq}, but this model has {most} positions: give 1 to {most} (--max-seq)")
+        problem, remedy = f"max_seq is {max_seq}, but this model has {most} positions", f"give 1 to {most} (--max-seq)"
+        raise PromptError(problem, detail=remedy, field="max_seq")
     return max_seq

@@ -5,6 +5,10 @@ on stderr and leaves with the class's `exit_code`: 2 for a user's mistake, 1 for
 """
 
 from collections.abc import Iterable
+from typing import Literal
+
+#: What went wrong, for programs: the words of OpenAI's API where it has one for the case.
+ErrorCode = Literal["context_length_exceeded", "queue_full", "shutting_down", "deadline_exceeded"]
 
 #: How alike two names must be (difflib's ratio) for one to be a slip of the other.
 _ALIKE = 0.6
@@ -24,10 +28,50 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(repr(name) for name in alike if alike[name] == nearest)}?)"
 
 
+def one_line(error: BaseException) -> str:
+    """The message of another library's exception, its line ends become spaces."""
+    return " ".join(str(error).split())
+
+
 class StarlingError(Exception):
-    """A failure that is not the user's mistake: a full disk, an unreachable hub, a missing package."""
+    """A failure that is not the user's mistake: a full disk, an unreachable hub, a missing package.
+
+    The message, `str(error)`, is `problem`, or `problem: detail`. It is for people; programs read the attributes.
+    """
 
     exit_code = 1
+    #: The argument at fault, by its name in Python ("temperature", "prompt", "messages"); None: no single one.
+    field: str | None = None
+    #: None: nothing that a program would treat in a way of its own.
+    code: ErrorCode | None = None
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        detail: str = "",
+        client_detail: str = "",
+        field: str | None = None,
+        code: ErrorCode | None = None,
+    ) -> None:
+        """`detail` is what to do, or a reason that may quote the user's text: it belongs in no log.
+
+        `client_detail` takes its place for the client of a server, who cannot restart it with other settings. `field`
+        and `code` default to the class's own.
+        """
+        super().__init__(_joined(problem, detail))
+        #: What was wrong, with the value.
+        self.problem = problem
+        #: The message for the client of a server.
+        self.client_message = _joined(problem, client_detail or detail)
+        if field is not None:
+            self.field = field
+        if code is not None:
+            self.code = code
+
+
+def _joined(problem: str, detail: str) -> str:
+    return f"{problem}: {detail}" if detail else problem
 
 
 class UserError(StarlingError):
@@ -41,11 +85,16 @@ class BundleError(UserError):
 
 
 class PromptError(UserError):
-    """A prompt is empty, longer than the KV cache, or holds token ids outside the vocabulary."""
+    """A prompt is empty, longer than the KV cache, or holds token ids outside the vocabulary.
+
+    `field` is "prompt", or "messages" or "template" where a chat's are wrong.
+    """
+
+    field = "prompt"
 
 
 class SamplingError(UserError):
-    """A sampling setting is outside its range."""
+    """A sampling setting is outside its range; `field` is its name in SamplingParams."""
 
 
 class CheckpointError(UserError):
@@ -67,9 +116,13 @@ class BackendError(StarlingError):
 class QueueFullError(StarlingError):
     """As many requests wait as may wait: the server's back-pressure. Trying again later may succeed."""
 
+    code = "queue_full"
+
 
 class ClosedError(StarlingError):
     """A serving loop that was closed takes no more requests."""
+
+    code = "shutting_down"
 
 
 class RequestFailed(StarlingError):
@@ -78,6 +131,8 @@ class RequestFailed(StarlingError):
 
 class DeadlineExceeded(StarlingError):
     """A request's deadline passed before its answer was complete."""
+
+    code = "deadline_exceeded"
 
 
 class BuildError(StarlingError):

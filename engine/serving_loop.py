@@ -10,7 +10,7 @@ from types import TracebackType
 
 from starling.engine.batching.chunk_queue import Mailbox
 from starling.engine.batching.prefill_pacing import PrefillPace
-from starling.engine.batching.request import Request, RequestHandle
+from starling.engine.batching.request import NEVER, Request, RequestHandle
 from starling.engine.batching.scheduler import Scheduler
 from starling.engine.batching.serving_stats import ServingCounters, ServingStats
 from starling.engine.batching.speculation import checked_speculation
@@ -83,21 +83,20 @@ class ServingLoop:
         `close`.
         """
         submitted = perf_counter()
-        if deadline_s is not None and not deadline_s > 0:
-            raise UserError(f"deadline_s is {deadline_s}: give seconds above 0, or None")
+        deadline = NEVER if deadline_s is None else submitted + _checked_seconds(deadline_s)
         sequence = self.engine.prepare(prompt, params or SamplingParams(), reply=reply)
         request = Request(sequence, submitted, Mailbox(on_chunk))
         if request_id is not None:
             request.id = request_id
-        if deadline_s is not None:
-            request.deadline = submitted + deadline_s
+        request.deadline = deadline
         with self._changed:
             if self._closing:
                 raise ClosedError("the serving loop is closed and takes no more requests")
             if not self._counters.enter():
                 raise QueueFullError(
-                    f"{self._queue_limit} request(s) already wait beside the {self.engine.max_batch} that run: "
-                    "try again later, or open the loop with a larger queue_limit"
+                    f"{self._queue_limit} request(s) already wait beside the {self.engine.max_batch} that run",
+                    detail="try again later, or open the loop with a larger queue_limit",
+                    client_detail="try again later",
                 )
             self._arrived.append(request)
             self._changed.notify_all()
@@ -157,3 +156,13 @@ class ServingLoop:
         if self._closing and not self._drains:
             self._scheduler.cancel_all()
         return True
+
+
+def _checked_seconds(deadline_s: float) -> float:
+    try:
+        seconds = float(deadline_s)
+    except OverflowError:  # an integer beyond all floats
+        return NEVER
+    if not seconds > 0:
+        raise UserError(f"deadline_s is {deadline_s}: give seconds above 0, or None", field="deadline_s")
+    return seconds

@@ -69,8 +69,8 @@ class TokenPipeline(Protocol):
     #: Whether the device draws tokens too, by a `DeviceChoice`. Otherwise it takes the likeliest, and only that.
     draws: bool
 
-    def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
-        """From now on choose the row's tokens by `choice`; its first draw is for the step that writes `first`.
+    def choose(self, row: int, choice: DeviceChoice, first_position: int, /) -> None:
+        """Choose the row's tokens by `choice` from now on; the step that writes `first_position` has its first draw.
 
         Ends what was launched. `StepOutput.next_tokens` gives these choices as well.
         """

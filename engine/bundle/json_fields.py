@@ -9,6 +9,8 @@ from starling.engine.errors import BundleError, UserError
 
 T = TypeVar("T")
 
+_WORDS = {int: "a number >= 0", float: "a number", str: "a string", bool: "true or false"}
+
 
 class JsonFields:
     """Typed reads from one JSON object; a wrong field raises `error` with its whole path, such as graph.file."""
@@ -31,12 +33,13 @@ class JsonFields:
         return self.error(f"{self.where}: {name} is {str(got)[:60]!r}, not {wanted}; {self.remedy}")
 
     def get(self, name: str, kind: type[T]) -> T:
+        """A field of one type; whole numbers, which must be at least 0, also pass for a float."""
         got = self.value.get(name)
+        fits = isinstance(got, int | float if kind is float else kind)
         # bool is an int to Python, but a `true` where a size belongs is a broken file.
-        if not isinstance(got, kind) or (kind is int and (isinstance(got, bool) or cast(int, got) < 0)):
-            wanted = "a number >= 0" if kind is int else {str: "a string", bool: "true or false"}.get(kind, "a list")
-            raise self.bad(self.prefix + name, got, wanted)
-        return got
+        if not fits or (isinstance(got, bool) and kind is not bool) or (kind is int and cast(int, got) < 0):
+            raise self.bad(self.prefix + name, got, _WORDS.get(kind, "a list"))
+        return cast(T, got)
 
     def optional(self, name: str, kind: type[T]) -> T | None:
         return None if self.value.get(name) is None else self.get(name, kind)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 
 from starling.engine.bundle.manifest import Bundle
-from starling.engine.errors import PromptError
+from starling.engine.errors import PromptError, one_line
 
 #: A prompt: text, or token ids.
 Prompt: TypeAlias = str | Sequence[int]
@@ -25,20 +25,22 @@ def checked_ids(ids: Iterable[int], bundle: Bundle, max_seq: int) -> tuple[int, 
     try:
         checked = tuple(index(token) for token in ids)
     except TypeError as error:
-        raise PromptError(f"a prompt is text or a list of token ids: {error}") from error
+        raise PromptError("a prompt is text or a list of token ids", detail=one_line(error)) from error
     if not checked:
-        raise PromptError("the prompt is empty: give at least one token")
+        raise PromptError("the prompt is empty", detail="give at least one token")
     vocabulary = bundle.architecture.vocab_size
     for position, token in enumerate(checked):
         if not 0 <= token < vocabulary:
             raise PromptError(
-                f"token id {token} at position {position} is outside the model's vocabulary "
-                f"(0 to {vocabulary - 1}): use this bundle's own tokenizer"
+                f"token id {token} at position {position} is outside the model's vocabulary (0 to {vocabulary - 1})",
+                detail="use this bundle's own tokenizer",
             )
     if len(checked) > max_seq:
         raise PromptError(
-            f"the prompt has {len(checked)} tokens, but the KV cache holds {max_seq}: "
-            f"shorten it, or raise --max-seq (this model: up to {bundle.architecture.max_positions})"
+            f"the prompt has {len(checked)} tokens, but the KV cache holds {max_seq}",
+            detail=f"shorten it, or raise --max-seq (this model: up to {bundle.architecture.max_positions})",
+            client_detail="shorten it",
+            code="context_length_exceeded",
         )
     return checked
 

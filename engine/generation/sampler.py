@@ -25,6 +25,8 @@ STRIDES = 32
 # Weights that are summed at once before the draw looks inside.
 BLOCK = 256
 SMALLEST_TEMPERATURE = 1e-30
+# Of a repetition penalty: beyond, a logit times or divided by it is no float32.
+PENALTIES = (1e-6, 1e6)
 
 
 class SamplingOverrides(TypedDict, total=False):
@@ -51,7 +53,7 @@ class SamplingParams:
     top_k: keep the k likeliest tokens, and those as likely as the last of them; 0 keeps all.
     top_p: keep the likeliest tokens until their probability reaches p, and those as likely as the last; 1 keeps all.
     min_p: keep tokens at least p times as likely as the likeliest; 0 keeps all.
-    repetition_penalty: above 1 makes tokens of the prompt and the answer less likely; 1 is off.
+    repetition_penalty: above 1 makes tokens of the prompt and the answer less likely; 1 is off; 1e-6 to 1e6.
     seed: the same seed gives the same choices for the same logits; None draws a fresh one.
     max_tokens: the most tokens to generate.
     stop: strings that end the text, not shown themselves. stop_token_ids: tokens that do, beside the bundle's own.
@@ -76,8 +78,10 @@ class SamplingParams:
         _check_int("top_k", self.top_k, "0 (off) or more")
         _check_number("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
         _check_number("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
-        _check_number("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0)
-        _check_int("max_tokens", self.max_tokens, "1 or more", least=1)
+        least, most = PENALTIES
+        wanted = f"from {least:g} to {most:g}"
+        _check_number("repetition_penalty", self.repetition_penalty, wanted, lambda x: least <= x <= most)
+        check_max_tokens(self.max_tokens)
         for name in ("seed", "logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), "0 or more, or None")
@@ -86,11 +90,11 @@ class SamplingParams:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for index, text in enumerate(_checked_tuple(self, "stop")):
             if not isinstance(text, str) or not text:
-                raise SamplingError(f"stop[{index}] is {text!r}: give a string that is not empty")
+                raise SamplingError(f"stop[{index}] is {text!r}: give a string that is not empty", field="stop")
         for index, token in enumerate(_checked_tuple(self, "stop_token_ids")):
-            _check_int(f"stop_token_ids[{index}]", token, "a token id")
+            _check_int("stop_token_ids", token, "a token id", at=f"[{index}]")
         if not isinstance(self.ignore_eos, bool):
-            raise SamplingError(f"ignore_eos is {self.ignore_eos!r}: give True or False")
+            raise SamplingError(f"ignore_eos is {self.ignore_eos!r}: give True or False", field="ignore_eos")
 
     @property
     def is_greedy(self) -> bool:
@@ -105,6 +109,11 @@ class TokenLogprob:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+def check_max_tokens(value: Any, name: str = "max_tokens") -> None:
+    """Raise SamplingError for a value that `SamplingParams.max_tokens` refuses; `name` is what its user calls it."""
+    _check_int(name, value, "1 or more", least=1)
 
 
 def make_sampler(params: SamplingParams, prompt_ids: Sequence[int] = ()) -> Sampler:
@@ -254,17 +263,32 @@ def _draw(weights: Logits, uniform: float) -> int:
 
 def _check_number(name: str, value: Any, wanted: str, test: Callable[[float], bool]) -> None:
     number = isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not test(value):
-        raise SamplingError(f"{name} is {value!r}: give a number {wanted}")
+    if not number or not _is_finite(value) or not test(value):
+        raise SamplingError(f"{name} is {_shown(value)}: give a number {wanted}", field=name)
 
 
-def _check_int(name: str, value: Any, wanted: str, *, least: int = 0) -> None:
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _check_int(name: str, value: Any, wanted: str, *, least: int = 0, at: str = "") -> None:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise SamplingError(f"{name} is {value!r}: give a whole number, {wanted}")
+        raise SamplingError(f"{name}{at} is {_shown(value)}: give a whole number, {wanted}", field=name)
 
 
 def _checked_tuple(params: SamplingParams, name: str) -> tuple[Any, ...]:
     value: Any = getattr(params, name)
     if not isinstance(value, tuple):
-        raise SamplingError(f"{name} is {value!r}: give a tuple, even for a single value")
+        raise SamplingError(f"{name} is {_shown(value)}: give a tuple, even for a single value", field=name)
     return value

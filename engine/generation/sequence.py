@@ -111,12 +111,14 @@ def make_sequence(
     eos: tuple[int, ...],
     max_seq: int,
     reused: int = 0,
+    reply: bool = False,
     encode_s: float = 0.0,
     on_device: bool = False,
 ) -> GenerationSequence:
     """A sequence ready to run. Its last token needs no cache position: prompt and answer may be one token longer.
 
-    `on_device`: the backend draws tokens itself where it can, the same ones as the host.
+    `reply`: its text is one of its own, without the space that would continue the prompt. `on_device`: the backend
+    draws tokens itself where it can, the same ones as the host.
     """
     drawn = device_choice(params) if on_device else None
     return GenerationSequence(
@@ -126,7 +128,7 @@ def make_sequence(
         top_logprobs=params.logprobs,
         stop_ids=frozenset(params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos)),
         sample=None if params.is_greedy or drawn is not None else make_sampler(params, prompt),
-        detokenizer=tokenizer.detokenizer(prompt),
+        detokenizer=tokenizer.detokenizer(() if reply else prompt),
         stops=StopMatcher(params.stop) if params.stop else None,
         encode_s=encode_s,
         choice=drawn or GREEDY,

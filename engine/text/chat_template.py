@@ -8,9 +8,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
+from weakref import WeakKeyDictionary
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -18,12 +19,16 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from starling.engine.errors import BundleError, PromptError
+from starling.engine.errors import BundleError, PromptError, one_line
 from starling.engine.text.tokenizer import Literals, Tokenizer, literal_pattern, read_json_object
 
 DEFAULT = "default"
 # What a template may raise on messages that it was not written for.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+
+
+#: What must stay text in the words of users and tools, and in those of the model.
+Patterns: TypeAlias = tuple[re.Pattern[str], re.Pattern[str]]
 
 
 class ChatTemplates:
@@ -33,6 +38,8 @@ class ChatTemplates:
         """Compile the Jinja sources. Raises BundleError for one that is not Jinja."""
         self._sources = dict(sources)
         self._templates = {name: _compile(name, source) for name, source in sources.items()}
+        #: `_protected` of each tokenizer and template name; a tokenizer that is gone takes its patterns along.
+        self._patterns: WeakKeyDictionary[Tokenizer, dict[str, Patterns]] = WeakKeyDictionary()
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplates":
@@ -96,7 +103,7 @@ class ChatTemplates:
         _check_messages(messages)
         source = self._sources[name]
         literals = Literals([source, *tokenizer.added_tokens.values(), *_strings([messages, variables])])
-        from_user, from_model = _protected(tokenizer, source)
+        from_user, from_model = self._protected(tokenizer, name)
         hidden = [
             _hide(message, literals, from_model if message["role"] == "assistant" else from_user)
             for message in messages
@@ -105,21 +112,28 @@ class ChatTemplates:
         try:
             text = self._templates[name].render(scope, messages=hidden, add_generation_prompt=add_generation_prompt)
         except TEMPLATE_ERRORS as error:
-            reason = literals.reveal(" ".join(str(error).split()))
-            raise PromptError(f"the chat template {name!r} refuses these messages: {reason}") from error
+            problem, reason = f"the chat template {name!r} refuses these messages", literals.reveal(one_line(error))
+            raise PromptError(problem, detail=reason, field="messages") from error
         return literals, text
+
+    def _protected(self, tokenizer: Tokenizer, name: str) -> Patterns:
+        known = self._patterns.setdefault(tokenizer, {})
+        if name not in known:
+            known[name] = _protected(tokenizer, self._sources[name])
+        return known[name]
 
     def _resolve(self, name: str | None) -> str:
         if not self._sources:
-            raise PromptError("this bundle has no chat template: give the whole prompt as plain text instead")
+            what_to_do = "give the whole prompt as plain text instead"
+            raise PromptError("this bundle has no chat template", detail=what_to_do, field="messages")
         wanted = DEFAULT if name is None else name
         if wanted not in self._sources:
-            raise PromptError(f"there is no chat template {wanted!r}: choose one of {', '.join(self.names)}")
+            names = f"choose one of {', '.join(self.names)}"
+            raise PromptError(f"there is no chat template {wanted!r}", detail=names, field="template")
         return wanted
 
 
-@lru_cache(maxsize=8)
-def _protected(tokenizer: Tokenizer, source: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+def _protected(tokenizer: Tokenizer, source: str) -> Patterns:
     """What has to stay text in the words of users and tools, and in those of the model.
 
     These are the special tokens, and for users also the other added tokens that the template writes, since some
@@ -132,13 +146,15 @@ def _protected(tokenizer: Tokenizer, source: str) -> tuple[re.Pattern[str], re.P
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     if isinstance(messages, str | Mapping) or not messages:
-        raise PromptError("there are no messages: give a list with at least one")
+        raise PromptError("there are no messages", detail="give a list with at least one", field="messages")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise PromptError(f"message {index} is a {type(message).__name__}: give a mapping of role and content")
+            problem = f"message {index} is a {type(message).__name__}"
+            raise PromptError(problem, detail="give a mapping of role and content", field="messages")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise PromptError(f"message {index} has the {key} {message.get(key)!r}: give a string")
+                problem = f"message {index} has the {key} {message.get(key)!r}"
+                raise PromptError(problem, detail="give a string", field="messages")
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -165,7 +181,8 @@ def _hide(value: Any, literals: Literals, pattern: re.Pattern[str]) -> Any:
         return [_hide(item, literals, pattern) for item in value]
     if value is None or type(value) in (bool, int, float):
         return value
-    raise PromptError(f"a chat template takes strings, numbers, lists and mappings, not a {type(value).__name__}")
+    problem = f"a chat template takes strings, numbers, lists and mappings, not a {type(value).__name__}"
+    raise PromptError(problem, field="messages")
 
 
 def _from_config(path: Path) -> dict[str, str]:

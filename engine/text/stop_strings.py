@@ -14,7 +14,7 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         """Raises SamplingError for an empty stop string, which would stop everything."""
         if not all(stops):
-            raise SamplingError("a stop string is empty: leave it out")
+            raise SamplingError("a stop string is empty: leave it out", field="stop")
         self._stops = tuple(stops)
         self._held = ""
         self._stopped = False

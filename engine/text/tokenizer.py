@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from starling.engine.errors import BundleError, PromptError
+from starling.engine.errors import BundleError, PromptError, one_line
 from starling.engine.text.detokenizer import Detokenizer, DetokenizerFactory
 
 # Unicode's private-use characters, 137,000 of them.
@@ -48,7 +48,7 @@ class Tokenizer:
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
         except Exception as error:  # the library raises bare Exception for a bad file
-            raise BundleError(f"{path} is not a tokenizer.json: {_one_line(error)}: export the model again") from error
+            raise BundleError(f"{path} is not a tokenizer.json: {one_line(error)}: export the model again") from error
         tokenizer = cls(core, _special_token_names(folder))
         tokenizer._check_ids(path, vocab_size)
         return tokenizer
@@ -164,7 +164,7 @@ class Tokenizer:
         try:
             return core.encode(text, add_special_tokens=add_special_tokens)
         except TypeError:  # the library's word for a lone surrogate
-            raise PromptError("the text holds bytes that are not UTF-8 text: convert it to UTF-8") from None
+            raise PromptError("the text holds bytes that are not UTF-8 text", detail="convert it to UTF-8") from None
 
 
 class Literals:
@@ -211,7 +211,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {_one_line(error)}: export the model again") from error
+        raise BundleError(f"{path} cannot be read: {one_line(error)}: export the model again") from error
     if not isinstance(content, dict):
         raise BundleError(f"{path} is not a JSON object: export the model again")
     return content
@@ -226,7 +226,3 @@ def _special_token_names(folder: Path) -> dict[str, str]:
             if role.endswith("_token") and isinstance(text, str):
                 names[role] = text
     return names
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

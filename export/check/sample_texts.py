@@ -105,8 +105,7 @@ class TextEncoder:
 def calibration_rows(path: Path, encoder: TextEncoder, most_tokens: int, longest: int) -> TokenRows:
     """The documents of `path` in rows of at most `longest` tokens, until there are `most_tokens`.
 
-    Raises UserError where the file
-    cannot be used or is too short to calibrate with.
+    Raises UserError where the file cannot be used or is too short to calibrate with.
     """
     rows: list[list[int]] = []
     for document in read_texts(path):

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from starling.engine.errors import CheckpointError, UnsupportedModelError
+from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -102,8 +102,8 @@ def skeleton_of(config: PreTrainedConfig) -> Skeleton:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        line = " ".join(str(error).split())
-        raise UnsupportedModelError(f"transformers cannot build a {config.model_type!r} model: {line}") from error
+        problem = f"transformers cannot build a {config.model_type!r} model: {one_line(error)}"
+        raise UnsupportedModelError(problem) from error
     tied = getattr(model, "_tied_weights_keys", None) if config.tie_word_embeddings else None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Skeleton(type(model).__name__, shapes, frozenset(tied or ()))

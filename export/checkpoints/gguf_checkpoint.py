@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING as UNTYPED_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, LlamaTensorProcessor
 
-from starling.engine.errors import UnsupportedModelError
+from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
 from starling.export.checkpoints.checkpoint import Checkpoint, check_tensors, skeleton_of
 from starling.export.checkpoints.gguf_file import GgufFile
 from starling.export.tokenizers.gguf_tokenizer import gguf_tokenizer_files
@@ -26,13 +26,16 @@ ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")
 def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
     """Open a `.gguf` file of any quantization that the package gguf can dequantize.
 
-    Raises CheckpointError (a tensor missing) and UnsupportedModelError (an architecture, rope scaling or pre-tokenizer
-    that cannot be read faithfully).
+    Raises CheckpointError (a tensor missing, a value of the wrong type) and UnsupportedModelError (an architecture,
+    rope scaling or pre-tokenizer that cannot be read faithfully).
     """
-    config = gguf_config(file)
+    try:
+        config = gguf_config(file)
+        tokenizer = gguf_tokenizer_files(file.metadata, config.vocab_size, where=str(file.path))
+    except (TypeError, ValueError, LookupError, AttributeError) as error:  # a value of another type than its key's
+        raise CheckpointError(f"{file.path}: its metadata cannot be used: {one_line(error)}") from error
     tensors = GgufTensors(file, config)
     config.architectures = [check_tensors(tensors, config, str(file.path)).class_name]
-    tokenizer = gguf_tokenizer_files(file.metadata, config.vocab_size, where=str(file.path))
     generation = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.pad}
     return Checkpoint("gguf", name, config, tensors, tokenizer, generation)
 

@@ -104,7 +104,7 @@ def open_gguf(path: Path) -> GgufFile:
             tensors = header.tensors(tensor_count, max(1, int(metadata.get("general.alignment", 32))))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (struct.error, UnicodeDecodeError, ValueError, KeyError, OverflowError, MemoryError) as error:
+    except (struct.error, ValueError, TypeError, KeyError, OverflowError, MemoryError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or no GGUF file ({error}): get the file again") from error
     for tensor in tensors.values():
         _check_tensor(path, tensor, header.size)

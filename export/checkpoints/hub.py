@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from starling.engine.errors import CheckpointError, HubError
+from starling.engine.errors import CheckpointError, HubError, one_line
 
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*.jinja", "config.json", "generation_config.json")
 WANTED_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
@@ -51,5 +51,4 @@ def download(repository: str, revision: str | None = None) -> Path:
             f"{repository} is not in the hub's cache and {why}: go online, or give a folder, a .gguf file or 'demo'"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        line = " ".join(str(error).split())
-        raise HubError(f"{repository} could not be fetched from {constants.ENDPOINT}: {line}") from error
+        raise HubError(f"{repository} could not be fetched from {constants.ENDPOINT}: {one_line(error)}") from error

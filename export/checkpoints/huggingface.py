@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from starling.engine.errors import CheckpointError, UnsupportedModelError
+from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
 from starling.export.checkpoints.checkpoint import Checkpoint, check_tensors
 from starling.export.tokenizers.tokenizer_files import check_has_tokenizer, read_json, read_tokenizer_files
 
@@ -52,20 +52,20 @@ def read_config(folder: Path) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = _config_values(folder).get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnsupportedModelError(f"{folder}: model_type {model_type!r} is unknown to this transformers")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        line = " ".join(str(error).split())
-        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {line}") from error
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
     return config
 
 
 def _config_values(folder: Path) -> dict[str, Any]:
     values = read_json(folder / "config.json")
     if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "some method")
+        settings = values["quantization_config"]
+        method = settings.get("quant_method", "some method") if isinstance(settings, dict) else settings
         raise UnsupportedModelError(f"{folder} is quantized already ({method}): export the unquantized checkpoint")
     return values
 
@@ -121,8 +121,8 @@ def _indexed_entries(folder: Path) -> dict[str, _Entry]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: get the file again")
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index} names {shard!r}, which is not a file name: get the file again")
     shards = {shard: _entries_of(folder / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():

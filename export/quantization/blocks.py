@@ -95,9 +95,7 @@ def _float16_above(scale: Tensor) -> Tensor:
     import torch
 
     half = scale.half()
-    above = (half.view(torch.int16) + 1).view(
-        torch.float16
-    )  # the next one, as positive floats are ordered by their bits
+    above = (half.view(torch.int16) + 1).view(torch.float16)  # the next one: positive floats are ordered by their bits
     return torch.where(half.float() < scale, above, half).float()
 
 

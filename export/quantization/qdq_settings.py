@@ -55,8 +55,9 @@ class QdqQuantization:
             raise UserError(f"smoothing {self.smoothing:g} is not between 0 (none) and 1")
         if self.scheme == "int4" and self.block_size is None:
             object.__setattr__(self, "block_size", _INT4_BLOCK)
-        if self.quantizes_activations and self.smoothing is None:
-            object.__setattr__(self, "smoothing", DEFAULT_SMOOTHING)
+        if self.quantizes_activations:
+            smoothing = DEFAULT_SMOOTHING if self.smoothing is None else float(self.smoothing)
+            object.__setattr__(self, "smoothing", smoothing)
 
     @property
     def quantizes_activations(self) -> bool:

@@ -6,11 +6,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from starling.engine.errors import CheckpointError
+from starling.engine.errors import CheckpointError, one_line
 from starling.export.checkpoints.checkpoint import TokenizerFiles
 from starling.export.tokenizers.starling_tokenizer import openchat_extra_templates
 
 OPENCHAT_MARK = "GPT4 Correct"
+SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 
 
 def read_tokenizer_files(folder: Path, config: Any, generation: dict[str, Any]) -> TokenizerFiles:
@@ -20,7 +21,7 @@ def read_tokenizer_files(folder: Path, config: Any, generation: dict[str, Any]) 
     Added tokens behind the vocabulary are dropped, with a note.
     Raises CheckpointError where there is no tokenizer, a file is no JSON, or a base token is outside the vocabulary.
     """
-    tokenizer_config = read_json(folder / "tokenizer_config.json", missing={})
+    tokenizer_config = _read_tokens(folder / "tokenizer_config.json")
     document = _tokenizer_document(folder)
     notes = drop_outside(document, config.vocab_size, where=str(folder / "tokenizer.json"))
     ids = token_ids(document)
@@ -37,7 +38,7 @@ def read_tokenizer_files(folder: Path, config: Any, generation: dict[str, Any]) 
         chat_template=template,
         additional_chat_templates=extra,
         bos=bos,
-        eos=_eos_ids(generation, config, tokenizer_config, ids, template),
+        eos=_eos_ids(generation, config, tokenizer_config, ids, template, where=folder),
         pad=pad,
         notes=tuple(notes),
     )
@@ -56,11 +57,29 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
         raise CheckpointError(f"{path} is missing: give the folder of a whole checkpoint") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON ({error}): get the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object: get the file again")
     return value
+
+
+def _read_tokens(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json or special_tokens_map.json, {} where there is none.
+
+    Raises CheckpointError where a special token is no text, or an added token has no number.
+    """
+    values = read_json(path, missing={})
+    for name in SPECIAL_TOKENS:
+        if values.get(name) is not None and _text(values[name]) is None:
+            raise CheckpointError(f"{path}: {name} is {str(values[name])[:60]!r}, not a token: get the file again")
+    several = values.get("additional_special_tokens") or []
+    if not isinstance(several, list) or any(_text(token) is None for token in several):
+        raise CheckpointError(f"{path}: additional_special_tokens is no list of tokens: get the file again")
+    decoder = values.get("added_tokens_decoder")
+    if isinstance(decoder, dict) and not all(key.isdecimal() for key in decoder):
+        raise CheckpointError(f"{path}: added_tokens_decoder has a key that is no token id: get the file again")
+    return values
 
 
 def token_ids(document: dict[str, Any]) -> dict[str, int]:
@@ -82,15 +101,16 @@ def drop_outside(document: dict[str, Any], vocab_size: int, *, where: str) -> li
         base = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
         dropped = {token["content"] for token in outside}
         worst = max(((i, text) for text, i in base if i >= vocab_size and text not in dropped), default=None)
-    except (KeyError, TypeError, IndexError) as error:
+        template = (document.get("post_processor") or {}).get("special_tokens") or {}
+        put_in = [text for text, token in template.items() if max(token["ids"], default=0) >= vocab_size]
+        token_ids(document)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{where} is no tokenizer of the tokenizers library ({error!r}): get it again") from error
     if worst is not None:
         raise CheckpointError(
             f"{where}: token {worst[1]!r} has id {worst[0]}, outside the vocabulary of {vocab_size}: "
             "config.json and tokenizer.json are not of the same model"
         )
-    template = (document.get("post_processor") or {}).get("special_tokens") or {}
-    put_in = [text for text, token in template.items() if max(token["ids"], default=0) >= vocab_size]
     if put_in:
         raise CheckpointError(
             f"{where}: its post_processor adds {put_in[0]!r}, outside the vocabulary of {vocab_size}: "
@@ -124,16 +144,26 @@ def templates_of(named: dict[str, str]) -> tuple[str | None, dict[str, str]]:
 
 def _named_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
     # Later sources win, as in transformers: the files before what tokenizer_config.json holds.
-    inline = tokenizer_config.get("chat_template")
-    if isinstance(inline, list):
-        named = {str(entry["name"]): str(entry["template"]) for entry in inline}
-    else:
-        named = {} if inline is None else {"default": str(inline)}
+    inline = tokenizer_config.get("chat_template") or []
+    try:
+        named = {"default": inline} if isinstance(inline, str) else {one["name"]: one["template"] for one in inline}
+    except (TypeError, KeyError):
+        named = {"": None}
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
+        path = folder / "tokenizer_config.json"
+        raise CheckpointError(f"{path}: chat_template is neither a text nor a list of named ones: get the file again")
     if (folder / "chat_template.jinja").is_file():
-        named["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        named["default"] = _read_template(folder / "chat_template.jinja")
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        named[path.stem] = path.read_text(encoding="utf-8")
+        named[path.stem] = _read_template(path)
     return named
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}: get the file again") from error
 
 
 def check_has_tokenizer(folder: Path) -> None:
@@ -152,23 +182,23 @@ def _tokenizer_document(folder: Path) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         document: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        line = " ".join(str(error).split())
-        raise CheckpointError(f"the tokenizer of {folder} cannot be converted to tokenizer.json: {line}") from error
+        problem = f"the tokenizer of {folder} cannot be converted to tokenizer.json: {one_line(error)}"
+        raise CheckpointError(problem) from error
     return document
 
 
 def _text(token: Any) -> str | None:
     # tokenizer_config.json spells a token as a string or as {"content": …}.
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _special_tokens(
     folder: Path, tokenizer_config: dict[str, Any], ids: dict[str, int]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(special_tokens_map.json, or the same keys of tokenizer_config.json; the ones left out as they have no id)."""
-    names = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
-    special = read_json(folder / "special_tokens_map.json", missing={})
-    special = special or {name: tokenizer_config[name] for name in names if tokenizer_config.get(name)}
+    special = _read_tokens(folder / "special_tokens_map.json")
+    special = special or {name: tokenizer_config[name] for name in SPECIAL_TOKENS if tokenizer_config.get(name)}
     kept: dict[str, Any] = {}
     without_id: dict[str, str] = {}
     for name, value in special.items():
@@ -202,12 +232,21 @@ def _one_id(
 
 
 def _eos_ids(
-    generation: dict[str, Any], config: Any, tokenizer_config: dict[str, Any], ids: dict[str, int], template: str | None
+    generation: dict[str, Any],
+    config: Any,
+    tokenizer_config: dict[str, Any],
+    ids: dict[str, int],
+    template: str | None,
+    *,
+    where: Path,
 ) -> tuple[int, ...]:
     """Where generation stops: generation_config's ids, else config's; for a chat model also the end of a turn."""
     stated = generation.get("eos_token_id")
     stated = getattr(config, "eos_token_id", None) if stated is None else stated
     found = list(stated) if isinstance(stated, list | tuple) else [] if stated is None else [stated]
+    if not all(type(index) is int for index in found):
+        file = "config.json" if generation.get("eos_token_id") is None else "generation_config.json"
+        raise CheckpointError(f"{where / file}: eos_token_id is {stated!r}, not a token id or a list of them")
     if template is not None:
         end_of_turn = _text(tokenizer_config.get("eos_token"))
         found += [ids[end_of_turn]] if end_of_turn in ids else []

@@ -9,11 +9,11 @@ turns, so that a machine's drift meets both; the ratios are of the rounds' media
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from threading import Thread
 from time import perf_counter, sleep
 from typing import Any
 
@@ -62,20 +62,18 @@ class Interference:
 
 
 def measure_load(loop: ServingLoop, prompts: list[list[int]], new_tokens: int, streams: int) -> Load:
-    """Run all prompts with `streams` of them at a time: a client takes the next as soon as its last one is done."""
-    left, results = list(prompts), list[GenerationResult]()
+    """Run all prompts with `streams` of them at a time: a client takes the next as soon as its last one is done.
 
-    def client() -> None:
-        while left:
-            results.append(loop.submit(left.pop(0), _params(new_tokens)).result())
+    Raises what a request failed with.
+    """
 
-    begin = perf_counter()
-    clients = [Thread(target=client) for _ in range(streams)]
-    for thread in clients:
-        thread.start()
-    for thread in clients:
-        thread.join()
-    seconds = perf_counter() - begin
+    def answer(prompt: list[int]) -> GenerationResult:
+        return loop.submit(prompt, _params(new_tokens)).result()
+
+    with ThreadPoolExecutor(streams) as clients:
+        begin = perf_counter()
+        results = list(clients.map(answer, prompts))
+        seconds = perf_counter() - begin
     ttft = distribution(result.timings.ttft_ms for result in results)
     itl = distribution(gap * 1e3 for result in results for gap in result.timings.itl_s)
     tokens = sum(len(result.tokens) for result in results)

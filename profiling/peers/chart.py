@@ -47,7 +47,7 @@ def _head(document: Document) -> tuple[list[str], int]:
     about, plan = document["environment"], document["plan"]
     name = document["bundles"][0]["source"]["name"]
     machine = f"{about['machine']['cpu']}, {plan['threads']} threads, batch 1, greedy, {plan['new_tokens']} new tokens"
-    how = f"medians of {plan['rounds'] * plan['repeats']} interleaved repeats, {about['date'][:10]}"
+    how = f"medians of {plan['rounds'] * plan['repeats']} interleaved repeats, {about['created'][:10]}"
     return [
         _text(MARGIN, 34, name, "title"),
         _text(MARGIN, 54, f"{machine}; {how}", "quiet"),

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from starling.engine.errors import StarlingError, UserError
 from starling.engine.host import default_threads
 from starling.engine.text.tokenizer import Tokenizer
 from starling.profiling.exact_prompts import prompt_tokens
-from starling.profiling.machine.describe import describe_machine
+from starling.profiling.machine.environment import Environment, describe_environment
 from starling.profiling.peers.chart import comparison_chart
 from starling.profiling.peers.contenders import Contender, by_precision, in_genai, opened, our_contenders
 from starling.profiling.peers.measure import Run, measure
@@ -32,22 +29,6 @@ from starling.profiling.peers.summary import Summary, summarize, tables
 
 #: A load average above this before we start means that somebody else is measured along.
 BUSY_LOAD = 0.5
-
-
-def environment(threads: int) -> dict[str, Any]:
-    """The machine and the moment, for the report."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(describe_machine()),
-        "load_average": round(load_average(), 2),
-        "threads": threads,
-        "system": platform.platform(),
-    }
-
-
-def load_average() -> float:
-    """How many processes wanted a core during the last minute, 0 where the system does not tell."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +105,7 @@ def main(
         ours = [Bundle.open(bundle) for bundle in bundles]
         document = compare(ours, read_peers(folder), only, Plan(**plan), bundle_in_peer=bundle_in_peer)
     except StarlingError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     if output is not None:
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -143,9 +124,10 @@ def compare(
     ours = our_contenders(bundles, peers[0].device if peers else "cpu")
     others = [*chosen(peers, only), *(in_genai(ours, peers) if bundle_in_peer else [])]
     groups = by_precision(ours, others)
-    about = environment(plan.threads)
-    if about["load_average"] > BUSY_LOAD:
-        click.echo(f"The machine is busy (load {about['load_average']}): ratios may be off, times are.", err=True)
+    about = describe_environment()
+    if about.load_average is not None and about.load_average[0] > BUSY_LOAD:
+        load = f"{about.load_average[0]:.2f}"
+        click.echo(f"The machine is busy (load {load}): ratios may be off, times are.", err=True)
     with Console(stderr=True).status("loading") as status:
         found = _measure(bundles[0], groups, plan, status.update)
         if plan.quality and (reference := reference_of(ours, peers)) is not None:
@@ -155,7 +137,7 @@ def compare(
                 bundles[0], everybody, reference, plan.threads, status.update, plan.quality_tokens
             )
     summaries = summarize(found.runs, {precision: [one.name for one in group] for precision, group in groups.items()})
-    _print(summaries, found, f"{bundles[0].source['name']} on {about['machine']['cpu']}, {_settings(plan)}")
+    _print(summaries, found, f"{bundles[0].source['name']} on {about.machine['cpu']}, {_settings(plan)}")
     return report(bundles, about, plan, found, summaries)
 
 
@@ -194,14 +176,14 @@ def _measure(
 
 
 def report(
-    bundles: Sequence[Bundle], about: dict[str, Any], plan: Plan, found: Measured, summaries: Sequence[Summary]
+    bundles: Sequence[Bundle], about: Environment, plan: Plan, found: Measured, summaries: Sequence[Summary]
 ) -> dict[str, Any]:
     """The JSON of a comparison. Times in ms; see Plan, Run, Summary, Quality and graph_precision for the fields."""
     described = ("source", "dialect", "dtype", "quantization")
     return {
-        "format": "starling-comparison",
-        "format_version": 2,
-        "environment": about,
+        "format": "starling-peer-comparison",
+        "format_version": 1,
+        "environment": asdict(about),
         "plan": asdict(plan),
         "bundles": [{name: bundle.raw.get(name) for name in described} for bundle in bundles],
         "contenders": found.members,

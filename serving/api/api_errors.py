@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from starling.engine.errors import PromptError, SamplingError, StarlingError
+from starling.engine.errors import ClosedError, QueueFullError, StarlingError, UserError
 
 BAD_REQUEST = "invalid_request_error"
 #: Seconds after which a refused client is told to try again.
@@ -59,13 +59,6 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, f"the request body is larger than {limit} bytes: send less", code="request_too_large")
 
 
-def busy(message: str) -> ApiError:
-    """Back-pressure: every row is taken and the queue is full."""
-    return ApiError(
-        429, message, kind="rate_limit_error", code="queue_full", headers={"Retry-After": str(RETRY_AFTER_S)}
-    )
-
-
 def shutting_down() -> ApiError:
     """The server ends."""
     return ApiError(
@@ -94,11 +87,13 @@ def unexpected(request_id: str) -> ApiError:
 
 def from_engine(error: StarlingError, prompt_field: str) -> ApiError:
     """What an engine's refusal is to a client; `prompt_field` is the field that held the prompt."""
-    message = str(error)
-    if isinstance(error, SamplingError):
-        return bad_field(message.partition(" ")[0].partition("[")[0], message)
-    if isinstance(error, PromptError):
-        code = "context_length_exceeded" if "KV cache holds" in message else None
-        # What a chat template says may quote the messages.
-        return ApiError(400, message, param=prompt_field, code=code, logged=message.partition(": ")[0])
-    return internal(message)
+    message = error.client_message
+    if isinstance(error, QueueFullError):
+        retry = {"Retry-After": str(RETRY_AFTER_S)}
+        return ApiError(429, message, kind="rate_limit_error", code=error.code, headers=retry)
+    if isinstance(error, ClosedError):
+        return shutting_down()
+    if not isinstance(error, UserError) or error.field is None:
+        return internal(message)
+    param = prompt_field if error.field == "prompt" else error.field
+    return ApiError(400, message, param=param, code=error.code, logged=error.problem)

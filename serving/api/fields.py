@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from starling.engine.errors import did_you_mean
+from starling.engine.errors import did_you_mean, one_line
 from starling.serving.api.api_errors import ApiError, bad_field
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ def json_object(body: bytes) -> dict[str, Any]:
     try:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise ApiError(400, f"the body is not JSON in UTF-8: {reason}") from None
     if not isinstance(document, dict):
         raise ApiError(400, f"the body is a JSON {type(document).__name__}: send an object")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starling.engine.errors import SamplingError
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampler import SamplingParams, check_max_tokens
 from starling.serving.api.api_errors import bad_field, from_engine
 from starling.serving.api.fields import Fields, Unsupported
 
@@ -50,18 +50,11 @@ def read_sampling(
     if "stop" in fields.values:
         values["stop"] = _stops(fields)
     values["stop_token_ids"] = tuple(fields.get("stop_token_ids", list, []))
-    limits = [name for name in ("max_completion_tokens", "max_tokens") if name in fields.values]
-    values["max_tokens"] = fields.required(limits[0], int) if limits else max_tokens
     try:
-        return SamplingParams(
-            **values,
-            logprobs=logprobs,
-        )
+        values["max_tokens"] = _max_tokens(fields, max_tokens)
+        return SamplingParams(**values, logprobs=logprobs)
     except SamplingError as error:
-        refusal = from_engine(error, "")
-        if refusal.param == "max_tokens" and limits:
-            refusal.param, refusal.message = limits[0], refusal.message.replace("max_tokens", limits[0], 1)
-        raise refusal from None
+        raise from_engine(error, "") from None
 
 
 def read_deadline(fields: Fields) -> float | None:
@@ -70,6 +63,16 @@ def read_deadline(fields: Fields) -> float | None:
     if seconds is not None and not 0 < seconds < float("inf"):
         raise bad_field("deadline_s", f"deadline_s is {seconds}: give seconds above 0", "invalid_value")
     return seconds
+
+
+def _max_tokens(fields: Fields, default: int) -> int:
+    """The limit under the name that the request has for it, the newer one first."""
+    name = next((name for name in ("max_completion_tokens", "max_tokens") if name in fields.values), None)
+    if name is None:
+        return default
+    limit = fields.required(name, int)
+    check_max_tokens(limit, name)
+    return limit
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

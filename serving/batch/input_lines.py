@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from starling.engine.errors import UserError
+from starling.engine.errors import UserError, one_line
 from starling.engine.generation.sampler import SamplingParams
 from starling.serving.api.api_errors import ApiError, bad_field
 from starling.serving.api.fields import Fields
@@ -118,7 +118,7 @@ def _object(line: bytes | str) -> dict[str, Any]:
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"it is not JSON in UTF-8 ({' '.join(str(error).split())})") from None
+        raise ApiError(400, f"it is not JSON in UTF-8 ({one_line(error)})") from None
     if not isinstance(document, dict):
         raise ApiError(400, f"it is a JSON {type(document).__name__}: write an object with prompt or messages")
     return document

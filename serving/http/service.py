@@ -6,10 +6,9 @@ import asyncio
 
 from starling.engine.batching.request import RequestHandle
 from starling.engine.engine import Engine
-from starling.engine.errors import ClosedError, QueueFullError, StarlingError
-from starling.engine.generation.prompts import checked_ids
+from starling.engine.errors import StarlingError
 from starling.engine.serving_loop import ServingLoop
-from starling.serving.api.api_errors import bad_field, busy, from_engine, shutting_down
+from starling.serving.api.api_errors import bad_field, from_engine, shutting_down
 from starling.serving.api.token_texts import TokenTexts
 from starling.serving.http.request_bodies import ApiRequest, Limits
 from starling.serving.metrics.prometheus import PrometheusMetrics
@@ -37,10 +36,6 @@ class Service:
         try:
             # Templates and tokenizing take milliseconds, in which streams go on.
             handle = await asyncio.to_thread(self._submit, request, request_id)
-        except QueueFullError as error:
-            raise busy(f"{error.args[0].partition(':')[0]}: try again later") from None
-        except ClosedError:
-            raise shutting_down() from None
         except StarlingError as error:
             raise from_engine(error, request.prompt_field) from None
         self._running.add(handle)
@@ -57,7 +52,7 @@ class Service:
             handle.cancel()
 
     def _submit(self, request: ApiRequest, request_id: str) -> RequestHandle:
-        ids = checked_ids(self._encoded(request), self.engine.bundle, self.limits.max_seq)
+        ids = self._encoded(request)
         if len(ids) > self.limits.max_prompt:
             raise bad_field(
                 request.prompt_field,

@@ -80,10 +80,8 @@ class TritonPythonModel:
 
         try:
             return TritonMetrics(self._pb_utils, model_name, self._serving.stats)
-        except self._pb_utils.TritonModelException as error:
-            if "not supported" not in str(error):
-                raise
-            self._pb_utils.Logger.log_info("starling: the server was started without metrics")
+        except self._pb_utils.TritonModelException as error:  # the usual reason: it was started without them
+            self._pb_utils.Logger.log_warn(f"starling: no metrics, since the server gives none: {error}")
             return None
 
     def _ended(self, timings: Timings) -> None:

@@ -89,7 +89,7 @@ class EngineSocket:
                 if handle.done:
                     self._ended(handle.partial.timings)
         except StarlingError as error:
-            writer.write(error_line(_refusal(error)))
+            writer.write(error_line(refusal(error)))
             await writer.drain()
 
     async def _tell(self, writer: asyncio.StreamWriter, delta: Delta, handle: RequestHandle) -> None:
@@ -128,11 +128,12 @@ def stats_json(serving: ServingLoop) -> str:
     return json.dumps({**{name: getattr(stats, name) for name in figures}, "ended": dict(stats.ended)})
 
 
-def _refusal(error: StarlingError) -> RequestError:
+def refusal(error: StarlingError) -> RequestError:
+    """What an engine's refusal is to a client."""
     if isinstance(error, QueueFullError | ClosedError):
-        return RequestError(str(error), "unavailable")
+        return RequestError(error.client_message, "unavailable")
     if isinstance(error, UserError):
-        return RequestError(str(error), "invalid")
+        return RequestError(error.client_message, "invalid")
     return RequestError(str(error), "internal")
 
 

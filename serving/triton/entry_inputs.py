@@ -36,7 +36,7 @@ class Unsupported:
         for value in values:
             if value not in self.neutral:
                 remedy = f"leave it out or give {self.neutral[0]!r}" if self.neutral else "leave it out"
-                raise RequestError(f"{self.tensor.name} is {_shown(value)}, which is not supported: {remedy}")
+                raise RequestError(f"{self.tensor.name} is {shown(value)}, which is not supported: {remedy}")
 
 
 class Inputs:
@@ -92,6 +92,7 @@ def _plain(name: str, value: Any) -> Any:
         raise RequestError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"

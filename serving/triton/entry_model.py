@@ -52,6 +52,9 @@ class EntryModel:
             except (RequestError, UserError) as error:
                 self._fail(sender, error)
                 continue
+            except Exception as error:  # the requests after it must be started all the same
+                self._fail_unexpectedly(sender, error)
+                continue
             asyncio.run_coroutine_threadsafe(self._answer(call, sender, wanted), self._loop)
 
     def finalize(self) -> None:
@@ -83,8 +86,7 @@ class EntryModel:
         except RequestError as error:
             self._fail(sender, error)
         except Exception as error:  # nobody else would tell the client
-            self._pb_utils.Logger.log_error(f"starling: {type(error).__name__}: {error}")
-            self._fail(sender, RequestError(f"unexpected {type(error).__name__}: {error}", "internal"))
+            self._fail_unexpectedly(sender, error)
 
     async def _deltas(self, call: Call, sender: Any) -> AsyncIterator[Delta]:
         """The engine's deltas up to the last; raises RequestError where it fails or the client has gone."""
@@ -158,6 +160,10 @@ class EntryModel:
         tensors = [self._pb_utils.Tensor(name, array) for name, array in outputs.items() if name in wanted]
         flags = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
         sender.send(self._pb_utils.InferenceResponse(tensors), flags=flags)
+
+    def _fail_unexpectedly(self, sender: Any, error: Exception) -> None:
+        self._pb_utils.Logger.log_error(f"starling: {type(error).__name__}: {error}")
+        self._fail(sender, RequestError(f"unexpected {type(error).__name__}: {error}", "internal"))
 
     def _fail(self, sender: Any, error: Exception) -> None:
         kind = error.kind if isinstance(error, RequestError) else "invalid"

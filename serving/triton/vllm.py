@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from starling.engine.errors import SamplingError
+from starling.engine.errors import SamplingError, one_line
 from starling.engine.generation.sampler import SamplingParams
-from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, text_array
+from starling.serving.api.sampling_fields import MOST_LOGPROBS
+from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, shown, text_array
 from starling.serving.triton.entry_interface import Call, Outputs
 from starling.serving.triton.socket_messages import Delta, Job, Logprob, RequestError
 
@@ -98,6 +99,8 @@ def _settings(text: str) -> dict[str, Any]:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
         raise RequestError(f"{_SETTINGS} is not JSON: {error.msg} at character {error.pos}") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{_SETTINGS} cannot be read: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise RequestError(f"{_SETTINGS} is {type(settings).__name__}: give a JSON object")
     return settings
@@ -113,9 +116,12 @@ def _sampling(settings: dict[str, Any], *, with_logprobs: bool) -> SamplingParam
             raise RequestError(f"{_SETTINGS}: {name} is no setting that this model knows")
     if values.get("top_k") == -1:  # vLLM's word for all
         values["top_k"] = 0
-    stop = settings.get("stop") or ()
-    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    values["stop_token_ids"] = tuple(values.get("stop_token_ids") or ())
+    stop = settings.get("stop") or []
+    values["stop"] = _tuple("stop", [stop] if isinstance(stop, str) else stop, "a string or a list of strings")
+    values["stop_token_ids"] = _tuple("stop_token_ids", values.get("stop_token_ids") or [], "a list of token ids")
+    most = values.get("logprobs")
+    if isinstance(most, int) and most > MOST_LOGPROBS:
+        raise RequestError(f"{_SETTINGS}: logprobs is {shown(most)}: give at most {MOST_LOGPROBS}")
     if with_logprobs and values.get("logprobs") is None:
         values["logprobs"] = 0
     try:
@@ -124,13 +130,19 @@ def _sampling(settings: dict[str, Any], *, with_logprobs: bool) -> SamplingParam
         raise RequestError(f"{_SETTINGS}: {error}") from None
 
 
+def _tuple(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise RequestError(f"{_SETTINGS}: {name} is {shown(value)}: give {wanted}")
+    return tuple(value)
+
+
 def _unquoted(value: Any) -> Any:
     """A number or truth value that a client wrote as a string, as it does in vLLM's own samples."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value.lower())
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value
 
 

@@ -55,6 +55,18 @@ def test_quantization_is_typed(copied: Path) -> None:
     assert (quantization.scheme, quantization.block_size, quantization.symmetric) == ("int8", 32, False)
 
 
+def test_a_whole_number_passes_for_a_float_and_nothing_else_does(copied: Path) -> None:
+    settings: dict[str, Any] = {"scheme": "w8a8", "block_size": None, "symmetric": True, "accuracy_level": None}
+    edit(copied, lambda raw: raw.update(quantization={**settings, "smoothing": 1}))
+    quantization = Bundle.open(copied).quantization
+    assert quantization is not None
+    assert quantization.smoothing == 1.0
+    for wrong in (True, "1", [1.0]):
+        edit(copied, lambda raw, wrong=wrong: raw.update(quantization={**settings, "smoothing": wrong}))
+        assert "quantization.smoothing is" in refusal(copied)
+        assert "not a number" in refusal(copied)
+
+
 def test_missing_folder_names_the_export_command(tmp_path: Path) -> None:
     assert "no such folder; make a bundle with: starling export" in refusal(tmp_path / "nothing")
 

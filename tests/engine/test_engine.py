@@ -9,6 +9,7 @@ from threading import Timer
 
 import numpy as np
 import pytest
+from command_line import copy_bundle, replace_recorded
 
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
@@ -94,6 +95,16 @@ def test_empty_prompt_is_refused(engine: Engine, prompt: str) -> None:
         engine.generate(prompt)
     with pytest.raises(PromptError, match="the prompt is empty"):
         engine.generate([[1], prompt])  # type: ignore[list-item]
+
+
+def test_a_bad_tokenizer_leaves_no_open_session(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = copy_bundle(tiny_bundle, tmp_path / "bundle")
+    replace_recorded(folder, "tokenizer.json", b"{}")
+    with pytest.raises(BundleError, match="is not a tokenizer") as caught:
+        Engine(folder, max_seq=MAX_SEQ, threads=1)
+    half_made = next(entry.frame.f_locals["self"] for entry in caught.traceback if "self" in entry.frame.f_locals)
+    with pytest.raises((TypeError, AttributeError, LookupError)):
+        half_made.backend.decode([1], [0])
 
 
 def test_prompt_beyond_the_cache_says_both_lengths(engine: Engine) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from starling.engine.errors import BackendError, SamplingError
-from starling.engine.generation.sampler import SamplingParams, logprobs, make_sampler, top_candidates
+from starling.engine.generation.sampler import PENALTIES, SamplingParams, logprobs, make_sampler, top_candidates
 
 Logits = NDArray[np.float32]
 
@@ -213,12 +213,12 @@ def test_logprobs_without_alternatives_and_with_all() -> None:
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("temperature", [-0.1, math.nan, math.inf, "1", None, True, [1]]),
+        ("temperature", [-0.1, math.nan, math.inf, "1", None, True, [1], 10**400, -(10**400), 10**5000]),
         ("top_k", [-1, 1.5, "5", None, True]),
         ("top_p", [0, -0.5, 1.01, math.nan, "x", None]),
         ("min_p", [-0.1, 1.1, math.nan, None]),
-        ("repetition_penalty", [0, -1, math.nan, math.inf, None]),
-        ("seed", [-1, 1.0, "7", True]),
+        ("repetition_penalty", [0, -1, math.nan, math.inf, None, 1e-46, 1e39]),
+        ("seed", [-1, 1.0, "7", True, -(10**5000)]),
         ("max_tokens", [0, -1, 1.5, None, True]),
         ("stop", ["END", [""], ("",), (3,), None]),
         ("stop_token_ids", [5, (-1,), ("5",), (1.0,), None]),
@@ -231,6 +231,13 @@ def test_impossible_values_are_refused_by_name(name: str, values: list[Any]) -> 
         with pytest.raises(SamplingError, match=name) as caught:
             SamplingParams(**{name: value})
         assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_greatest_and_the_least_penalty_leave_numbers(penalty: float) -> None:
+    logits = np.array([1e4, -1e4, 3, 2], np.float32)
+    assert make_sampler(SamplingParams(repetition_penalty=penalty), [0, 1, 2])(logits) in range(4)
 
 
 def test_the_limits_themselves_are_allowed() -> None:

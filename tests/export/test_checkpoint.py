@@ -140,8 +140,9 @@ def test_a_tensor_that_is_not_where_the_index_says_is_named(folder: Path) -> Non
         open_checkpoint(str(folder))
 
 
-def test_an_index_cannot_point_out_of_the_folder(folder: Path) -> None:
-    edit_json(folder / "model.safetensors.index.json", weight_map={"model.norm.weight": "../other.safetensors"})
+@pytest.mark.parametrize("shard", ["../other.safetensors", 5, ["x"]], ids=str)
+def test_an_index_names_files_of_the_folder_only(folder: Path, shard: Any) -> None:
+    edit_json(folder / "model.safetensors.index.json", weight_map={"model.norm.weight": shard})
     with pytest.raises(CheckpointError, match="which is not a file name"):
         open_checkpoint(str(folder))
 
@@ -172,7 +173,9 @@ def test_weights_of_another_dtype_are_refused(tmp_path: Path) -> None:
     [
         ({"model_type": "hyperloom"}, "model_type 'hyperloom' is unknown"),
         ({"model_type": "vit"}, "model_type 'vit' has no .*ForCausalLM class"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is unknown"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"is quantized already \(gptq\)"),
+        ({"quantization_config": "awq"}, r"is quantized already \(awq\)"),
     ],
 )
 def test_an_architecture_that_cannot_be_exported_is_named(folder: Path, changes: dict[str, Any], line: str) -> None:

@@ -1,6 +1,7 @@
 """A GGUF file gives the tensors that transformers dequantizes, and the token ids that llama.cpp gives."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from starling.engine.errors import CheckpointError, UnsupportedModelError
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.demo_model import demo_gguf
+from starling.export.checkpoints.gguf_checkpoint import open_gguf_checkpoint
+from starling.export.checkpoints.gguf_file import open_gguf
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.tokenizers.starling_tokenizer import mistral_model_file, read_pieces
 
@@ -302,6 +305,23 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
     (tmp_path / "m.gguf").write_bytes(content[:keep])
     with pytest.raises(CheckpointError, match=r"m\.gguf is truncated"):
         open_checkpoint(str(tmp_path / "m.gguf"))
+
+
+def test_arrays_nested_without_end_are_refused(tmp_path: Path) -> None:
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k"
+    path = tmp_path / "nested.gguf"
+    path.write_bytes(head + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000)
+    with pytest.raises(CheckpointError, match="is truncated or no GGUF file"):
+        open_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("key", ["llama.block_count", "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id"])
+def test_metadata_of_another_type_is_refused(tmp_path: Path, key: str) -> None:
+    write_gguf(tmp_path / "m.gguf", FAMILIES["llama"])
+    found = open_gguf(tmp_path / "m.gguf")
+    found.metadata[key] = "many"
+    with pytest.raises(CheckpointError, match=r"its metadata cannot be used|is outside the vocabulary"):
+        open_gguf_checkpoint(found, name="x")
 
 
 def test_a_file_of_another_kind_and_a_missing_file_are_refused(tmp_path: Path) -> None:

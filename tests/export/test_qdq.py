@@ -277,6 +277,11 @@ def test_settings_that_do_not_go_together(settings: dict[str, object], named: st
         QdqQuantization(**settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("smoothing", [0, 1])
+def test_whole_numbers_of_smoothing_are_floats_in_the_bundle(smoothing: int) -> None:
+    assert type(QdqQuantization("w8a8", smoothing=smoothing).to_json()["smoothing"]) is float
+
+
 def test_activations_are_quantized_in_the_tensorrt_dialect_only() -> None:
     with pytest.raises(UserError, match="w8a8 is for --dialect tensorrt"):
         ExportOptions(dialect="ort", quantization=QdqQuantization("w8a8"))

@@ -176,3 +176,44 @@ def test_an_altered_tokenizer_json_is_refused(folder: Path, content: str, line: 
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(CheckpointError, match=line):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"chat_template": [{"name": "default"}]}, "chat_template is neither a text nor a list of named ones"),
+        ({"chat_template": [["default", "x"]]}, "chat_template is neither a text nor a list of named ones"),
+        ({"chat_template": 5}, "chat_template is neither a text nor a list of named ones"),
+        ({"eos_token": [["</s>"]]}, r"eos_token is .*, not a token"),
+        ({"eos_token": {"content": 5}}, r"eos_token is .*, not a token"),
+        ({"additional_special_tokens": [["<a>"]]}, "additional_special_tokens is no list of tokens"),
+        ({"added_tokens_decoder": {"x": {"content": "<a>"}}}, "added_tokens_decoder has a key that is no token id"),
+    ],
+    ids=str,
+)
+def test_a_malformed_tokenizer_config_is_refused(folder: Path, changes: dict[str, Any], line: str) -> None:
+    write_json(folder / "tokenizer_config.json", CONFIG | changes)
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {line}"):
+        read(folder)
+
+
+def test_a_template_that_is_not_utf8_is_refused(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read: .*utf-8"):
+        read(folder)
+
+
+@pytest.mark.parametrize("eos", ["2", ["2"], [2, None], 2.0, True], ids=str)
+def test_an_end_token_that_is_no_id_is_refused(folder: Path, eos: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id is .*, not a token id"):
+        read(folder, generation={"eos_token_id": eos})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"post_processor": []}, {"added_tokens": [{"id": 3}]}, {"added_tokens": 5}], ids=str
+)
+def test_a_malformed_part_of_tokenizer_json_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    path = folder / "tokenizer.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | changes)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        read(folder)

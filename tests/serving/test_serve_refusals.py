@@ -70,7 +70,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
     (CHAT, {"tools": [{"type": "function"}]}, 400, "tools"),
     (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format"),
     (CHAT, {"top_logprobs": 2}, 400, "top_logprobs"),
-    (CHAT, {"template": "none"}, 400, "messages"),
+    (CHAT, {"template": "none"}, 400, "template"),
 ]
 
 

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,6 +153,65 @@ def test_vllm_settings_have_vllms_defaults_and_take_numbers_as_strings() -> None
     settings = '{"temperature": "0.5", "top_k": -1, "stop": "a", "max_tokens": "3", "presence_penalty": 0}'
     params = _read(VllmInterface(), text_input="x", sampling_parameters=settings).job.params
     assert (params.temperature, params.top_k, params.stop, params.max_tokens) == (0.5, 0, ("a",), 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ('{"stop": 5}', "stop is 5: give a string or a list of strings"),
+        ('{"stop": {"a": 1}}', "stop is .*: give a string or a list of strings"),
+        ('{"stop": [5]}', r"stop\[0\] is 5"),
+        ('{"stop_token_ids": 5}', "stop_token_ids is 5: give a list of token ids"),
+        ('{"stop_token_ids": ["x"]}', r"stop_token_ids\[0\] is 'x'"),
+        ('{"temperature": 1%s}' % ("0" * 400), "temperature is 1"),
+        ('{"logprobs": 25000}', "logprobs is 25000: give at most 20"),
+        ("[" * 100_000, "cannot be read: maximum recursion"),
+        ('{"seed": 1%s}' % ("0" * 5000), "cannot be read: Exceeds the limit"),
+        ('{"seed": "1%s"}' % ("0" * 5000), "seed is '1000"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_vllm_settings_of_another_form_are_refused(settings: str, line: str) -> None:
+    with pytest.raises(RequestError, match=f"sampling_parameters:? {line}"):
+        _read(VllmInterface(), text_input="x", sampling_parameters=settings)
+
+
+def test_a_fault_in_one_request_does_not_stop_the_others_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+
+    class TritonError(str):
+        INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL = range(4)
+
+        def __new__(cls, message: str, code: int) -> TritonError:
+            return super().__new__(cls, f"{code} {message}")
+
+    pb_utils = SimpleNamespace(
+        TritonError=TritonError,
+        InferenceResponse=lambda error: error,
+        Logger=SimpleNamespace(log_error=lambda line: None),
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb_utils)  # Triton itself makes this module
+    from starling.serving.triton.entry_vllm import TritonPythonModel
+
+    def fault() -> Any:
+        raise LookupError("a fault")
+
+    def request(inputs: list[Any]) -> Any:
+        return SimpleNamespace(
+            get_response_sender=lambda: SimpleNamespace(send=lambda response, flags: sent.append(response)),
+            requested_output_names=list,
+            inputs=lambda: inputs,
+            parameters=lambda: "",
+        )
+
+    model = TritonPythonModel()
+    model.initialize({})
+    try:
+        model.execute([request([SimpleNamespace(name=lambda: "text_input", as_numpy=fault)]), request([])])
+    finally:
+        model.finalize()
+    assert sent == ["3 unexpected LookupError: a fault", "0 text_input is missing: it is required"]
 
 
 def test_jobs_and_answers_survive_the_socket() -> None:

@@ -154,8 +154,13 @@ def test_bad_input_is_refused_at_once_and_counted_nowhere(loop: ServingLoop) -> 
             loop.submit(prompt, some(3))
     with pytest.raises(SamplingError):
         loop.submit("Hello", SamplingParams(top_p=2))
-    with pytest.raises(UserError, match="deadline_s is 0"):
-        loop.submit("Hello", deadline_s=0)
+    for seconds in (0, -1.0, float("nan")):
+        with pytest.raises(UserError, match=f"deadline_s is {seconds}"):
+            loop.submit("Hello", deadline_s=seconds)
+    assert (
+        loop.submit("Hello", SamplingParams(max_tokens=2, ignore_eos=True), deadline_s=10**400).result().finish_reason
+        == "length"
+    )
     assert (loop.stats().submitted, loop.stats().refused) == (0, 0)
 
 

@@ -1,7 +1,9 @@
 """Chats become the ids of the checkpoint's template, and what people write in them stays text."""
 
+import gc
 import json
 import random
+import weakref
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -275,6 +277,16 @@ def test_a_template_cannot_leave_the_sandbox() -> None:
     for source in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"):
         with pytest.raises(PromptError, match="refuses"):
             ChatTemplates({"default": source}).encode(USER, tokenizer(STARLING))
+
+
+def test_templates_keep_no_tokenizer_alive() -> None:
+    templates = ChatTemplates({"default": "{% for m in messages %}{{ m.content }}{% endfor %}"})
+    tokenizer = load(tokenizer_json(STARLING))
+    templates.encode([{"role": "user", "content": "Hi"}], tokenizer)
+    gone = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -30,16 +30,16 @@ class PrefillStep:
     ) -> None:
         self._context, self._memory, self._cache = context, memory, cache
         self._chunk, self._batch, self._chunk_length = chunk, batch, chunk_length
-        self._slot = -1
+        self._row = -1
         self._prompt = memory.host((positions,), "int64")
         self._start = memory.host((1,), "int64")
         context.set_addresses(chunk.addresses)
         context.set_shapes({past: (1, *cache.row_shape) for past, _, _ in cache.rows_from(0)})
 
-    def enqueue(self, slot: int, tokens: Tokens, start: int) -> None:
-        """Put the prefill of `tokens` int64 [n] at start..start+n of row `slot` on the stream, which must be idle."""
+    def enqueue(self, row: int, tokens: Tokens, start: int) -> None:
+        """Put the prefill of `tokens` int64 [n] at start..start+n of row `row` on the stream, which must be idle."""
         copy, chunk = self._memory.copy, self._chunk
-        self._select(slot)
+        self._select(row)
         self._prompt[: len(tokens)] = tokens
         self._start[0] = start
         copy(chunk.addresses[PAST_LENGTHS], address_of(self._start), TOKEN_BYTES)
@@ -50,16 +50,16 @@ class PrefillStep:
             self._context.set_shapes(chunk.input_shapes(1, length))
             self._context.enqueue()
             copy(chunk.addresses[PAST_LENGTHS], chunk.addresses[NEXT_LENGTHS], TOKEN_BYTES)
-        copy(self._batch.row(INPUT_IDS, slot), chunk.addresses[NEXT_TOKENS], TOKEN_BYTES)
-        copy(self._batch.row(PAST_LENGTHS, slot), chunk.addresses[NEXT_LENGTHS], TOKEN_BYTES)
+        copy(self._batch.row(INPUT_IDS, row), chunk.addresses[NEXT_TOKENS], TOKEN_BYTES)
+        copy(self._batch.row(PAST_LENGTHS, row), chunk.addresses[NEXT_LENGTHS], TOKEN_BYTES)
 
-    def _select(self, slot: int) -> None:
+    def _select(self, row: int) -> None:
         for name in CHOICE_INPUTS:
-            self._memory.copy(self._chunk.addresses[name], self._batch.row(name, slot), self._chunk.row_bytes[name])
-        if slot != self._slot:
-            for past, present, address in self._cache.rows_from(slot):
+            self._memory.copy(self._chunk.addresses[name], self._batch.row(name, row), self._chunk.row_bytes[name])
+        if row != self._row:
+            for past, present, address in self._cache.rows_from(row):
                 self._context.set_addresses({past: address, present: address})
-            self._slot = slot
+            self._row = row
 
 
 class DecodeStep:

@@ -140,10 +140,10 @@ class TensorRTBackend:
         for address, size in self._cache.parts(row):
             self._memory.device.zero(address, size, self._memory.stream)
 
-    def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
-        """From now on choose the row's tokens by `choice`; its first draw is that of the step writing `first`."""
+    def choose(self, row: int, choice: DeviceChoice, first_position: int) -> None:
+        """Choose the row's tokens by `choice` from now on; the step that writes `first_position` has its first draw."""
         self.drop()
-        self._choices.write(row, choice, first)
+        self._choices.write(row, choice, first_position)
 
     def can_launch(self, rows: int) -> bool:
         """Whether one more step of the first `rows` rows may be launched, and stays inside the cache."""
