@@ -43,7 +43,7 @@ check: lint types
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror engine/kernels/*/*.h engine/kernels/*/*.cpp
+	$(BIN)/clang-format --dry-run --Werror engine/kernels/*/*.h engine/kernels/*/*.cpp engine/kernels/cuda/*.cu
 
 types: install
 	$(BIN)/mypy -p starling

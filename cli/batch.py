@@ -81,8 +81,9 @@ def command(bundle: Path, source: str, output: Path, **options: Any) -> None:
         note("--max-queue changes nothing here: the file is read as rows become free")
     if Path(source).resolve() == output.resolve():
         raise UserError(f"INPUT and OUTPUT are both {source}: give another OUTPUT")
-    # Before a pipe is read: what is refused afterwards is lost.
+    # Before a pipe is read, and OUTPUT is made: what is refused afterwards is lost, or leaves an empty file.
     check_output(output)
+    engine_settings(options)
     salt, skipped = _salt(bundle), list[str]()
     reader = EntryReader({name: options[name] for name in _DEFAULTS}, salt, _bad_lines(options, skipped))
     with open_source(source) as lines:

@@ -18,7 +18,7 @@ from starling.export.bundle_folder import check_space, file_entry, new_bundle_fo
 from starling.export.check.bundle_quality import CUT_LAYERS, fits, measure, require_quality
 from starling.export.check.parity import Parity, require_fp32
 from starling.export.check.torch_reference import cut
-from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.checkpoint import Checkpoint, Shapes, TensorSource
 from starling.export.dialects import get_dialect
 from starling.export.dialects.tensorrt_reference import GRAPH_FILE as REFERENCE_FILE
 from starling.export.dialects.tensorrt_reference import reference_graph
@@ -68,7 +68,10 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """What the bundle shall be. `check` None: compare with PyTorch unless the weights are random."""
+    """What the bundle shall be. `check` None: compare with PyTorch unless the weights are random.
+
+    `weights` False leaves them out: the weight file has its size and takes no space. The graphs are the same.
+    """
 
     dialect: str = "ort"
     dtype: str = "fp32"
@@ -77,6 +80,7 @@ class ExportOptions:
     check: bool | None = None
     accept_quality: bool = False
     force: bool = False
+    weights: bool = True
 
     def __post_init__(self) -> None:
         """Raises UserError where the settings do not go together."""
@@ -107,7 +111,7 @@ def export_bundle(
     with new_bundle_folder(out, force=options.force) as work:
         manifest, arch = _write_model(checkpoint, work, options, progress)
         wanted = options.check if options.check is not None else checkpoint.kind != "random"
-        if wanted:
+        if wanted and options.weights:
             parity, note = _check(checkpoint, arch, work, options, progress)
             manifest["parity"] = None if parity is None else parity.to_json()
             manifest["notes"] += [note] if note else []
@@ -131,14 +135,15 @@ def _write_model(
     graph, arch = traced.model, traced.architecture
     dialect.optimize(graph)
     write_tokenizer(folder, checkpoint.tokenizer, checkpoint.generation)
-    how, tensors, prepared = options.quantization, checkpoint.tensors, None
+    how, prepared = options.quantization, None
+    tensors: TensorSource = checkpoint.tensors if options.weights else Shapes(checkpoint.tensors)
     if isinstance(how, QdqQuantization):
         prepared = prepare(graph, arch, checkpoint, folder, how, options.calibration, progress)
         tensors = prepared.weights.tensors
     blocks = how if isinstance(how, Quantization) else None
     write_projections(graph, prepared.weights.plan if prepared else blocks)
     total = planned_bytes(graph)
-    check_space(folder, total + _SPARE_BYTES)
+    check_space(folder, (total if options.weights else 0) + _SPARE_BYTES)
     progress.phase("writing weights")
     data = write_weights(graph, tensors, folder / WEIGHT_FILE, blocks, progress.bytes)
     _clean(graph)

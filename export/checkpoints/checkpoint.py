@@ -34,6 +34,25 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Shapes:
+    """The tensors of `source` without what is in them: on PyTorch's meta device, where they take no memory."""
+
+    source: TensorSource
+
+    def names(self) -> Collection[str]:
+        return self.source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        height, *rest = self.shape(name)
+        return torch.empty((min(stop, height) - start, *rest), dtype=torch.bfloat16, device="meta")
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizerFiles:
     """Everything that a bundle carries for text: contents, not paths. `notes` says what was mended."""
 

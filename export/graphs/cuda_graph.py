@@ -56,6 +56,8 @@ def cuda_kernel_graph(model: ir.Model, how: Quantization | None) -> tuple[ir.Mod
     common_passes.RemoveUnusedNodesPass()(twin)
     twin.opset_imports[STARLING] = 1
     products = [_product(node) for node in graph if node.op_type == "QuantizedLinear"]
+    if any(product["around"] == "gated" and product["n"] % 16 for product in products):
+        return None
     return twin, [product for index, product in enumerate(products) if product not in products[:index]]
 
 

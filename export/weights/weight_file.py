@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from os import SEEK_CUR
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,6 +64,7 @@ def write_weights(
     """Write every planned weight to `file` and point the graph's initializers at it.
 
     Memory taken: the largest stored tensor and one chunk. `progress(bytes_done, bytes_total)` is called as it goes.
+    Where `tensors` gives shapes alone (on PyTorch's meta device), the file has its size and holes in their place.
 
     Raises:
         CheckpointError: the checkpoint was cut off or changed since it was opened.
@@ -87,6 +89,7 @@ def write_weights(
             tensor = _assemble(weight, tensors, value)
             writer.write(tensor)
             places[weight] = (start, writer.position - start)
+        out.truncate(writer.position)
     for value in model.graph.initializers.values():
         if (planned := weight_of(value)) is not None:
             offset, length = places[planned]
@@ -119,7 +122,11 @@ class _Writer:
         self._append(bytes(size))
 
     def write(self, tensor: Tensor) -> None:
-        """Append the tensor's bytes."""
+        """Append the tensor's bytes; a hole where it has none."""
+        if tensor.is_meta:
+            self.out.seek(tensor.nbytes, SEEK_CUR)
+            self.position += tensor.nbytes
+            return
         flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         step = 32 * 1024 * 1024
         for start in range(0, flat.size, step):
@@ -162,7 +169,8 @@ def _assemble(weight: Rows | Table, tensors: TensorSource, value: ir.Value) -> T
     dtype = _TORCH[_dtype(value)]
     if isinstance(weight, Table):
         return weight.values.to(dtype)
-    stored = torch.empty([int(d) for d in _shape(value).numpy()], dtype=dtype)
+    device = tensors.rows(weight.names[0], 0, 0).device
+    stored = torch.empty([int(d) for d in _shape(value).numpy()], dtype=dtype, device=device)
     by_row = stored.T if weight.transposed else stored
     first = 0
     for name in weight.names:
@@ -174,6 +182,8 @@ def _assemble(weight: Rows | Table, tensors: TensorSource, value: ir.Value) -> T
 
 def _narrow(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     narrowed = rows.to(dtype)
+    if rows.is_meta:
+        return narrowed
     if dtype is torch.float16 and rows.dtype is not torch.float16 and not bool(narrowed.isfinite().all()):
         largest = f"{rows.abs().max():.3g}"
         raise UnsupportedModelError(

@@ -75,8 +75,8 @@ class Report:
         """Anew, without what was being tried."""
         self.write("fatal", key=self.current)
         self.target.close()
-        os.execv(sys.executable, [sys.executable, "-m", "starling.profiling.gpu.tune_kernels", *sys.argv[1:], "--started",
-                                  str(self.start)])  # fmt: skip
+        again = ["-m", "starling.profiling.gpu.tune_kernels", *sys.argv[1:], "--started", str(self.start)]
+        os.execv(sys.executable, [sys.executable, *again])
 
     def watch(self) -> None:
         """Ends a hang, from a thread of its own."""

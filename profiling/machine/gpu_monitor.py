@@ -5,6 +5,7 @@ Run on an NVIDIA H200.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,12 +106,12 @@ class GpuWatch:
 
 @contextmanager
 def watch_gpu(provider: str) -> Iterator[GpuWatch]:
-    """A watch on GPU 0 where `provider` is one of a GPU and nvidia-ml-py is installed, else one that sees nothing."""
+    """A watch on the GPU in use; one that sees nothing where `provider` is the CPU's, or nvidia-ml-py is missing."""
     nvml = None if provider == CPU_PROVIDER else _open_nvml()
     if nvml is None:
         yield GpuWatch()
         return
-    watch = GpuWatch(nvml, nvml.nvmlDeviceGetHandleByIndex(0))
+    watch = GpuWatch(nvml, _first_visible(nvml))
     try:
         yield watch
     finally:
@@ -128,6 +129,17 @@ def _open_nvml() -> Any:
         return nvml if nvml.nvmlDeviceGetCount() else None
     except nvml.NVMLError:
         return None
+
+
+def _first_visible(nvml: Any) -> Any:
+    """The device that is CUDA's first, by CUDA_VISIBLE_DEVICES, which NVML does not read.
+
+    Its numbers are NVML's where all GPUs of the machine are alike, or CUDA_DEVICE_ORDER is PCI_BUS_ID.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    if named.startswith(("GPU-", "MIG-")):
+        return nvml.nvmlDeviceGetHandleByUUID(named)
+    return nvml.nvmlDeviceGetHandleByIndex(int(named) if named.isdigit() else 0)
 
 
 def _text(name: str | bytes) -> str:

@@ -125,12 +125,16 @@ CPU = ("--backend", "onnxruntime-cpu")
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve", "batch", "profile", "evaluate", "triton"])
-def test_a_backend_and_settings_that_it_has_no_use_for(command: str, tiny_bundle: Path, questions: Path) -> None:
-    more = {"generate": ["Hello"], "batch": [questions, "out.jsonl"], "triton": ["repo"]}.get(command, [])
+def test_a_backend_and_settings_that_it_has_no_use_for(
+    command: str, tiny_bundle: Path, questions: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    more = {"generate": ["Hello"], "batch": [questions, output], "triton": [output]}.get(command, [])
     line = refusal(command, tiny_bundle, *more, *CUDA, "--threads", "2")
     assert line == "--threads is for a CPU, but --backend onnxruntime-cuda runs on a GPU: leave --threads out"
     line = refusal(command, tiny_bundle, *more, *CPU, "--engine", "fast")
     assert line.startswith("--engine names a TensorRT engine, which --backend onnxruntime-cpu does not run")
+    assert not output.exists()
 
 
 def test_an_engine_of_a_bundle_that_can_have_none(tiny_bundle: Path) -> None:

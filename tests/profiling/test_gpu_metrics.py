@@ -32,8 +32,11 @@ class Driver(ModuleType):
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
 
-    def nvmlDeviceGetName(self, device: int) -> str:
-        return "NVIDIA Test"
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> str:
+        return name
+
+    def nvmlDeviceGetName(self, device: int | str) -> str:
+        return "NVIDIA Test" if device == 0 else f"NVIDIA {device}"
 
     def nvmlDeviceGetMemoryInfo(self, device: int) -> SimpleNamespace:
         return SimpleNamespace(total=80_000_000_000, used=3_000_000_000)
@@ -65,6 +68,15 @@ def test_units_are_bytes_megahertz_watts_and_joules(monkeypatch: pytest.MonkeyPa
     assert (use.name, use.memory_used_peak_bytes, use.memory_total_bytes) == ("NVIDIA Test", 3e9, 80e9)
     assert (use.sm_clock_mhz.mean, use.memory_clock_mhz.mean, use.power_w.mean) == (1410, 1593, 250)
     assert (use.energy_j, use.energy_j_per_token) == (5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [("", "NVIDIA Test"), ("2,0", "NVIDIA 2"), ("GPU-5ab,0", "NVIDIA GPU-5ab"), ("MIG-7", "NVIDIA MIG-7")],
+)
+def test_the_gpu_is_the_one_that_cuda_sees_first(visible: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert watched(monkeypatch, Driver(gpus=3)).name == name
 
 
 def test_a_gpu_without_an_energy_counter_gives_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

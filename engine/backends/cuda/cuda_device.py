@@ -192,7 +192,7 @@ class CudaDevice:
         if int(error) == _OUT_OF_MEMORY:
             _, free, total = self._cuda.cudaMemGetInfo()
             room = f"{(free or 0) / 2**30:.1f} of {(total or 0) / 2**30:.1f} GiB are free"
-            return f"no room in the GPU's memory ({text}; {room}); use a plan with a smaller max_seq or max_batch"
+            return f"no room in the GPU's memory ({text}; {room}); lower --max-seq or --max-batch"
         return f"{function} failed on the GPU ({text})"
 
 

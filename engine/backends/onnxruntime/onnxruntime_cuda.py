@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +94,14 @@ class OrtCudaBackend:
         capture: bool = True,
         profile_prefix: Path | None = None,
         kernels: bool = False,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         """Load the graph for CUDA and allocate everything.
 
         `capture` False leaves CUDA graphs out; so does `profile_prefix`, with which ONNX Runtime times every operator
         and `end_profiling` gives the file. With `kernels` the engine's own run the products of a bundle that has a
-        graph for them; `kernels_note` says where they cannot. Raises BackendError where the provider does not start or
-        memory is short.
+        graph for them; `kernels_note` says where they cannot. `settings` change those of SESSION_SETTINGS. Raises
+        BackendError where the provider does not start or memory is short.
         """
         if bundle.cuda_graph is None:
             raise BackendError(f"{bundle.folder} has no graph for CUDA: export it again with --dtype fp16")
@@ -128,7 +129,13 @@ class OrtCudaBackend:
             #: The file that was loaded.
             self.graph_path = bundle.folder / graph
             self._session: Any = _open(
-                ort, self.graph_path, memory.stream, operators, captures=self._captures, profile_prefix=profile_prefix
+                ort,
+                self.graph_path,
+                memory.stream,
+                operators,
+                captures=self._captures,
+                profile_prefix=profile_prefix,
+                settings={**SESSION_SETTINGS, **(settings or {})},
             )
             closing.callback(self._drop_session)
             self._allocate(bundle)
@@ -204,6 +211,11 @@ class OrtCudaBackend:
     def pipeline(self) -> OrtCudaBackend:
         """Itself: tokens are chosen on the device, and a step finds there those of the step before."""
         return self
+
+    @property
+    def captured_rows(self) -> list[int]:
+        """The row counts whose decode step is a CUDA graph."""
+        return [rows for rows, step in self._steps.items() if step.is_captured]
 
     def prefill(self, row: int, tokens: Tokens, start: int) -> DeviceOutput:
         """Write `tokens` int64 [n] at start..start+n of row `row`; the output is that of the last one."""
@@ -432,24 +444,31 @@ def load_cuda(ort: Any) -> None:
 
 
 def _open(
-    ort: Any, graph: Path, stream: int, operators: CudaOperators | None, *, captures: bool, profile_prefix: Path | None
+    ort: Any,
+    graph: Path,
+    stream: int,
+    operators: CudaOperators | None,
+    *,
+    captures: bool,
+    profile_prefix: Path | None,
+    settings: Mapping[str, str],
 ) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # the GPU computes
     options.log_severity_level = 3
     if profile_prefix is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
-    for key, value in SESSION_SETTINGS.items():
+    for key, value in settings.items():
         options.add_session_config_entry(key, value)
     if operators is not None:
         operators.register(options)
-    settings = {
+    provider = {
         "user_compute_stream": str(stream),
         "enable_cuda_graph": str(int(captures)),
         "arena_extend_strategy": "kSameAsRequested",
     }
     try:
-        session = ort.InferenceSession(str(graph), options, providers=[(PROVIDER, settings)])
+        session = ort.InferenceSession(str(graph), options, providers=[(PROVIDER, provider)])
     except Exception as error:
         raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error
     if session.get_providers()[0] != PROVIDER:

@@ -46,7 +46,7 @@ struct Attention {
   };
 
   struct Tile {
-    uint4 keys[2][4];      // rows group and group + 8, 8 halves of each 32
+    uint4 keys[2][4];     // rows group and group + 8, 8 halves of each 32
     uint2 values[kTile];  // 4 halves
   };
 

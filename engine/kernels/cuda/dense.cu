@@ -30,9 +30,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) dequantize(const Dequanti
   if (i >= a.blocks * 4) return;
   const uint2 bytes = reinterpret_cast<const uint2*>(a.data)[i];
   const float scale = to_float(a.scales[i / 4]);
-  reinterpret_cast<uint4*>(a.out)[i] =
-      make_uint4(dequantized(bytes.x, 0, scale), dequantized(bytes.x, 2, scale), dequantized(bytes.y, 0, scale),
-                 dequantized(bytes.y, 2, scale));
+  reinterpret_cast<uint4*>(a.out)[i] = make_uint4(dequantized(bytes.x, 0, scale), dequantized(bytes.x, 2, scale),
+                                                  dequantized(bytes.y, 0, scale), dequantized(bytes.y, 2, scale));
 }
 
 DEVICE float gated(float gate, float value) { return gate / (1.0f + exponential(-gate)) * value; }

@@ -1,9 +1,9 @@
 // out[M, N] = x[M, K] W[N, K]^T for the 1 to 16 rows of a decode step, with what stands around the product.
 //
 // Time is the reading of W, once. So: 16-byte loads, many in flight, issued before the previous kernel is over; each
-// warp of a block has its part of K, and the parts are added in a fixed order. The product is on tensor cores whatever M
-// is: W is the operand of 16 rows, x that of 8 columns, and both take the same permutation of K, chosen so that a lane's
-// 16 bytes are contiguous in memory.
+// warp of a block has its part of K, and the parts are added in a fixed order. The product is on tensor cores whatever
+// M is: W is the operand of 16 rows, x that of 8 columns, and both take the same permutation of K, chosen so that a
+// lane's 16 bytes are contiguous in memory.
 //
 // INT8: W is uint8 with zero point 128 and an fp16 scale for each 32 of K, as MatMulNBits stores it. The 64 of K that
 // four lanes read lie in two such blocks. Each row of x takes two columns, one zero outside of either block, so that
@@ -17,11 +17,11 @@
 #define LINEAR_COLUMN_TILES 1  // of 4 rows of x each at 8 bits, of 8 at 16 bits
 #define LINEAR_ROW_TILES 1     // of 16 rows of W each
 #define LINEAR_WARPS 8
-#define LINEAR_UNROLL 4        // loads of 16 bytes for a row of W in a step
-#define LINEAR_DEPTH 2         // steps in flight
-#define LINEAR_NORM 0          // 1: x is RMS-normalized first
+#define LINEAR_UNROLL 4  // loads of 16 bytes for a row of W in a step
+#define LINEAR_DEPTH 2   // steps in flight
+#define LINEAR_NORM 0    // 1: x is RMS-normalized first
 #define LINEAR_EPILOGUE 0
-#define LINEAR_MIN_BLOCKS 1    // of a multiprocessor
+#define LINEAR_MIN_BLOCKS 1  // of a multiprocessor
 #endif
 
 enum Epilogue { kStore = 0, kAddResidual = 1, kGated = 2 };
@@ -42,7 +42,7 @@ template <int K, int BITS, int COLUMN_TILES, int ROW_TILES, int WARPS, int UNROL
 struct Linear {
   static constexpr bool kInt8 = BITS == 8;
   static constexpr int kThreads = WARPS * 32;
-  static constexpr int kLane = 128 / BITS;        // of K in a lane's 16 bytes
+  static constexpr int kLane = 128 / BITS;          // of K in a lane's 16 bytes
   static constexpr int kStep = UNROLL * 4 * kLane;  // of K
   static constexpr int kSteps = K / kStep;
   static constexpr int kSums = kInt8 ? 2 : 4;  // of a lane and a pair of tiles
@@ -212,7 +212,7 @@ struct Linear {
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int c = 0; c < COLUMN_TILES; ++c) {
-        multiply_add(reinterpret_cast<float(&)[4]>(sums[r][c]), word(upper, 2 * j), word(lower, 2 * j),
+        multiply_add(reinterpret_cast<float (&)[4]>(sums[r][c]), word(upper, 2 * j), word(lower, 2 * j),
                      word(upper, 2 * j + 1), word(lower, 2 * j + 1), word(x[c][0], 2 * j), word(x[c][0], 2 * j + 1));
       }
     }

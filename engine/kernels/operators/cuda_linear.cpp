@@ -71,7 +71,7 @@ CudaLinear::CudaLinear(const NodeInfo& node, CudaContext context) : context_(con
   epsilon_ = node.real("epsilon");
   require(node.integer("block_size") == kBlock && node.integer("bits") == 8,
           "weights must have 8 bits in blocks of 32");
-  require(k_ > 0 && k_ % kBlock == 0 && n_ > 0 && (!gated_ || n_ % 2 == 0), "K or N is unusable");
+  require(k_ > 0 && k_ % kBlock == 0 && n_ > 0 && (!gated_ || n_ % 16 == 0), "K or N is unusable");
 }
 
 void CudaLinear::compute(const Call& call) const {
@@ -85,6 +85,7 @@ void CudaLinear::compute(const Call& call) const {
   const ort::Value* residual = call.input(kResidual);
   require(residual == nullptr || shape_of(call.api, residual).elements() == shape.elements(),
           "the residual has another shape");
+  require(residual == nullptr || !gated_, "there is no kernel with a gate and a residual");
   tensors.x = call.input_data<uint16_t>(kX);
   tensors.data = call.input_data<uint8_t>(kData);
   tensors.scales = call.input_data<uint16_t>(kScales);
