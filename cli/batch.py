@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from starling.cli.shared.options import (
+    SAMPLING_NAMES,
     bundle_argument,
     engine_options,
     engine_settings,
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from starling.serving.batch.input_source import Source
     from starling.serving.batch.journal import Journal
     from starling.serving.batch.runner import Record
-
-_DEFAULTS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "ignore_eos")
 
 
 @click.command()
@@ -85,7 +84,7 @@ def command(bundle: Path, source: str, output: Path, **options: Any) -> None:
     check_output(output)
     engine_settings(options)
     salt, skipped = _salt(bundle), list[str]()
-    reader = EntryReader({name: options[name] for name in _DEFAULTS}, salt, _bad_lines(options, skipped))
+    reader = EntryReader({name: options[name] for name in SAMPLING_NAMES}, salt, _bad_lines(options, skipped))
     with open_source(source) as lines:
         ids = {str(entry.id) for entry in reader.read(lines)}
         if not ids:

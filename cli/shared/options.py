@@ -160,17 +160,8 @@ serving_options = _stack([_REQUESTS, max_queue_option(64), _PREFILL_CHUNK])
 #: `serving_options` without the queue: a batch reads its file as fast as rows become free.
 offline_options = _stack([_REQUESTS, _PREFILL_CHUNK])
 
-_SAMPLING_NAMES = (
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "ignore_eos",
-)
+#: Names of the options in `_SAMPLING`, which are those of `SamplingParams`.
+SAMPLING_NAMES = tuple(str(option.name) for option in click.command()(sampling_options(lambda: None)).params)
 _DRAWING_NAMES = ("top_k", "top_p", "min_p", "seed")
 _ENGINE_NAMES = ("max_seq", "backend", "engine", "threads", "verify")
 
@@ -198,7 +189,7 @@ def sampling_params(values: Mapping[str, Any], logprobs: int | None = None) -> S
     """The SamplingParams of a command's options. Raises SamplingError for an impossible value."""
     from starling.engine.generation.sampler import SamplingParams
 
-    params = SamplingParams(**{name: values[name] for name in _SAMPLING_NAMES}, logprobs=logprobs)
+    params = SamplingParams(**{name: values[name] for name in SAMPLING_NAMES}, logprobs=logprobs)
     if params.temperature == 0 and (idle := given_options(_DRAWING_NAMES)):
         verb = "changes" if len(idle) == 1 else "change"
         note(f"{', '.join(idle)} {verb} nothing at temperature 0 (greedy): add for example --temperature 0.8")

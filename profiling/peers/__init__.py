@@ -1,6 +1,6 @@
 """Compare Starling with other runtimes on one machine, in one run.
 
-`setup.py` makes the environments and the models that `catalogue.py` lists, `compare.py` measures them beside us.
+`install.py` makes the environments and the models that `catalogue.py` lists, `compare.py` measures them beside us.
 
 Every contender is a long-lived subprocess of its own Python, because runtimes need versions of the same libraries that
 cannot live in one environment. `workers/worker.py` is the program of all of them; it is run as a plain script with the
