@@ -24,6 +24,7 @@ from starling.cli.shared.options import (
     speculation_option,
 )
 from starling.cli.shared.output import human_seconds, note
+from starling.cli.shared.progress import progress_on_stderr
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -185,10 +186,7 @@ def _progress(total: int, already: int) -> Iterator[Callable[[int], None]]:
 
         yield show_line
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("results"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("results", total=total, completed=already)
-        yield lambda done: bar.update(task, completed=done)
+    with progress_on_stderr() as progress:
+        progress.phase("results")
+        progress.steps(already, total)
+        yield lambda done: progress.steps(done, total)

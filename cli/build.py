@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from starling.cli.shared.next_commands import after_build
 from starling.cli.shared.options import Choice, bundle_argument, json_option, max_batch_option, renamed_option
 from starling.cli.shared.output import human_bytes, human_seconds, print_json
+from starling.cli.shared.progress import progress_on_stderr
 
 # Spelt out here, since importing it from starling.engine would bring numpy into `--help`; a test compares the two.
 RUNTIMES = ("tensorrt-rtx", "tensorrt")
@@ -44,13 +44,12 @@ def command(bundle: Path, target: str | None, engine: str | None, verify: bool, 
       starling build smollm2-trt --runtime tensorrt --engine production
       starling inspect smollm2-trt --engine production
     """
-    from starling.cli.shared.build_progress import build_progress
     from starling.engine.backends.tensorrt.build.builder import BuildOptions, build_engine
     from starling.engine.bundle.manifest import Bundle
 
     opened = Bundle.open(bundle, verify=verify)
     targets = tuple(filter(None, (target or "").split(",")))
-    with build_progress(terminal=sys.stderr.isatty()) as progress:
+    with progress_on_stderr(lines=True) as progress:
         record = build_engine(opened, BuildOptions(targets=targets, name=engine, **options), progress)
     if as_json:
         print_json({"name": record.name, "file": str(record.plan_path), **record.to_json()})

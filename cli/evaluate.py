@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +21,7 @@ from starling.cli.shared.options import (
     renamed_option,
 )
 from starling.cli.shared.output import human_bytes, note, print_json, print_rows
+from starling.cli.shared.progress import progress_on_stderr
 from starling.engine.errors import UserError
 from starling.engine.names import LOGITS_DTYPES
 
@@ -91,14 +89,15 @@ def command(
     from starling.profiling.quality.evaluation_text import built_in_text, read_text
 
     opened, options = Bundle.open(bundle), Options(**settings)
-    with _progress() as progress:
+    with progress_on_stderr() as progress:
+        progress.phase("evaluating")
         evaluation = evaluate(
             opened,
             built_in_text() if text is None else read_text(text),
             options,
             reference=_reference(reference, reference_logits),
             keep=logits_dtype if save_logits is not None else None,
-            progress=progress,
+            progress=progress.steps,
         )
     if save_logits is not None and evaluation.logits is not None:
         evaluation.logits.write(save_logits)
@@ -150,19 +149,3 @@ def _print(document: dict[str, Any]) -> None:
             ("max |Δlogit|", f"{far['max_abs_logit_diff']:.3g}"),
         ]
     print_rows(rows)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's last line, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,11 @@ import click
 
 from starling.cli.inspect import parity_line, precision
 from starling.cli.shared.completion import BundlePath, complete_model
-from starling.cli.shared.export_progress import export_progress
 from starling.cli.shared.extras import require_extra
 from starling.cli.shared.next_commands import after_export
 from starling.cli.shared.options import Choice, json_option, refuse_options
 from starling.cli.shared.output import human_bytes, human_seconds, print_json
+from starling.cli.shared.progress import progress_on_stderr
 from starling.engine.errors import UserError
 from starling.engine.names import ACTIVATION_SCHEMES, DIALECTS, DTYPES, SCHEMES
 from starling.export.bundle_folder import check_target
@@ -83,7 +82,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
     quantization = _check_settings(out, options)
     if not session.debug:
         _silence_libraries()
-    with export_progress(terminal=sys.stderr.isatty()) as progress:
+    with progress_on_stderr(lines=True) as progress:
         from starling.export.checkpoints.model_source import find_model
 
         def fetching(text: str) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +13,12 @@ import click
 from starling.cli.shared.completion import BundlePath
 from starling.cli.shared.options import backend_options, check_backend, given_options, json_option, speculation_option
 from starling.cli.shared.output import note, print_json, screen_width
+from starling.cli.shared.progress import progress_on_stderr
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from starling.profiling.latency.sweep import Progress
 
 Document = dict[str, Any]
 #: Columns of a report in a pipe or a file, which have no width of their own; and the fewest that one is laid out for.
@@ -131,7 +129,7 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
     counts = ("prompt_tokens", "new_tokens", "batch", "repeats", "warmup")
     sweep = Sweep(**{name: settings[name] for name in counts})
     options = Options(**{name: value for name, value in settings.items() if name not in counts})
-    with _progress() as progress:
+    with progress_on_stderr(refresh=False) as progress:
         profile = measure(Bundle.open(folder), sweep, options, progress, lambda text: note(f"warning: {text}"))
     for text in (profile.note, profile.kernels_note):
         if text is not None:
@@ -159,28 +157,6 @@ def _compare(before: Path, after: Path, *, as_json: bool) -> None:
         print_json(comparison_document(comparison))
         return
     _print(render_comparison(comparison, str(before), str(after)))
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on a terminal's last line, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda text, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description} …"))
-    # Drawn only between runs: a thread that redraws it would take time from what is measured.
-    with Bar(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(text: str, done: int, total: int) -> None:
-            bar.update(task, description=text, completed=done, total=total)
-            bar.refresh()
-
-        yield show
 
 
 def _print(content: RenderableType) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx_ir as ir
 
@@ -14,6 +14,7 @@ from starling import __version__
 from starling.engine.bundle.manifest import FORMAT, FORMAT_VERSION, Architecture
 from starling.engine.errors import UserError
 from starling.engine.names import DTYPES
+from starling.engine.progress import Progress, Silent
 from starling.export.bundle_folder import check_space, file_entry, new_bundle_folder, write_json, write_tokenizer
 from starling.export.check.bundle_quality import CUT_LAYERS, fits, measure, require_quality
 from starling.export.check.parity import Parity, require_fp32
@@ -44,26 +45,6 @@ _ORACLE_NOTE = (
     "TensorRT itself was not run"
 )
 _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
-class Progress(Protocol):
-    """Told what an export is doing."""
-
-    def phase(self, text: str) -> None:
-        """A new phase begins."""
-
-    def bytes(self, done: int, total: int) -> None:
-        """So many bytes of the weights are written."""
-
-
-class Silent:
-    """Tells nobody."""
-
-    def phase(self, text: str) -> None:
-        """Nothing."""
-
-    def bytes(self, done: int, total: int) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from starling.engine.progress import Advance
 from starling.export.check.sample_texts import TokenRows
 from starling.export.checkpoints.checkpoint import TensorSource
-from starling.export.quantization.streamed_model import Progress, StreamedModel
+from starling.export.quantization.streamed_model import StreamedModel
 
 
 def input_absmax(
-    config: PreTrainedConfig, tensors: TensorSource, rows: TokenRows, progress: Progress | None = None
+    config: PreTrainedConfig, tensors: TensorSource, rows: TokenRows, progress: Advance | None = None
 ) -> Mapping[str, Tensor]:
     """The greatest |x| of every input channel of every nn.Linear over the text of `rows`.
 

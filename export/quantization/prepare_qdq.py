@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx_ir as ir
 
 from starling.engine.bundle.manifest import Architecture
 from starling.engine.host import available_memory
+from starling.engine.progress import Progress
 from starling.export.check.sample_texts import CALIBRATION, TextEncoder, TokenRows, calibration_rows
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.graphs.rewrites import is_linear
@@ -31,16 +32,6 @@ _TARGET = 0.7 * MAX_MEAN_KL
 #: Beyond, trying each projection takes hours on a CPU; --keep-precision says it by hand.
 _MOST_PARAMETERS = 2_000_000_000
 DEFAULT_TOKENS = 4096
-
-
-class Progress(Protocol):
-    """Told what is going on; see exporter.Progress."""
-
-    def phase(self, text: str) -> None:
-        """A new phase begins."""
-
-    def bytes(self, done: int, total: int) -> None:
-        """So many bytes have been read."""
 
 
 @dataclass(frozen=True, slots=True)

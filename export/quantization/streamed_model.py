@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from starling.engine.progress import Advance
 from starling.export.check.torch_reference import empty_model
 from starling.export.checkpoints.checkpoint import TensorSource
 
 _CHUNK_ELEMENTS = 8 * 1024 * 1024  # rows are read in pieces of this size
 
 #: Told how many bytes of the model's float32 weights have passed, and of how many.
-Progress = Callable[[int, int], None]
 
 
 class StreamedModel:
@@ -24,7 +24,7 @@ class StreamedModel:
     embedding only the rows that are asked for. One pass over all of the text reads the checkpoint once.
     """
 
-    def __init__(self, config: PreTrainedConfig, tensors: TensorSource, progress: Progress | None = None) -> None:
+    def __init__(self, config: PreTrainedConfig, tensors: TensorSource, progress: Advance | None = None) -> None:
         self.model = empty_model(config)
         self._tensors, self._progress, self._done = tensors, progress, 0
         self._names = _stored_names(self.model, tensors)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os import SEEK_CUR
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from starling.engine.errors import UnsupportedModelError
+from starling.engine.progress import Advance
 from starling.export.checkpoints.checkpoint import TensorSource
 from starling.export.quantization.blocks import Quantization, quantize_rows
 from starling.export.quantization.qdq_scheme import FP8, INT4, INT8, Grid, pack_int4, quantize_weight, weight_scales
@@ -31,7 +32,6 @@ _TORCH = {
     ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
 }
 _GRIDS = {grid.stored: grid for grid in (INT8, INT4, FP8)}
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def bytes_per_token(model: ir.Model) -> int:
 
 
 def write_weights(
-    model: ir.Model, tensors: TensorSource, file: Path, how: Quantization | None, progress: Progress | None = None
+    model: ir.Model, tensors: TensorSource, file: Path, how: Quantization | None, progress: Advance | None = None
 ) -> WrittenFile:
     """Write every planned weight to `file` and point the graph's initializers at it.
 
@@ -108,7 +108,7 @@ def write_weights(
 class _Writer:
     """Appends tensors, keeps the digest, and reports progress."""
 
-    def __init__(self, out: BinaryIO, total: int, progress: Progress | None) -> None:
+    def __init__(self, out: BinaryIO, total: int, progress: Advance | None) -> None:
         self.out, self.total, self.progress = out, total, progress
         self.digest, self.position, self.done = hashlib.sha256(), 0, 0
 

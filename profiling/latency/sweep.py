@@ -12,6 +12,7 @@ from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import UserError
 from starling.engine.host import default_threads
+from starling.engine.progress import Progress, Silent
 from starling.profiling.latency.cold_start import ColdStart, measure_cold_start
 from starling.profiling.latency.nvtx_ranges import RangedBackend
 from starling.profiling.latency.sweep_point import Latencies, measure_latencies
@@ -24,9 +25,6 @@ from starling.profiling.operators.onnxruntime_operators import profile_ort_opera
 from starling.profiling.operators.operator_times import OperatorProfile
 from starling.profiling.operators.tensorrt_operators import profile_tensorrt_operators
 from starling.profiling.reports.number_formats import load_warning, size
-
-#: Told what is being done, and how many of how many steps are done.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,7 @@ def measure(
     bundle: Bundle,
     sweep: Sweep,
     options: Options,
-    progress: Progress = lambda text, done, total: None,
+    progress: Progress | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Profile:
     """Measure `bundle`, one point after the other on one engine; `warn` is told before the first what will spoil them.
@@ -91,7 +89,7 @@ def measure(
     Raises UserError for settings that the model has no room for, BackendError where it cannot be run.
     """
     positions = sweep.positions(bundle, options.max_seq)
-    environment, steps = describe_environment(), _Steps(sweep, options, progress)
+    environment, steps = describe_environment(), _Steps(sweep, options, progress or Silent())
     _require_memory(bundle, sweep, options.backend, positions, environment.machine["memory_available_bytes"])
     cold = _cold_start(bundle, sweep, options, positions, steps) if options.cold_start else None
     steps.next("loading")
@@ -144,7 +142,8 @@ class _Steps:
         self._progress, self._done = progress, 0
 
     def next(self, text: str) -> None:
-        self._progress(text, self._done, self._total)
+        self._progress.phase(text)
+        self._progress.steps(self._done, self._total)
         self._done += 1
 
     def of(self, point: Point) -> Callable[[str], None]:

@@ -246,8 +246,7 @@ def command(
             raise UserError(f"{output.parent} is no folder; choose another --output")
         params = SamplingParams(max_tokens=new_tokens, temperature=temperature, seed=7 if temperature else None)
         with Engine(bundle, threads=threads, speculation=METHOD) as engine:
-            progress = Progress()
-            document = report(engine, params, rounds, measure(engine, read_texts(), params, rounds, progress.show))
+            document = report(engine, params, rounds, measure(engine, read_texts(), params, rounds, _show))
     except StarlingError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from error
@@ -259,13 +258,10 @@ def command(
     sys.exit(any(answer["first_difference"] is not None for answer in document["answers"]))
 
 
-class Progress:
-    """Says on a terminal's stderr what is being measured; nothing elsewhere."""
-
-    def show(self, text: str) -> None:
-        """Write over the line before."""
-        if sys.stderr.isatty():
-            click.echo(f"\r\x1b[K{text} …", nl=False, err=True)
+def _show(text: str) -> None:
+    """Say on a terminal's last line what is being measured."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\x1b[K{text} …", nl=False, err=True)
 
 
 if __name__ == "__main__":

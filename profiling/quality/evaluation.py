@@ -17,6 +17,7 @@ from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.divergence import Logits, Quality, QualityTotals
 from starling.engine.errors import UserError
+from starling.engine.progress import Advance
 from starling.engine.text.tokenizer import Tokenizer
 from starling.profiling.quality.evaluation_text import windows
 from starling.profiling.quality.stored_logits import StoredLogits
@@ -66,7 +67,7 @@ def evaluate(
     *,
     reference: Bundle | StoredLogits | None = None,
     keep: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Advance = lambda done, total: None,
 ) -> Evaluation:
     """Run `bundle` over the text; `keep` is the dtype in which its logits are kept ("float16", "float32").
 

@@ -14,10 +14,11 @@ import torch
 
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import StarlingError, UnsupportedModelError, UserError
+from starling.engine.progress import Silent
 from starling.export.check.parity import Parity, require_fp32
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.dialects import get_dialect
-from starling.export.exporter import ExportOptions, Silent, export_bundle
+from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.tracing.tracer import trace
 from starling.export.weights.weight_plan import weight_of
 
@@ -137,7 +138,8 @@ def test_what_a_killed_export_left_is_cleared_by_the_next(tiny_checkpoint: Check
 import sys, time
 from pathlib import Path
 from starling.export.checkpoints.model_source import open_checkpoint
-from starling.export.exporter import ExportOptions, Silent, export_bundle
+from starling.engine.progress import Silent
+from starling.export.exporter import ExportOptions, export_bundle
 
 class Stalling(Silent):
     def bytes(self, done, total):

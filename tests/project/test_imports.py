@@ -26,6 +26,7 @@ LAYERS = (
         "starling.engine.host",
         "starling.engine.installation",
         "starling.engine.onnx_bytes",
+        "starling.engine.progress",
     ),
     Layer("starling.engine.errors", "starling.engine.names"),
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import perf_counter
 
-from starling.engine.backends.tensorrt.build.monitor import BuildProgress, Silent, monitored
+from starling.engine.backends.tensorrt.build.monitor import monitored
 from starling.engine.backends.tensorrt.build.network import ParsedNetwork, allow_unfused_attention, parse_graph
 from starling.engine.backends.tensorrt.build.network_checks import NetworkFacts, check_network
 from starling.engine.backends.tensorrt.build.optimization_profiles import add_profiles, make_profiles
@@ -19,6 +19,7 @@ from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineR
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BuildError, UserError
 from starling.engine.names import DEFAULT_MAX_SEQ
+from starling.engine.progress import Progress, Silent
 
 DIALECT = "tensorrt"
 DEFAULT_MAX_PREFILL = 1024
@@ -53,7 +54,7 @@ class _Settings:
     name: str
 
 
-def build_engine(bundle: Bundle, options: BuildOptions, progress: BuildProgress | None = None) -> EngineRecord:
+def build_engine(bundle: Bundle, options: BuildOptions, progress: Progress | None = None) -> EngineRecord:
     """Build an engine plan of `bundle` into its folder `engines`, where it appears whole or not at all.
 
     Raises:
@@ -146,7 +147,7 @@ def _build(
     profiles: tuple[Profile, ...],
     targets: tuple[str, ...],
     writer: PlanWriter,
-    progress: BuildProgress,
+    progress: Progress,
 ) -> None:
     config = parsed.builder.create_builder_config()
     library.set_targets(config, targets)

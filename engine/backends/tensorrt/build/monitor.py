@@ -5,41 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from starling.engine.backends.tensorrt.library import Library
+from starling.engine.progress import Progress
 
 T = TypeVar("T")
 _SHOWN_DEPTH = 2
 
 
-class BuildProgress(Protocol):
-    """Told what a build is doing."""
-
-    def phase(self, text: str) -> None:
-        """A new phase begins."""
-
-    def steps(self, done: int, total: int) -> None:
-        """So many steps of the phase are done."""
-
-    def note(self, text: str) -> None:
-        """Something that the person at the terminal should know."""
-
-
-class Silent:
-    """Tells nobody."""
-
-    def phase(self, text: str) -> None:
-        """Nothing."""
-
-    def steps(self, done: int, total: int) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-
-def monitored(library: Library, config: Any, progress: BuildProgress, build: Callable[[], T]) -> T:
+def monitored(library: Library, config: Any, progress: Progress, build: Callable[[], T]) -> T:
     """Run `build`, which builds with `config`, and pass TensorRT's phases on to `progress`.
 
     The build has a thread of its own, so that Ctrl-C (or SIGTERM) reaches this one at once; it is then cancelled at its
@@ -56,7 +31,7 @@ def monitored(library: Library, config: Any, progress: BuildProgress, build: Cal
             raise  # behind the end of the block, which waits for the thread
 
 
-def _monitor(module: Any, progress: BuildProgress, cancelled: Event) -> Any:
+def _monitor(module: Any, progress: Progress, cancelled: Event) -> Any:
     """An IProgressMonitor. The two levels of phases below the whole build are shown; further ones are short."""
 
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
