@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING as UNTYPED_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, LlamaTensorProcessor
@@ -32,7 +33,8 @@ def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
     try:
         config = gguf_config(file)
         tokenizer = gguf_tokenizer_files(file.metadata, config.vocab_size, where=str(file.path))
-    except (TypeError, ValueError, LookupError, AttributeError) as error:  # a value of another type than its key's
+    except (TypeError, ValueError, LookupError, AttributeError, StrictDataclassError) as error:
+        # A value of another type than its key's.
         raise CheckpointError(f"{file.path}: its metadata cannot be used: {one_line(error)}") from error
     tensors = GgufTensors(file, config)
     config.architectures = [check_tensors(tensors, config, str(file.path)).class_name]

@@ -49,6 +49,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
     Raises CheckpointError and UnsupportedModelError as `open_folder` does.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = _config_values(folder).get("model_type")
@@ -56,7 +57,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UnsupportedModelError(f"{folder}: model_type {model_type!r} is unknown to this transformers")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
     return config
 

@@ -184,6 +184,14 @@ def test_an_architecture_that_cannot_be_exported_is_named(folder: Path, changes:
         open_checkpoint(str(folder))
 
 
+@pytest.mark.parametrize("changes", [{"eos_token_id": "2"}, {"num_hidden_layers": "three"}], ids=str)
+def test_a_value_of_another_type_in_the_configuration_is_one_line(folder: Path, changes: dict[str, Any]) -> None:
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be used") as caught:
+        open_checkpoint(str(folder))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("model", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c", "", "../x"])
 def test_what_is_no_model_is_refused_without_asking_the_hub(model: str, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "inner").mkdir()
