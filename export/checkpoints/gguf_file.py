@@ -71,6 +71,10 @@ class GgufFile:
         Raises CheckpointError where the file has shrunk since it was opened.
         """
         tensor = self.tensors[name]
+        if not index.size:
+            import torch
+
+            return torch.empty((0, *tensor.shape[1:]), dtype=tensor.dtype)
         low, high = int(index.min()), int(index.max()) + 1
         with self.path.open("rb") as file:
             file.seek(tensor.offset + low * tensor.row_bytes)

@@ -13,12 +13,14 @@ from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnx
 from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
-from starling.profiling.machine.product_graph import product_graph
+from starling.engine.onnx_bytes import GRAPH, INPUT, NAME, NODE, OPERATOR, OUTPUT, field
 
 #: Large enough for the kernel's own peak (its weights do not fit into a core's caches), small enough for 0.1 s a pass.
 ROWS, WIDTH = 512, 2048
 #: On a GPU: 1.1 tera-operations a pass, beside which its launch is nothing.
 CUDA_WIDTH, CUDA_PASSES = 8192, 10
+#: Versions that every ONNX Runtime here reads.
+_IR_VERSION, _OPSET = 8, 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,33 @@ def measure_cuda_peak(ort: Any) -> ArithmeticPeak:
     rate = 2 * width**3 / best
     how = f"ONNX Runtime {name}, [{width}, {width}] x [{width}, {width}], best of {CUDA_PASSES} passes"
     return ArithmeticPeak(rate, how, {name: rate})
+
+
+def product_graph(operator: str, rows: int, weights: NDArray[np.generic], input_type: str, output_type: str) -> bytes:
+    """An ONNX model of one product, as bytes: `y` [rows, n] = `operator`(`x` [rows, k], weights [k, n])."""
+    tensor = (
+        b"".join(field(1, size) for size in weights.shape)
+        + field(2, ONNX_TYPES[weights.dtype.name])
+        + field(8, "w")
+        + field(9, weights.tobytes())
+    )
+    node = (
+        field(INPUT, "x") + field(INPUT, "w") + field(OUTPUT, "y") + field(NAME, "product") + field(OPERATOR, operator)
+    )
+    graph = (
+        field(NODE, node)
+        + field(2, "graph")
+        + field(5, tensor)
+        + field(11, _value("x", input_type, (rows, weights.shape[0])))
+        + field(12, _value("y", output_type, (rows, weights.shape[1])))
+    )
+    return field(1, _IR_VERSION) + field(GRAPH, graph) + field(8, field(1, "") + field(2, _OPSET))
+
+
+def _value(name: str, kind: str, shape: tuple[int, ...]) -> bytes:
+    dimensions = b"".join(field(1, field(1, size)) for size in shape)
+    tensor = field(1, ONNX_TYPES[kind]) + field(2, dimensions)
+    return field(1, name) + field(2, field(1, tensor))
 
 
 def _timed(session: Any, feed: dict[str, NDArray[np.generic]]) -> float:

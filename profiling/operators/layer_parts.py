@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from starling.engine.names import LOGITS
-from starling.profiling.operators.graph_nodes import Node
+from starling.engine.onnx_bytes import Node
 
 EMBEDDING = "embedding"
 NORM = "norm"

@@ -13,9 +13,9 @@ from starling.engine.backends.backend import PREFILL_CHUNK
 from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend, import_onnxruntime
 from starling.engine.backends.onnxruntime.onnxruntime_cuda import open_cuda
 from starling.engine.bundle.manifest import Bundle
+from starling.engine.onnx_bytes import read_nodes
 from starling.engine.text.tokenizer import Tokenizer
 from starling.profiling.exact_prompts import prompt_tokens
-from starling.profiling.operators.graph_nodes import read_nodes
 from starling.profiling.operators.layer_parts import LayerParts
 from starling.profiling.operators.operator_times import (
     DECODES,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from starling.profiling.operators.graph_nodes import Node
+from starling.engine.onnx_bytes import Node
 from starling.profiling.operators.layer_parts import ATTENTION, MLP, MLP_PROJECTIONS, NORM, OTHER, LayerParts
 
 #: Between the names in a layer's name. A name itself may hold single dots, slashes and pluses.

@@ -7,9 +7,9 @@ import numpy as np
 from starling.engine.backends.tensorrt.run.layer_times import TimedRun
 from starling.engine.backends.tensorrt.run.open_tensorrt import open_tensorrt
 from starling.engine.bundle.manifest import Bundle
+from starling.engine.onnx_bytes import read_nodes
 from starling.engine.text.tokenizer import Tokenizer
 from starling.profiling.exact_prompts import prompt_tokens
-from starling.profiling.operators.graph_nodes import read_nodes
 from starling.profiling.operators.operator_times import Kernel, OperatorProfile, ProfiledRun, by_phase, run_phases
 from starling.profiling.operators.tensorrt_layers import TensorRTLayers
 

@@ -179,6 +179,8 @@ def test_every_tensor_of_the_demo_is_what_transformers_dequantizes(demo: Checkpo
 def test_a_row_range_is_a_cut_of_the_whole(demo: Checkpoint) -> None:
     name = "model.layers.3.self_attn.q_proj.weight"
     assert torch.equal(demo.tensors.rows(name, 37, 301), rows_of(demo, name)[37:301])
+    none = demo.tensors.rows(name, 37, 37)
+    assert (none.shape, none.dtype) == ((0, *demo.tensors.shape(name)[1:]), rows_of(demo, name).dtype)
 
 
 def test_the_digits_of_smollm2_stay_apart(tokenizer: Tokenizer) -> None:

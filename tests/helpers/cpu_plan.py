@@ -27,7 +27,7 @@ from starling.engine.backends.tensorrt.run import open_tensorrt as opening
 from starling.engine.backends.tensorrt.run.select_engine import Wanted
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
 from starling.engine.bundle.manifest import Bundle, FileRecord
-from starling.profiling.operators.graph_nodes import read_nodes
+from starling.engine.onnx_bytes import read_nodes
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 NUMPY_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}

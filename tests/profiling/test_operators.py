@@ -8,7 +8,7 @@ from command_line import document
 
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BundleError
-from starling.profiling.operators.graph_nodes import Node, read_nodes
+from starling.engine.onnx_bytes import Node, read_nodes
 from starling.profiling.operators.layer_parts import (
     ATTENTION,
     EMBEDDING,

@@ -318,7 +318,7 @@ def test_the_chart_is_one_drawing_with_a_bar_for_every_contender_the_fastest_fir
     runs = [made_run(name, 0, 3 * ms, [ms, ms], [1, 2, 3]) for name, ms in times.items()]
     rows = summarize(runs, {"int8": list(times)})
     document = {
-        "environment": {"machine": {"cpu": "A <fast> one"}, "date": "2026-01-02T03:04:05+00:00"},
+        "environment": {"machine": {"cpu": "A <fast> one"}, "created": "2026-01-02T03:04:05+00:00"},
         "plan": {"threads": 2, "new_tokens": 3, "rounds": 1, "repeats": 1},
         "bundles": [{"source": {"name": "model"}}],
         "summaries": [

@@ -9,8 +9,7 @@ import pytest
 from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
-from starling.profiling.machine.arithmetic import measure_product
-from starling.profiling.machine.product_graph import product_graph
+from starling.profiling.machine.arithmetic import measure_product, product_graph
 from starling.profiling.machine.roofline import Work, decode_work, live_kv_bytes, prefill_work, under_roof
 
 

@@ -7,7 +7,7 @@ import pytest
 from starling.engine.backends.tensorrt.build.network import parse_graph
 from starling.engine.backends.tensorrt.library import layers_of, load_library
 from starling.engine.bundle.manifest import Bundle
-from starling.profiling.operators.graph_nodes import Node, read_nodes
+from starling.engine.onnx_bytes import Node, read_nodes
 from starling.profiling.operators.layer_parts import (
     ATTENTION,
     ATTENTION_PROJECTIONS,

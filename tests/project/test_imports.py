@@ -21,7 +21,12 @@ LAYERS = (
     Layer("starling.engine.text"),
     Layer("starling.engine.backends"),
     Layer("starling.engine.bundle", "starling.engine.kernels"),
-    Layer("starling.engine.divergence", "starling.engine.host", "starling.engine.installation"),
+    Layer(
+        "starling.engine.divergence",
+        "starling.engine.host",
+        "starling.engine.installation",
+        "starling.engine.onnx_bytes",
+    ),
     Layer("starling.engine.errors", "starling.engine.names"),
 )
 

@@ -14,7 +14,7 @@ from starling.engine.errors import BackendError
 from starling.engine.names import NEXT_TOKENS
 
 # TensorProto.DataType values, which IOBinding takes.
-ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
+ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
 def first_line(error: Exception) -> str:
