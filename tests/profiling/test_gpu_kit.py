@@ -17,8 +17,9 @@ from cuda_stand_in import cuda_backend
 from host_device import HostDevice
 
 from starling.engine.bundle.manifest import Bundle
+from starling.engine.errors import UserError
 from starling.engine.kernels.cuda.operators import MEASURED
-from starling.profiling.gpu import on_card, pack
+from starling.profiling.gpu import on_card, pack, report, report_tables
 from starling.profiling.gpu.packing.fat_binaries import trimmed
 from starling.profiling.gpu.packing.small_runtime import Reachable, write_small_runtime
 from starling.profiling.gpu.stages import GRAPHS, SHARED, correctness, large_weights, throughput
@@ -205,3 +206,42 @@ def test_the_runtime_is_packed_without_what_no_session_loads(tmp_path: Path) -> 
     assert len(Reachable.read().offsets) == 282
     site = on_card._unpacked(archive, tmp_path / "site")
     assert (site / "onnxruntime" / "__init__.py").is_file()
+
+
+def test_the_tables_of_the_page_are_those_of_the_measurements() -> None:
+    root = Path(pack.__file__).resolve().parents[2]
+    page = (root / "docs" / "measurements.md").read_text(encoding="utf-8")
+    document = report.read_document(root / "profiling" / "results" / "cuda-h200.json")
+    for table in report_tables.all_tables(document).split("\n\n"):
+        assert table in page
+
+
+def test_a_run_is_added_with_its_shares_and_what_all_of_its_results_have_in_common(tmp_path: Path) -> None:
+    about = {"device": "Some card", "driver": "1.2", "date": "2030-01-02T03:04:05", "kit": {"commit": "abc"}}
+    step = {"how": "starling", "label": "our kernels", "rows": 1, "prompt": 128, "tok_s": 500.0}
+    found = [
+        {"stage": "environment", **about},
+        {"stage": "environment", "done_s": 1.0, "exit_code": 0},
+        {"stage": "roof", "at_s": 2.0, "read_TBs": 4.0, "copy_TBs": 3.0},
+        {"stage": "int8", "at_s": 3.0, **step, "step_ms": 2.0, "step_bytes": 6_000_000_000},
+        {"stage": "int8", "failed": "RuntimeError: no memory", "rows": 4},
+    ]
+    file, into = tmp_path / "results.jsonl", tmp_path / "cuda-some.json"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in found) + '{"stage": "int')
+    run = report.as_run(read_results(file), {"label": "after", "commit": None})
+    assert (run["commit"], run["date"], run["device"], run["driver"]) == ("abc", "2030-01-02", "Some card", "1.2")
+    assert run["defaults"] == {"int8": "our kernels"}
+    assert [line.get("share") for line in run["measurements"]] == [None, 0.75, None]
+    document = report.read_document(into)
+    for _ in range(2):
+        report.add(document, run)
+    report.write_document(into, document)
+    assert report.read_document(into) == document
+    assert len(document["runs"]) == 1
+    assert "| int8, our kernels | 1 | 500 | - | 75% |" in report_tables.all_tables(document)
+
+
+def test_a_run_that_did_not_measure_the_bandwidth_is_refused() -> None:
+    given = {"label": "after", "commit": "abc", "date": "2030-01-02"}
+    with pytest.raises(UserError, match="--read-tbs"):
+        report.as_run([{"stage": "int8", "at_s": 1.0}], given)

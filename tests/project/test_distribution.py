@@ -3,6 +3,7 @@
 They take packages from an index, and minutes: `make test-install` runs them.
 """
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -89,8 +90,18 @@ def environment(folder: Path, version: str, *requirements: str, **env: str) -> P
     """The Python of a new environment with these requirements."""
     run(interpreter(version), "-m", "venv", folder)
     python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", *requirements, **env)
+    if requirements:
+        run(python, "-m", "pip", "install", "--quiet", *requirements, **env)
     return python
+
+
+def install_torch_for_cpu(python: Path) -> None:
+    """The CPU build of the PyTorch that the tests use; the test is skipped where pip has none for this Python."""
+    # By its full version: pip would take a build with CUDA, gigabytes, for the plain one.
+    torch = importlib.metadata.version("torch").partition("+")[0] + "+cpu"
+    install = [str(python), "-m", "pip", "install", "--quiet", f"torch=={torch}"]
+    if subprocess.run(install, capture_output=True, check=False).returncode != 0:
+        pytest.skip(f"pip finds no torch {torch} for this Python")
 
 
 def contents(archive: Path) -> set[str]:
@@ -154,6 +165,18 @@ def test_the_wheel_runs_with_the_newest_packages(
     assert Path(shown.strip()).is_relative_to(tmp_path / "venv")
 
 
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_wheel_exports_with_the_newest_packages(version: str, wheel: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "venv", version)
+    install_torch_for_cpu(python)
+    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cpu,export]")
+    bundle = tmp_path / "bundle"
+    shown = run(python, "-m", "starling", "export", "demo", bundle, "--quant", "int8")
+    assert f"{bundle}: " in shown
+    assert "parity: " in shown
+    assert "Paris" in run(python, "-m", "starling", "generate", bundle, QUESTION, "--max-tokens", "24")
+
+
 @pytest.mark.parametrize("version", PYTHONS[:1])
 def test_the_wheel_runs_with_the_lowest_versions_that_it_allows(
     version: str, wheel: Path, demo_int8_bundle: Path, tmp_path: Path
@@ -169,11 +192,11 @@ def test_without_a_compiler_the_sources_install_and_say_how_to_get_the_kernels(
     sdist: Path, demo_int8_bundle: Path, tmp_path: Path
 ) -> None:
     no_compiler = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
-    python = environment(tmp_path / "venv", PYTHONS[0], "--no-cache-dir", f"{sdist}[cpu]", **no_compiler)
+    python = environment(tmp_path / "venv", PYTHONS[0], "--no-cache-dir", f"{sdist}[cpu,serve]", **no_compiler)
     found = run(python, "-m", "starling", "doctor")
     again = re.search(r"no +CPU kernels: not built: .* (pip install --force-reinstall --no-cache-dir .*?);", found)
     assert again is not None, found
-    assert "Paris" in run(python, "-m", "starling", "generate", demo_int8_bundle, QUESTION, "--max-tokens", "24")
+    answers_and_serves(python, demo_int8_bundle)
     run("bash", "-c", f"{python} -m {again[1]}")
     assert re.search(r"yes +CPU kernels", run(python, "-m", "starling", "doctor"))
 

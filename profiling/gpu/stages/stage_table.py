@@ -35,6 +35,7 @@ STAGES = (
     Stage("fp16", "throughput:run_fp16", 60, "the same for fp16, and prefill in chunks"),
     Stage("roof", "bandwidth_roof:run", 40, "TB/s of copying and reading, microseconds of each matrix product"),
     Stage("command", "command_runs:run", 60, "what `starling profile` and `starling generate` print"),
+    Stage("timeline", "device_kernels:run", 60, "the kernels that a prefill and a decode step spend their time in"),
     Stage("settings", "throughput:run_settings", 90, "the same figures with each session setting changed"),
     Stage("peers", "torch_peers:run", 190, "PyTorch eager, with a static cache in a CUDA graph, and compiled"),
 )
