@@ -24,7 +24,7 @@ from starling.cli.shared.options import (
     speculation_option,
 )
 from starling.cli.shared.output import human_seconds, note
-from starling.cli.shared.progress import progress_on_stderr
+from starling.cli.shared.progress_bar import progress_on_stderr
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:

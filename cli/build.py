@@ -10,7 +10,7 @@ import click
 from starling.cli.shared.next_commands import after_build
 from starling.cli.shared.options import Choice, bundle_argument, json_option, max_batch_option, renamed_option
 from starling.cli.shared.output import human_bytes, human_seconds, print_json
-from starling.cli.shared.progress import progress_on_stderr
+from starling.cli.shared.progress_bar import progress_on_stderr
 
 # Spelt out here, since importing it from starling.engine would bring numpy into `--help`; a test compares the two.
 RUNTIMES = ("tensorrt-rtx", "tensorrt")

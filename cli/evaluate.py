@@ -21,7 +21,7 @@ from starling.cli.shared.options import (
     renamed_option,
 )
 from starling.cli.shared.output import human_bytes, note, print_json, print_rows
-from starling.cli.shared.progress import progress_on_stderr
+from starling.cli.shared.progress_bar import progress_on_stderr
 from starling.engine.errors import UserError
 from starling.engine.names import LOGITS_DTYPES
 

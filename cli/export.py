@@ -15,7 +15,7 @@ from starling.cli.shared.extras import require_extra
 from starling.cli.shared.next_commands import after_export
 from starling.cli.shared.options import Choice, json_option, refuse_options
 from starling.cli.shared.output import human_bytes, human_seconds, print_json
-from starling.cli.shared.progress import progress_on_stderr
+from starling.cli.shared.progress_bar import progress_on_stderr
 from starling.engine.errors import UserError
 from starling.engine.names import ACTIVATION_SCHEMES, DIALECTS, DTYPES, SCHEMES
 from starling.export.bundle_folder import check_target

@@ -13,7 +13,7 @@ import click
 from starling.cli.shared.completion import BundlePath
 from starling.cli.shared.options import backend_options, check_backend, given_options, json_option, speculation_option
 from starling.cli.shared.output import note, print_json, screen_width
-from starling.cli.shared.progress import progress_on_stderr
+from starling.cli.shared.progress_bar import progress_on_stderr
 from starling.engine.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a long task reports while it runs; the command line shows it (`cli/shared/progress.py`)."""
+"""What a long task reports while it runs; the command line shows it (`cli/shared/progress_bar.py`)."""
 
 from __future__ import annotations
 
