@@ -10,8 +10,10 @@ DEMO := build/demo
 comma := ,
 EXTRAS := cpu,export,profiling,serve,dev,tensorrt-rtx
 PYTEST := python -m pytest -q -n 2 --dist loadfile
+NOOP := build/cuda-noop
+NOOP_PACKAGES := onnxruntime-gpu nvidia-cuda-nvrtc==13.0.* nvidia-cuda-cuobjdump click jinja2 numpy pytest rich tokenizers
 
-.PHONY: demo test test-quick test-newest test-lowest test-install check lint types dist install clean
+.PHONY: demo test test-quick test-cuda-noop test-newest test-lowest test-install check lint types dist install clean
 
 demo: install
 	$(BIN)/starling export demo $(DEMO) --force
@@ -25,6 +27,23 @@ test: install
 
 test-quick: install
 	$(BIN)/$(PYTEST) -m "not slow and not install"
+
+# What the CUDA path asks of a GPU, without one: ONNX Runtime's CUDA provider on a CUDA that does nothing, and our CUDA
+# kernels through NVIDIA's compiler. An environment of its own, since onnxruntime and onnxruntime-gpu exclude each other.
+test-cuda-noop: $(VENV)-cuda-noop/installed $(NOOP)/bundles/made
+	$(VENV)-cuda-noop/bin/python tests/cuda_noop/build_noop.py $(NOOP)/headers/nvidia/cu13/include $(NOOP)/lib
+	LD_LIBRARY_PATH=$(abspath $(NOOP)/lib) XDG_CACHE_HOME=$(abspath $(NOOP)/cache) $(VENV)-cuda-noop/bin/python -m pytest -q --confcutdir tests/cuda_noop tests/cuda_noop
+
+# Headers alone of CUDA's runtime: its library would be found in an environment, before the one that does nothing.
+$(VENV)-cuda-noop/installed: Makefile pyproject.toml | install
+	test -x $(VENV)-cuda-noop/bin/python || $(PYTHON) -m venv $(VENV)-cuda-noop
+	$(VENV)-cuda-noop/bin/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt $(NOOP_PACKAGES)
+	$(VENV)-cuda-noop/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps --upgrade --target $(NOOP)/headers nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.*
+	touch $@
+
+$(NOOP)/bundles/made: tests/cuda_noop/make_bundles.py $(shell find export profiling/gpu/packing -name '*.py') | install
+	$(BIN)/python tests/cuda_noop/make_bundles.py $(NOOP)/bundles
+	touch $@
 
 # The quick tests with the newest release of every package (torch stays: the index's next one brings CUDA) ...
 test-newest: $(VENV)-newest/installed
@@ -43,7 +62,7 @@ check: lint types
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror engine/kernels/*/*.h engine/kernels/*/*.cpp engine/kernels/cuda/*.cu
+	$(BIN)/clang-format --dry-run --Werror engine/kernels/*/*.h engine/kernels/*/*.cpp engine/kernels/cuda/*.cu tests/cuda_noop/*.h tests/cuda_noop/*.cpp
 
 types: install
 	$(BIN)/mypy -p starling
@@ -83,4 +102,4 @@ dist: install
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-cuda-noop build dist *.egg-info

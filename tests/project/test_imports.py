@@ -72,5 +72,6 @@ def test_every_module_of_the_engine_has_its_layer() -> None:
 
 def test_a_file_name_occurs_once() -> None:
     files = [path for folder in (*FOLDERS, "tests") for path in (ROOT / folder).rglob("*.*")]
-    names = sorted(path.name for path in files if path.suffix in (".py", ".cpp", ".h") and path.name != "__init__.py")
+    given = ("__init__.py", "conftest.py")  # Python's name, and pytest's
+    names = sorted(path.name for path in files if path.suffix in (".py", ".cpp", ".h") and path.name not in given)
     assert not {name for name, following in pairwise(names) if name == following}

@@ -1,0 +1,24 @@
+"""These tests run on ONNX Runtime's CUDA provider and a CUDA that does nothing: `make test-cuda-noop`, nowhere else."""
+
+import pytest
+
+collect_ignore_glob = ["test_*.py"]
+
+try:
+    from noop_cuda import BUNDLES, is_loaded, opened
+except ImportError:
+    pass
+else:
+    if is_loaded():
+        collect_ignore_glob = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def provider_starts() -> None:
+    """Without it, ONNX Runtime would load gigabytes for the CPU before it says so."""
+    assert BUNDLES.is_dir(), f"{BUNDLES} is missing: run `make test-cuda-noop`"
+    try:
+        with opened("tiny-fp16") as backend:
+            assert backend.provider == "CUDAExecutionProvider"
+    except Exception as error:
+        pytest.exit(f"the CUDA provider does not start: {error}", returncode=1)
