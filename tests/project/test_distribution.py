@@ -28,7 +28,9 @@ pytestmark = [
 ]
 PYTHONS = ("3.11", "3.12", "3.13")
 QUESTION = "What is the capital of France, and what is it known for?"
-LEFT_OUT = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "*.so")
+LEFT_OUT = (".git", ".venv*", "*.egg-info", "__pycache__", ".*_cache", "*.so")
+#: At the top alone: a package may have such a name.
+LEFT_OUT_AT_THE_TOP = {"build", "dist"}
 ROOMS = ("cli", "engine", "export", "profiling", "serving")
 
 
@@ -61,7 +63,12 @@ def sdist(built: Path) -> Path:
 
 def copied_checkout(to: Path) -> Path:
     """The checkout without what was built in it; links stay links."""
-    shutil.copytree(CHECKOUT, to, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        found = shutil.ignore_patterns(*LEFT_OUT)(folder, names)
+        return found | LEFT_OUT_AT_THE_TOP if Path(folder) == CHECKOUT else found
+
+    shutil.copytree(CHECKOUT, to, symlinks=True, ignore=left_out)
     return to
 
 
