@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,29 @@ def test_without_a_gpu_auto_takes_the_cpu_says_why_and_its_json_is_clean() -> No
     assert answer["provider"] == "CPUExecutionProvider"
     assert len(answer["results"][0]["tokens"]) == 2
     assert "the CPU runs the bundle, since CUDA cannot run here" in done.stderr
+
+
+def test_a_provider_that_does_not_start_is_seen_before_the_model_is_read(tmp_path: Path) -> None:
+    """The libraries are there but cuRAND, as after half an installation; the model would not fit into memory."""
+    for library in Path(os.environ["LD_LIBRARY_PATH"]).iterdir():
+        if "curand" not in library.name:
+            shutil.copy(library, tmp_path)
+    code = (
+        "import resource, sys\n"
+        "from starling.engine.backends.open_backend import open_backend\n"
+        "from starling.engine.bundle.manifest import Bundle\n"
+        "try:\n"
+        "    open_backend(Bundle.open(sys.argv[1]), name='onnxruntime-cuda', max_seq=64)\n"
+        "except Exception as error:\n"
+        "    print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    env = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(BUNDLES / "7b-fp16")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    message, kibibytes = done.stdout.splitlines()
+    assert "CUDAExecutionProvider did not start" in message
+    assert int(kibibytes) < 1_000_000
 
 
 def test_with_a_gpu_auto_takes_it_and_its_json_is_clean() -> None:

@@ -51,6 +51,11 @@ LENGTH_BYTES = 4
 _POSITIONS_MULTIPLE = 64  # every row of the cache then begins at an aligned address
 _UNCAPTURED = -1
 _MOST_ROWS_WARM = 16  # a row count that is met later is captured then
+#: In ONNX: y = Identity(x), float32 [1].
+_SMALLEST_GRAPH = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
 _RUNS_TO_CAPTURE = 3  # ONNX Runtime runs a step twice before it captures the third
 
 
@@ -425,6 +430,7 @@ def open_cuda(
     """The backend on the first GPU. Raises BackendError where there is none, or the provider does not start."""
     load_cuda(ort)
     device = CudaDevice(CudaRuntime())
+    check_starts(ort)
     return OrtCudaBackend(
         ort,
         bundle,
@@ -441,6 +447,14 @@ def load_cuda(ort: Any) -> None:
     """Load CUDA's libraries, from where pip puts them too. ONNX Runtime prints what it does not find."""
     with redirect_stdout(io.StringIO()):
         ort.preload_dlls(cudnn=False)
+
+
+def check_starts(ort: Any) -> None:
+    """Raise BackendError where the provider does not start: a session of a model would load all of it for the CPU."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if ort.InferenceSession(_SMALLEST_GRAPH, options, providers=[PROVIDER]).get_providers()[0] != PROVIDER:
+        raise BackendError(f"{PROVIDER} did not start on this machine; see `starling doctor`")
 
 
 def _open(
@@ -471,6 +485,4 @@ def _open(
         session = ort.InferenceSession(str(graph), options, providers=[(PROVIDER, provider)])
     except Exception as error:
         raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error
-    if session.get_providers()[0] != PROVIDER:
-        raise BackendError(f"{PROVIDER} did not start on this machine; see `starling doctor`")
     return session

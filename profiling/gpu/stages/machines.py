@@ -69,10 +69,11 @@ class CudaMachine:
         from starling.engine.backends.cuda.cuda_device import CudaDevice
         from starling.engine.backends.cuda.cuda_runtime import CudaRuntime
         from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
-        from starling.engine.backends.onnxruntime.onnxruntime_cuda import OrtCudaBackend, load_cuda
+        from starling.engine.backends.onnxruntime.onnxruntime_cuda import OrtCudaBackend, check_starts, load_cuda
 
         ort = import_onnxruntime()
         load_cuda(ort)
+        check_starts(ort)
         return OrtCudaBackend(
             ort,
             bundle,
