@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 
 from starling.cli.profile import command
 from starling.engine.bundle.manifest import Bundle
+from starling.engine.progress import Silent
 from starling.profiling.latency.sweep import Options, measure
 from starling.profiling.latency.sweep_settings import Sweep
 from starling.profiling.reports.comparison import compare, comparison_document
@@ -290,8 +291,13 @@ def test_a_load_above_the_cores_is_a_warning_everywhere(profile: Any) -> None:
 def test_the_warning_comes_before_the_first_figure(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (1e4, 1.0, 1.0))
     said: list[str] = []
+
+    class Phases(Silent):
+        def phase(self, text: str) -> None:
+            said.append(text)
+
     sweep, options = Sweep((8,), (2,), (1,), repeats=1, warmup=0), Options(cold_start=False)
-    measure(Bundle.open(tiny_bundle), sweep, options, lambda text, done, total: said.append(text), said.append)
+    measure(Bundle.open(tiny_bundle), sweep, options, Phases(), said.append)
     assert "the load average was 10000.00" in said[1]
     assert said[2].endswith("repeat 1 of 1")
 
