@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from noop_cuda import counted, kernels, opened
 
-from starling.engine.backends.onnxruntime.onnxruntime_cuda import KERNELS_SWITCH
+from starling.engine.backends.onnxruntime.cuda_session import KERNELS_SWITCH
 from starling.profiling.gpu.packing.small_runtime import Reachable
 
 REACHABLE = Reachable.read()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from noop_cuda import BUNDLES, opened
 
-from starling.engine.backends.onnxruntime.onnxruntime_cuda import KERNELS_SWITCH
+from starling.engine.backends.onnxruntime.cuda_session import KERNELS_SWITCH
 
 ROOT = Path(__file__).parents[2]
 GENERATE = ("--raw", "hello", "--max-tokens", "2", "--json")

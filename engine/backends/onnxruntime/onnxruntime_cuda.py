@@ -5,10 +5,9 @@ The host launches a step without having seen the token of the step before, and r
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -24,38 +23,30 @@ from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
 from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps
 from starling.engine.backends.cuda.step_tensors import ITEM_BYTES, KVCache
+from starling.engine.backends.onnxruntime.cuda_session import (
+    KERNELS_SWITCH,
+    PROVIDER,
+    SESSION_SETTINGS,
+    check_starts,
+    load_cuda,
+    open_session,
+    own_operators,
+)
 from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES, first_line
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
-from starling.engine.host import cache_folder
 from starling.engine.kernels import KernelsUnavailable
 from starling.engine.kernels.cuda.compiler import CompilationError
 from starling.engine.kernels.cuda.driver import DriverError
-from starling.engine.kernels.cuda.operators import CudaOperators, Product, is_measured
-from starling.engine.kernels.cuda.variants import ADD_RESIDUAL, GATED, STORE
+from starling.engine.kernels.cuda.operators import CudaOperators, is_measured
 from starling.engine.names import LOGITS_TO_KEEP, NEXT_SEQLENS, NEXT_TOKENS
 
-PROVIDER = "CUDAExecutionProvider"
 #: Tokens that one run prefills at most: a prompt of 2,048 took 60 ms in one run on an H200, 89 ms in chunks of 256.
 PREFILL_CHUNK = 2048
-SESSION_SETTINGS = {
-    "session.intra_op.allow_spinning": "0",
-    # Weights lie beside the arena.
-    "session.use_device_allocator_for_initializers": "1",
-    "ep.cuda.fpa_intb_gemm": "1",
-}
-#: 0 never takes the engine's own CUDA kernels for int8 products, 1 on every card; else where a card has shown them.
-KERNELS_SWITCH = "STARLING_CUDA_KERNELS"
-_EPILOGUES = {"none": STORE, "residual": ADD_RESIDUAL, "gated": GATED}
 LENGTH_BYTES = 4
 _POSITIONS_MULTIPLE = 64  # every row of the cache then begins at an aligned address
 _UNCAPTURED = -1
 _MOST_ROWS_WARM = 16  # a row count that is met later is captured then
-#: In ONNX: y = Identity(x), float32 [1].
-_SMALLEST_GRAPH = (
-    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
-    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
-)
 _RUNS_TO_CAPTURE = 3  # ONNX Runtime runs a step twice before it captures the third
 
 
@@ -125,7 +116,7 @@ class OrtCudaBackend:
             closing.callback(memory.close)
             self._captures = capture and profile_prefix is None
             self.prefill_chunk = max(min(prefill_chunk or PREFILL_CHUNK, max_seq), min(MOST_VERIFIED, max_seq))
-            operators = self._operators(bundle) if kernels and bundle.cuda_kernels is not None else None
+            operators = self._kernels(bundle) if kernels else None
             graph = bundle.cuda_graph
             if operators is not None:
                 closing.callback(operators.close)
@@ -133,7 +124,7 @@ class OrtCudaBackend:
                 graph, self.kernels = bundle.cuda_kernels.graph, device.target
             #: The file that was loaded.
             self.graph_path = bundle.folder / graph
-            self._session: Any = _open(
+            self._session: Any = open_session(
                 ort,
                 self.graph_path,
                 memory.stream,
@@ -148,23 +139,12 @@ class OrtCudaBackend:
                 self._warm_up()
             self._closing = closing.pop_all()
 
-    def _operators(self, bundle: Bundle) -> CudaOperators | None:
-        """The engine's own kernels for the card; None, with a note, where they cannot be had."""
-        assert bundle.cuda_kernels is not None
-        device = self._memory.device
-        products = [
-            Product(each.k, each.n, each.norm, _EPILOGUES[each.around]) for each in bundle.cuda_kernels.products
-        ]
+    def _kernels(self, bundle: Bundle) -> CudaOperators | None:
+        """The engine's own kernels; None where the bundle has no graph for them or, with a note, they cannot be had."""
+        if bundle.cuda_kernels is None:
+            return None
         try:
-            return CudaOperators(
-                products,
-                target=device.target,
-                multiprocessors=device.multiprocessors,
-                stream=self._memory.stream,
-                allocate=self._memory.allocate,
-                prefill_chunk=self.prefill_chunk,
-                cache=cache_folder() / "kernels",
-            )
+            return own_operators(bundle.cuda_kernels, self._memory, self.prefill_chunk)
         except (KernelsUnavailable, CompilationError, DriverError, OSError) as error:
             self.kernels_note = f"without CUDA kernels: {error}"
             return None
@@ -441,48 +421,3 @@ def open_cuda(
         profile_prefix=profile_prefix,
         kernels={"0": False, "1": True}.get(os.environ.get(KERNELS_SWITCH, ""), is_measured(device.target)),
     )
-
-
-def load_cuda(ort: Any) -> None:
-    """Load CUDA's libraries, from where pip puts them too. ONNX Runtime prints what it does not find."""
-    with redirect_stdout(io.StringIO()):
-        ort.preload_dlls(cudnn=False)
-
-
-def check_starts(ort: Any) -> None:
-    """Raise BackendError where the provider does not start: a session of a model would load all of it for the CPU."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if ort.InferenceSession(_SMALLEST_GRAPH, options, providers=[PROVIDER]).get_providers()[0] != PROVIDER:
-        raise BackendError(f"{PROVIDER} did not start on this machine; see `starling doctor`")
-
-
-def _open(
-    ort: Any,
-    graph: Path,
-    stream: int,
-    operators: CudaOperators | None,
-    *,
-    captures: bool,
-    profile_prefix: Path | None,
-    settings: Mapping[str, str],
-) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # the GPU computes
-    options.log_severity_level = 3
-    if profile_prefix is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
-    for key, value in settings.items():
-        options.add_session_config_entry(key, value)
-    if operators is not None:
-        operators.register(options)
-    provider = {
-        "user_compute_stream": str(stream),
-        "enable_cuda_graph": str(int(captures)),
-        "arena_extend_strategy": "kSameAsRequested",
-    }
-    try:
-        session = ort.InferenceSession(str(graph), options, providers=[(PROVIDER, provider)])
-    except Exception as error:
-        raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error
-    return session
