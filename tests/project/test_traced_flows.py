@@ -30,6 +30,8 @@ from starling.serving.http.request_bodies import API_DEFAULTS, Limits
 from starling.serving.http.service import Service
 
 MAP = ROOT / "docs" / "architecture.md"
+#: Folders with files of ours; environments lie in the checkout too.
+ROOMS = ("cli", "engine", "export", "profiling", "serving")
 #: The most files that each may pass: what was reached. The aims of the layout were 5, 15 and 25.
 TOKEN_FILES, CHAT_FILES, EXPORT_FILES = 9, 31, 43
 #: An export without its comparison with PyTorch, which opens an engine on the new bundle.
@@ -79,7 +81,7 @@ class Recorder:
         found: Functions = {}
         for (file, name), threads in self._codes.items():
             path = Path(file).resolve()
-            if path.is_file() and path.is_relative_to(ROOT) and not {".venv", "tests"} & set(path.parts):
+            if path.is_file() and any(path.is_relative_to(ROOT / room) for room in ROOMS):
                 found[path.relative_to(ROOT).as_posix(), name.replace(".<locals>", "")] = threads
         return found
 
