@@ -168,7 +168,14 @@ def chunk_length(remaining: int, most: int) -> int:
     return most - 1 if remaining == most + 1 and most > 2 else min(remaining, most)
 
 
-def check_room(backend: Backend, row: int, position: int) -> None:
+class CacheSize(Protocol):
+    """Rows of a KV cache, and positions of each."""
+
+    max_batch: int
+    max_seq: int
+
+
+def check_room(backend: CacheSize, row: int, position: int) -> None:
     """Raise BackendError where the backend's cache has no such position of such a row."""
     if position >= backend.max_seq or not 0 <= row < backend.max_batch:
         raise BackendError(

@@ -14,11 +14,10 @@ from noop_cuda import BUNDLES
 
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.kernels.cuda.compiler import cubin
-from starling.engine.kernels.cuda.operators import ROWS, Product, variant
-from starling.engine.kernels.cuda.variants import ADD_RESIDUAL, GATED, STORE, Attention, Linear
+from starling.engine.kernels.cuda.operators import ROWS, Product, measured_variants, variant
+from starling.engine.kernels.cuda.variants import EPILOGUES, Attention, Linear
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_120")
-EPILOGUES = {"none": STORE, "residual": ADD_RESIDUAL, "gated": GATED}
 #: Of the package nvidia-cuda-cuobjdump.
 CUOBJDUMP = next(Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu13/bin/cuobjdump"))
 #: By two of the variants that were the fastest on an H200; the others spill nothing.
@@ -29,13 +28,13 @@ REPORT = BUNDLES.parent / "registers.txt"
 
 def sources(architecture: str) -> Iterator[tuple[str, dict[str, int]]]:
     """What an engine compiles for the 7B shape, and the attention that `tune_kernels` tries."""
-    target = architecture.replace("_", "")
+    measured = measured_variants(architecture.replace("_", ""))
     products = Bundle.open(BUNDLES / "7b-int8-fp16").cuda_kernels
     assert products is not None
     for each in products.products:
         product = Product(each.k, each.n, each.norm, EPILOGUES[each.around])
         for rows in ROWS:
-            yield "linear.cu", variant(product, rows, target).defines()
+            yield "linear.cu", variant(product, rows, measured).defines()
     yield "linear.cu", Linear(4096, 16, 1).defines()
     yield "attention.cu", Attention(4).defines()
     yield "norm.cu", {}

@@ -21,11 +21,11 @@ import pytest
 from host_device import HostDevice
 
 from starling.engine.backends.cuda.cuda_device import ALIGNMENT, host_view
-from starling.engine.backends.tensorrt.library import Library
 from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineRecord, Profile, ShapeRange
 from starling.engine.backends.tensorrt.run import open_tensorrt as opening
 from starling.engine.backends.tensorrt.run.select_engine import Wanted
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
+from starling.engine.backends.tensorrt.runtimes import Library
 from starling.engine.bundle.manifest import Bundle, FileRecord
 from starling.engine.onnx_bytes import read_nodes
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from starling.engine.backends.tensorrt.build.network import parse_graph
-from starling.engine.backends.tensorrt.library import layers_of, load_library
+from starling.engine.backends.tensorrt.runtimes import layers_of, load_library
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.onnx_bytes import Node, read_nodes
 from starling.profiling.operators.layer_parts import (

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
+from typing import Self
 
+from starling.engine.backends.backend import check_room
 from starling.engine.backends.cuda.cuda_device import address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 
@@ -54,3 +57,43 @@ class LaunchedSteps:
         """Wait until the stream is idle, and forget the tokens that nobody has asked for."""
         self._memory.synchronize()
         self._count = 0
+
+
+class LaunchingBackend:
+    """What backends share whose device chooses tokens and feeds them: they are their own `TokenPipeline`."""
+
+    max_seq: int
+    max_batch: int
+    model_seconds: float
+    _launched: LaunchedSteps
+    #: Positions of each row that are written when all that was launched has run.
+    _lengths: list[int]
+
+    @property
+    def pipeline(self) -> Self:
+        """Itself: tokens are chosen on the device, and a step finds there those of the step before."""
+        return self
+
+    def can_launch(self, rows: int) -> bool:
+        """Whether one more step of the first `rows` rows may be launched, and stays inside the cache."""
+        return not self._launched.full and max(self._lengths[:rows]) < self.max_seq
+
+    def launch(self, rows: int) -> None:
+        """Launch a step of the first `rows` rows, each fed with the token chosen last, after what was launched."""
+        check_room(self, rows - 1, max(self._lengths[:rows]))
+        self._launch(rows)
+
+    def tokens(self) -> list[int]:
+        """Wait for the oldest launched step; the token chosen in each of its rows, -1 where it cannot be chosen."""
+        begin = perf_counter()
+        chosen = self._launched.oldest()
+        self.model_seconds += perf_counter() - begin
+        return chosen
+
+    def drop(self) -> None:
+        """Wait for everything launched, and forget the tokens that nobody asked for."""
+        self._launched.drop()
+
+    def _launch(self, rows: int) -> None:
+        """Launch a step of the first `rows` rows, and count its positions in `_lengths`."""
+        raise NotImplementedError

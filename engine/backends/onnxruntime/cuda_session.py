@@ -14,7 +14,7 @@ from starling.engine.bundle.manifest import CudaKernels
 from starling.engine.errors import BackendError
 from starling.engine.host import cache_folder
 from starling.engine.kernels.cuda.operators import CudaOperators, Product
-from starling.engine.kernels.cuda.variants import ADD_RESIDUAL, GATED, STORE
+from starling.engine.kernels.cuda.variants import EPILOGUES
 
 PROVIDER = "CUDAExecutionProvider"
 SESSION_SETTINGS = {
@@ -25,7 +25,6 @@ SESSION_SETTINGS = {
 }
 #: 0 never takes the engine's own CUDA kernels for int8 products, 1 on every card; else where a card has shown them.
 KERNELS_SWITCH = "STARLING_CUDA_KERNELS"
-_EPILOGUES = {"none": STORE, "residual": ADD_RESIDUAL, "gated": GATED}
 #: In ONNX: y = Identity(x), float32 [1].
 _SMALLEST_GRAPH = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
@@ -54,7 +53,7 @@ def own_operators(found: CudaKernels, memory: DeviceMemory, prefill_chunk: int) 
     """
     device = memory.device
     return CudaOperators(
-        [Product(each.k, each.n, each.norm, _EPILOGUES[each.around]) for each in found.products],
+        [Product(each.k, each.n, each.norm, EPILOGUES[each.around]) for each in found.products],
         target=device.target,
         multiprocessors=device.multiprocessors,
         stream=memory.stream,

@@ -21,7 +21,7 @@ from starling.engine.backends.cuda.cuda_device import CudaDevice, Device, addres
 from starling.engine.backends.cuda.cuda_runtime import CudaRuntime
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
-from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps
+from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps, LaunchingBackend
 from starling.engine.backends.cuda.step_tensors import ITEM_BYTES, KVCache
 from starling.engine.backends.onnxruntime.cuda_session import (
     KERNELS_SWITCH,
@@ -70,7 +70,7 @@ class _Step:
     is_captured: bool = False
 
 
-class OrtCudaBackend:
+class OrtCudaBackend(LaunchingBackend):
     """`Backend` and `TokenPipeline` with ONNX Runtime on one GPU. Not thread-safe."""
 
     name = "onnxruntime"
@@ -176,7 +176,6 @@ class OrtCudaBackend:
         # GroupQueryAttention reads these on the host: the longest row of a run, and for a decode step, whose CUDA graph
         # keeps its arguments, the longest that there can be. On an H200 that costs nothing.
         self._longest, self._any_length = np.zeros(1, np.int32), np.full(1, positions, np.int32)
-        #: Positions of each row that are written when all that was launched has run.
         self._lengths = [0] * rows
         self._uncaptured = self._run_options(_UNCAPTURED)
 
@@ -191,16 +190,6 @@ class OrtCudaBackend:
         if feeds_itself:
             return _Tensors(ids, lengths, logits, ids, lengths)
         return _Tensors(ids, lengths, logits, allocate(rows * TOKEN_BYTES), allocate(rows * LENGTH_BYTES))
-
-    @property
-    def pipeline(self) -> OrtCudaBackend:
-        """Itself: tokens are chosen on the device, and a step finds there those of the step before."""
-        return self
-
-    @property
-    def captured_rows(self) -> list[int]:
-        """The row counts whose decode step is a CUDA graph."""
-        return [rows for rows, step in self._steps.items() if step.is_captured]
 
     def prefill(self, row: int, tokens: Tokens, start: int) -> DeviceOutput:
         """Write `tokens` int64 [n] at start..start+n of row `row`; the output is that of the last one."""
@@ -280,26 +269,6 @@ class OrtCudaBackend:
 
     def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
         """Nothing to do: every row takes the likeliest token."""
-
-    def can_launch(self, rows: int) -> bool:
-        """Whether one more step of the first `rows` rows may be launched, and stays inside the cache."""
-        return not self._launched.full and max(self._lengths[:rows]) < self.max_seq
-
-    def launch(self, rows: int) -> None:
-        """Launch a step of the first `rows` rows, each fed with the token chosen last, after what was launched."""
-        check_room(self, rows - 1, max(self._lengths[:rows]))
-        self._launch(rows)
-
-    def tokens(self) -> list[int]:
-        """Wait for the oldest launched step; the token chosen in each of its rows, -1 where it cannot be chosen."""
-        begin = perf_counter()
-        chosen = self._launched.oldest()
-        self.model_seconds += perf_counter() - begin
-        return chosen
-
-    def drop(self) -> None:
-        """Wait for everything launched, and forget the tokens that nobody asked for."""
-        self._launched.drop()
 
     def end_profiling(self) -> Path:
         """The file in which ONNX Runtime has timed every operator, complete from now on."""

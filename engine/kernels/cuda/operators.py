@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +87,8 @@ class CudaOperators:
         """
         self._library = ctypes.CDLL(str(require_kernel_library().path))
         wanted = list(dict.fromkeys(products))
-        chosen = {(product, count): variant(product, count, target) for product in wanted for count in ROWS}
+        measured = measured_variants(target)
+        chosen = {(product, count): variant(product, count, measured) for product in wanted for count in ROWS}
         architecture = f"sm_{target.removeprefix('sm')}"
         codes = _compile({each for each in chosen.values()}, architecture, cache)
         self._kernels = {
@@ -116,7 +117,7 @@ class CudaOperators:
         self._session = _CudaSession(
             launch=_address(driver().cuLaunchKernelEx),
             copy=_address(driver().cuMemcpyDtoDAsync_v2),
-            multiply=_address(blas.library.cublasGemmEx),
+            multiply=_address(blas.functions.cublasGemmEx),
             blas=blas.handle,
             stream=stream,
             weights=allocate(WEIGHTS_BYTES),
@@ -144,10 +145,10 @@ class CudaOperators:
             kernel.close()
 
 
-def variant(product: Product, rows: int, target: str) -> Linear:
+def variant(product: Product, rows: int, measured: Mapping[str, dict[str, int]]) -> Linear:
     """The parameters of linear.cu for a product of up to `rows` rows: those measured, else ones that fit."""
     norm = product.norm and rows <= MOST_NORMED_ROWS
-    known: dict[str, Any] = _measured().get(target, {}).get(f"{product.k},{product.n},{rows},{product.epilogue}", {})
+    known: dict[str, Any] = measured.get(f"{product.k},{product.n},{rows},{product.epilogue}", {})
     gated = product.epilogue == GATED
     tried: list[dict[str, Any]] = [
         *([known] if known else []),
@@ -160,11 +161,13 @@ def variant(product: Product, rows: int, target: str) -> Linear:
 
 def is_measured(target: str) -> bool:
     """Whether such a card has shown that the kernels are right and faster than ONNX Runtime's."""
-    return target in _measured()
+    return bool(measured_variants(target))
 
 
-def _measured() -> dict[str, dict[str, dict[str, int]]]:
-    return dict(json.loads(Path(os.environ.get(VARIANTS) or MEASURED).read_text(encoding="utf-8")))
+def measured_variants(target: str) -> dict[str, dict[str, int]]:
+    """The parameters that were fastest on such a card, by "k,n,rows,epilogue"; none where it was not measured."""
+    tables = json.loads(Path(os.environ.get(VARIANTS) or MEASURED).read_text(encoding="utf-8"))
+    return dict(tables.get(target, {}))
 
 
 def _compile(variants: set[Linear], architecture: str, cache: Path) -> dict[Linear, bytes]:
@@ -197,15 +200,15 @@ class _Blas:
     """A cuBLAS handle on a stream."""
 
     def __init__(self, stream: int) -> None:
-        self.library = _load(_CUBLAS)
+        self.functions = _load(_CUBLAS)
         handle = ctypes.c_void_p()
-        if status := self.library.cublasCreate_v2(ctypes.byref(handle)):
+        if status := self.functions.cublasCreate_v2(ctypes.byref(handle)):
             raise OSError(f"cublasCreate: error {status}")
         self.handle = handle.value
-        self.library.cublasSetStream_v2(handle, ctypes.c_void_p(stream))
+        self.functions.cublasSetStream_v2(handle, ctypes.c_void_p(stream))
 
     def close(self) -> None:
-        self.library.cublasDestroy_v2(ctypes.c_void_p(self.handle))
+        self.functions.cublasDestroy_v2(ctypes.c_void_p(self.handle))
 
 
 def _load(names: tuple[str, ...]) -> ctypes.CDLL:

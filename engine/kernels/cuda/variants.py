@@ -6,6 +6,8 @@ import ctypes
 from dataclasses import dataclass
 
 STORE, ADD_RESIDUAL, GATED = 0, 1, 2
+#: By what a bundle says stands around a product.
+EPILOGUES = {"none": STORE, "residual": ADD_RESIDUAL, "gated": GATED}
 _POINTERS = ("out", "x", "data", "scales", "norm", "residual")
 
 

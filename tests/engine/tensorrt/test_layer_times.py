@@ -9,9 +9,9 @@ import pytest
 from cpu_plan import CHUNK, POSITIONS, ROWS, VERSION, Opened, cpu_engine, cpu_library, opened, stand_in, tensorrt_rtx
 from host_device import HostDevice
 
-from starling.engine.backends.tensorrt.library import load_library
 from starling.engine.backends.tensorrt.run.layer_times import LayerTimes
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
+from starling.engine.backends.tensorrt.runtimes import load_library
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.profiling.latency.sweep import Options, measure

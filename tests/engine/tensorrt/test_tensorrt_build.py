@@ -31,7 +31,7 @@ from starling.engine.backends.tensorrt.build.builder import BuildOptions, build_
 from starling.engine.backends.tensorrt.build.targets import check_precision, resolve_targets
 from starling.engine.backends.tensorrt.build.timing_cache import cache_file, load_timing_cache, save_timing_cache
 from starling.engine.backends.tensorrt.engine_folder import engine_names, open_engine
-from starling.engine.backends.tensorrt.library import RUNTIMES, load_library
+from starling.engine.backends.tensorrt.runtimes import RUNTIMES, load_library
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BuildError, UserError
 from starling.export.checkpoints.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from starling.engine.backends.tensorrt.build.graph_edits import drop_window_mask
 from starling.engine.backends.tensorrt.build.network import ParsedNetwork, parse_graph
 from starling.engine.backends.tensorrt.build.network_checks import check_network
 from starling.engine.backends.tensorrt.build.optimization_profiles import add_profiles, make_profiles
-from starling.engine.backends.tensorrt.library import Library, layers_of, load_library
+from starling.engine.backends.tensorrt.runtimes import Library, layers_of, load_library
 from starling.engine.errors import BuildError
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint

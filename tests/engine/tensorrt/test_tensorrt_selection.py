@@ -13,11 +13,11 @@ from host_device import HostDevice
 from starling.engine.backends.cuda.cuda_device import CudaDevice
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.open_backend import open_backend
-from starling.engine.backends.tensorrt.library import Library, load_library
 from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineRecord
 from starling.engine.backends.tensorrt.run.execution import PlanExecution
 from starling.engine.backends.tensorrt.run.select_engine import Wanted, select_engine
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
+from starling.engine.backends.tensorrt.runtimes import Library, load_library
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError, PlanError, UserError
 from starling.engine.names import BACKENDS

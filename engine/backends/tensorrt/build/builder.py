@@ -14,8 +14,8 @@ from starling.engine.backends.tensorrt.build.plan_stream import plan_stream
 from starling.engine.backends.tensorrt.build.plan_writer import PlanWriter, check_engine_name, new_engine
 from starling.engine.backends.tensorrt.build.targets import check_precision, resolve_targets
 from starling.engine.backends.tensorrt.build.timing_cache import cache_file, load_timing_cache, save_timing_cache
-from starling.engine.backends.tensorrt.library import Library, load_library
 from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineRecord, Profile
+from starling.engine.backends.tensorrt.runtimes import Library, load_library
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BuildError, UserError
 from starling.engine.names import DEFAULT_MAX_SEQ

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any, TypeVar
 
-from starling.engine.backends.tensorrt.library import Library
+from starling.engine.backends.tensorrt.runtimes import Library
 from starling.engine.progress import Progress
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.engine.backends.tensorrt.build.graph_edits import drop_window_masks, set_dimension
-from starling.engine.backends.tensorrt.library import Library, inputs_of, layers_of, outputs_of
+from starling.engine.backends.tensorrt.runtimes import Library, inputs_of, layers_of, outputs_of
 from starling.engine.bundle.manifest import TensorSpec
 from starling.engine.errors import BuildError
 

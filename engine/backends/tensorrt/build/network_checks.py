@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from starling.engine.backends.tensorrt.library import Library, inputs_of, layers_of, outputs_of
+from starling.engine.backends.tensorrt.runtimes import Library, inputs_of, layers_of, outputs_of
 from starling.engine.errors import BuildError
 from starling.engine.names import PAST, PRESENT
 

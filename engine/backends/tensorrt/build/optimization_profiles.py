@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from starling.engine.backends.tensorrt.library import inputs_of
 from starling.engine.backends.tensorrt.plan_record import Profile, ShapeRange
+from starling.engine.backends.tensorrt.runtimes import inputs_of
 from starling.engine.errors import BuildError
 
 #: A profile whose batch is fixed at 1 gets its own copy of the weights, so that one more row is always allowed.

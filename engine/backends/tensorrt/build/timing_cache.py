@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from starling.engine.backends.tensorrt.library import Library
+from starling.engine.backends.tensorrt.runtimes import Library
 from starling.engine.host import cache_folder, write_whole
 
 _DIGEST_BYTES = hashlib.sha256().digest_size

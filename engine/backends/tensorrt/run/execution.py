@@ -12,10 +12,10 @@ from time import perf_counter
 from typing import Any
 
 from starling.engine.backends.cuda.device_memory import DeviceMemory
-from starling.engine.backends.tensorrt.library import Library
 from starling.engine.backends.tensorrt.plan_record import EngineRecord
 from starling.engine.backends.tensorrt.run.layer_times import LayerTimes
 from starling.engine.backends.tensorrt.run.runtime_cache import RuntimeCache
+from starling.engine.backends.tensorrt.runtimes import Library
 from starling.engine.errors import BackendError
 from starling.engine.host import cache_folder
 

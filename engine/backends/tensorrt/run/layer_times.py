@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from starling.engine.backends.tensorrt.library import Library
+from starling.engine.backends.tensorrt.runtimes import Library
 from starling.engine.errors import BackendError
 
 _CONTEXT_NEEDS = ("profiler", "enqueue_emits_profile", "report_to_profiler")

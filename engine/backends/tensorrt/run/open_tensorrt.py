@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from starling.engine.backends.cuda.cuda_device import CudaDevice
-from starling.engine.backends.tensorrt.library import load_library
 from starling.engine.backends.tensorrt.run.select_engine import Wanted, check_dialect, runtime_of, select_engine
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
+from starling.engine.backends.tensorrt.runtimes import load_library
 from starling.engine.bundle.manifest import Bundle
 
 

@@ -6,8 +6,8 @@ from shlex import quote
 from typing import NamedTuple
 
 from starling.engine.backends.tensorrt.engine_folder import engine_names, open_engine, read_record
-from starling.engine.backends.tensorrt.library import Library
 from starling.engine.backends.tensorrt.plan_record import EngineRecord
+from starling.engine.backends.tensorrt.runtimes import Library
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import PlanError
 

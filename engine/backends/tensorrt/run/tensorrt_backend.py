@@ -16,20 +16,20 @@ from starling.engine.backends.backend import DeviceChoice, Tokens, check_room
 from starling.engine.backends.cuda.cuda_device import Device, address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
-from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps
+from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps, LaunchingBackend
 from starling.engine.backends.cuda.step_tensors import KVCache, StepTensors
-from starling.engine.backends.tensorrt.library import Library
 from starling.engine.backends.tensorrt.plan_record import EngineRecord
 from starling.engine.backends.tensorrt.run.execution import PlanExecution
 from starling.engine.backends.tensorrt.run.layer_times import LayerTimes, TimedRun
 from starling.engine.backends.tensorrt.run.row_choices import RowChoices
 from starling.engine.backends.tensorrt.run.steps import DecodeStep, PrefillStep
+from starling.engine.backends.tensorrt.runtimes import Library
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.names import INPUT_IDS, LOGITS, NEXT_TOKENS, PAST_LENGTHS
 
 
-class TensorRTBackend:
+class TensorRTBackend(LaunchingBackend):
     """`Backend` and `TokenPipeline` with a TensorRT plan on one GPU. Not thread-safe."""
 
     draws = True
@@ -96,11 +96,6 @@ class TensorRTBackend:
             context, memory, self._cache, self._chunk, self._batch, positions=positions, chunk_length=chunk
         )
 
-    @property
-    def pipeline(self) -> TensorRTBackend:
-        """Itself: tokens are chosen on the device, and a step finds there those of the step before."""
-        return self
-
     def prefill(self, row: int, tokens: Tokens, start: int) -> DeviceOutput:
         """Write `tokens` int64 [n] at start..start+n of row `row`; the output is that of the last one."""
         check_room(self, row, start + len(tokens) - 1)
@@ -118,7 +113,7 @@ class TensorRTBackend:
         check_room(self, rows - 1, max(positions))
         begin = perf_counter()
         self._feed(tokens, positions)
-        self._launched.launch(self._steps[rows].launch, rows, self._batch.addresses[NEXT_TOKENS])
+        self._launch(rows)
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin
         return DeviceOutput(chosen, self._logits, self._batch.addresses[LOGITS])
@@ -145,28 +140,6 @@ class TensorRTBackend:
         self.drop()
         self._choices.write(row, choice, first_position)
 
-    def can_launch(self, rows: int) -> bool:
-        """Whether one more step of the first `rows` rows may be launched, and stays inside the cache."""
-        return not self._launched.full and max(self._lengths[:rows]) < self.max_seq
-
-    def launch(self, rows: int) -> None:
-        """Launch a step of the first `rows` rows, each fed with the token chosen last, behind what was launched."""
-        check_room(self, rows - 1, max(self._lengths[:rows]))
-        for row in range(rows):
-            self._lengths[row] += 1
-        self._launched.launch(self._steps[rows].launch, rows, self._batch.addresses[NEXT_TOKENS])
-
-    def tokens(self) -> list[int]:
-        """Wait for the oldest launched step; the token chosen in each of its rows, -1 where it cannot be chosen."""
-        begin = perf_counter()
-        chosen = self._launched.oldest()
-        self.model_seconds += perf_counter() - begin
-        return chosen
-
-    def drop(self) -> None:
-        """Wait for everything launched, and forget the tokens that nobody asked for."""
-        self._launched.drop()
-
     def take_layer_times(self) -> list[TimedRun]:
         """The runs of the model since the last call, the first since opening; none without `time_layers`."""
         return [] if self._times is None else self._times.take()
@@ -175,11 +148,16 @@ class TensorRTBackend:
         """Free the plan, the cache and every buffer; a second call does nothing."""
         self._closing.close()
 
+    def _launch(self, rows: int) -> None:
+        for row in range(rows):
+            self._lengths[row] += 1
+        self._launched.launch(self._steps[rows].launch, rows, self._batch.addresses[NEXT_TOKENS])
+
     def _feed(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Have the next step read these tokens at these positions, in place of its own choice."""
         rows = len(tokens)
         self._fed[0, :rows], self._fed[1, :rows] = tokens, positions
-        self._lengths[:rows] = [position + 1 for position in positions]
+        self._lengths[:rows] = positions
         for name, host in ((INPUT_IDS, self._fed[0]), (PAST_LENGTHS, self._fed[1])):
             self._memory.copy(self._batch.addresses[name], address_of(host), rows * TOKEN_BYTES)
 
