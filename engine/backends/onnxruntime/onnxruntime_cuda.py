@@ -191,6 +191,11 @@ class OrtCudaBackend(LaunchingBackend):
             return _Tensors(ids, lengths, logits, ids, lengths)
         return _Tensors(ids, lengths, logits, allocate(rows * TOKEN_BYTES), allocate(rows * LENGTH_BYTES))
 
+    @property
+    def captured_rows(self) -> list[int]:
+        """The row counts whose decode step is a CUDA graph."""
+        return [rows for rows, step in self._steps.items() if step.is_captured]
+
     def prefill(self, row: int, tokens: Tokens, start: int) -> DeviceOutput:
         """Write `tokens` int64 [n] at start..start+n of row `row`; the output is that of the last one."""
         check_room(self, row, start + len(tokens) - 1)
