@@ -72,7 +72,7 @@ def _read_line(interactive: bool) -> str | None:
             return _prompt() if interactive else _piped()
         except EOFError:
             if interactive:
-                click.echo(err=True)  # the shell's prompt shall not stand behind ours
+                click.echo(err=True)  # the shell's prompt begins on a line of its own
             return None
         except KeyboardInterrupt:
             if not interactive:

@@ -22,7 +22,7 @@ from starling.export.bundle_folder import check_target
 
 if TYPE_CHECKING:
     from starling.engine.bundle.manifest import Bundle
-    from starling.export.quantization.blocks import Quantization
+    from starling.export.quantization.blocks import BlockQuantization
     from starling.export.quantization.qdq_settings import QdqQuantization
 
 _TENSORRT = "tensorrt"
@@ -116,7 +116,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
     _summarize(Bundle.open(out), seconds)
 
 
-def _check_settings(out: Path, options: dict[str, Any]) -> Quantization | QdqQuantization | None:
+def _check_settings(out: Path, options: dict[str, Any]) -> BlockQuantization | QdqQuantization | None:
     """Refuse what can be refused before a model is looked for; how to quantize. Raises UserError."""
     scheme, dialect = options["quant"], options["dialect"]
     if scheme is None:
@@ -145,7 +145,7 @@ def _check_settings(out: Path, options: dict[str, Any]) -> Quantization | QdqQua
     return quantization
 
 
-def _quantization(options: dict[str, Any]) -> Quantization | QdqQuantization | None:
+def _quantization(options: dict[str, Any]) -> BlockQuantization | QdqQuantization | None:
     if options["quant"] is None:
         return None
     if options["dialect"] == _TENSORRT:
@@ -159,10 +159,10 @@ def _quantization(options: dict[str, Any]) -> Quantization | QdqQuantization | N
             smoothing=options["smoothing"],
             keep=None if not keep else tuple(pattern for pattern in keep if pattern != "none"),
         )
-    from starling.export.quantization.blocks import Quantization
+    from starling.export.quantization.blocks import BlockQuantization
 
     given = {name: options[name] for name in ("block_size", *_BLOCK_OPTIONS) if options[name] is not None}
-    return Quantization(options["quant"], **given)
+    return BlockQuantization(options["quant"], **given)
 
 
 def _silence_libraries() -> None:

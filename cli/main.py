@@ -100,7 +100,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _stop_cleanly_on_signals() -> None:
-    """Let `finally` blocks run when the process is told to end: an export then leaves nothing behind."""
+    """Let `finally` blocks run when the process gets a signal to end: an export then leaves nothing behind."""
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice is respected

@@ -23,7 +23,7 @@ def command(
 ) -> None:
     """Print the token ids of TEXT (- reads stdin), or of a chat by the bundle's template.
 
-    Behind a user's turn the template opens the assistant's answer. Special tokens written out in TEXT count as such, in
+    After a user's turn the template opens the assistant's answer. Special tokens written out in TEXT count as such, in
     a turn they stay plain text. No model is loaded.
 
     \b

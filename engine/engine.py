@@ -77,7 +77,7 @@ class Engine:
         self._newest: GenerationStream | None = None
         self._first_row: GenerationSequence | None = None
         #: Who has the backend for itself, and how to end that.
-        self._lent: tuple[object, Callable[[], None]] | None = None
+        self._reserved: tuple[object, Callable[[], None]] | None = None
         #: Seconds from opening the bundle to being ready.
         self.load_seconds = perf_counter() - begin
 
@@ -203,25 +203,25 @@ class Engine:
         checked = checked_ids(ids, self.bundle, self.max_seq)
         return self._sequence(checked, params, reply=reply, encode_s=perf_counter() - begin)
 
-    def lend(self, borrower: object, end: Callable[[], None]) -> None:
-        """Leave the backend to a borrower, until `take_back`: generating here raises UserError.
+    def reserve(self, user: object, end: Callable[[], None]) -> None:
+        """Reserve the backend for one user until `release`: generating here raises UserError meanwhile.
 
-        `close` calls `end`, which must end the borrower's use. Raises UserError where the engine is lent already.
+        `close` calls `end`, which must end that use. Raises UserError where the engine is reserved already.
         """
-        self._check_not_lent()
+        self._check_not_reserved()
         self._end_newest()
         self._first_row = None
-        self._lent = (borrower, end)
+        self._reserved = (user, end)
 
-    def take_back(self, borrower: object) -> None:
-        """This borrower is done; nothing happens where the engine is not lent to it."""
-        if self._lent is not None and self._lent[0] is borrower:
-            self._lent = None
+    def release(self, user: object) -> None:
+        """End a reservation; nothing happens where it is not this user's."""
+        if self._reserved is not None and self._reserved[0] is user:
+            self._reserved = None
 
     def close(self) -> None:
         """Free the model and the KV cache."""
-        if self._lent is not None:
-            self._lent[1]()
+        if self._reserved is not None:
+            self._reserved[1]()
         self._end_newest()
         self._first_row = None
         self.backend.close()
@@ -256,18 +256,18 @@ class Engine:
             reused=reused,
             reply=reply,
             encode_s=encode_s,
-            on_device=self.backend.pipeline is not None and self.backend.pipeline.draws,
+            on_device=self.backend.steps_ahead is not None and self.backend.steps_ahead.draws,
         )
 
     def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:
-        self._check_not_lent()
+        self._check_not_reserved()
         self._end_newest()
         self._first_row = sequences[0]
         self._newest = GenerationStream(generate(self.backend, sequences, self._speculation), sequences)
         return self._newest
 
-    def _check_not_lent(self) -> None:
-        if self._lent is not None:
+    def _check_not_reserved(self) -> None:
+        if self._reserved is not None:
             raise UserError("this engine is in use by a serving loop: submit to that, or close it first")
 
     def _end_newest(self) -> None:

@@ -50,9 +50,9 @@ SEQLENS_K = "seqlens_k"
 TOTAL_SEQUENCE_LENGTH = "total_sequence_length"
 #: int64 [kept], dialect ort: positions among the step's new tokens whose logits are computed; -1 is the last one.
 LOGITS_TO_KEEP = "logits_to_keep"
-#: int64 [batch, kept], or [batch, 1]: the next token behind each position kept, chosen in the graph.
+#: int64 [batch, kept], or [batch, 1]: the next token after each position kept, chosen in the graph.
 NEXT_TOKENS = "next_tokens"
-#: int64 [batch]: valid positions of each row behind the step; the next step's `past_lengths`.
+#: int64 [batch]: valid positions of each row after the step; the next step's `past_lengths`.
 NEXT_LENGTHS = "next_lengths"
 #: int32 [batch]: the next step's `seqlens_k`, in the graph for CUDA.
 NEXT_SEQLENS = "next_seqlens_k"

@@ -8,7 +8,7 @@ from threading import Condition, Event, Thread, current_thread
 from time import perf_counter
 from types import TracebackType
 
-from starling.engine.batching.chunk_queue import Mailbox
+from starling.engine.batching.chunk_queue import ChunkQueue
 from starling.engine.batching.prefill_pacing import PrefillPace
 from starling.engine.batching.request import NEVER, Request, RequestHandle
 from starling.engine.batching.scheduler import Scheduler
@@ -60,7 +60,7 @@ class ServingLoop:
         self._closing = self._drains = False
         self._ended = Event()
         self._thread = Thread(target=self._serve, name="starling-serving-loop", daemon=True)
-        engine.lend(self, lambda: self.close(drain=False))
+        engine.reserve(self, lambda: self.close(drain=False))
         self._thread.start()
 
     def submit(
@@ -85,7 +85,7 @@ class ServingLoop:
         submitted = perf_counter()
         deadline = NEVER if deadline_s is None else submitted + _checked_seconds(deadline_s)
         sequence = self.engine.prepare(prompt, params or SamplingParams(), reply=reply)
-        request = Request(sequence, submitted, Mailbox(on_chunk))
+        request = Request(sequence, submitted, ChunkQueue(on_chunk))
         if request_id is not None:
             request.id = request_id
         request.deadline = deadline
@@ -122,7 +122,7 @@ class ServingLoop:
         if not self._ended.wait(timeout_s):
             self._drains = False
             self._ended.wait()
-        self.engine.take_back(self)
+        self.engine.release(self)
 
     def __enter__(self) -> ServingLoop:
         return self
@@ -137,7 +137,7 @@ class ServingLoop:
             while self._take_arrived():
                 try:
                     self._scheduler.serve_step()
-                except Exception as error:  # a mistake of ours: nobody may wait for ever because of it
+                except Exception as error:  # a bug here: no request may wait for ever because of it
                     LOGGER.exception("a step of the serving loop failed")
                     self._scheduler.fail_all(error)
         finally:

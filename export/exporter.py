@@ -31,7 +31,7 @@ from starling.export.graphs.genai import genai_config, genai_graph
 from starling.export.graphs.kernel_graph import GRAPH_FILE as KERNEL_GRAPH_FILE
 from starling.export.graphs.kernel_graph import kernel_graph
 from starling.export.graphs.projections import write_projections
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.prepare_qdq import Calibration, prepare
 from starling.export.quantization.qdq_settings import QdqQuantization, check_scheme
 from starling.export.tracing.architecture import architecture_json
@@ -56,7 +56,7 @@ class ExportOptions:
 
     dialect: str = "ort"
     dtype: str = "fp32"
-    quantization: Quantization | QdqQuantization | None = None
+    quantization: BlockQuantization | QdqQuantization | None = None
     calibration: Calibration = field(default_factory=Calibration)
     check: bool | None = None
     accept_quality: bool = False
@@ -71,7 +71,7 @@ class ExportOptions:
             check_quantization(self.quantization, self.dialect)
 
 
-def check_quantization(how: Quantization | QdqQuantization, dialect: str) -> None:
+def check_quantization(how: BlockQuantization | QdqQuantization, dialect: str) -> None:
     """Raise UserError where the dialect has no operators for this quantization."""
     get_dialect(dialect)  # for the refusal of an unknown one
     check_scheme(how.scheme, dialect)
@@ -121,7 +121,7 @@ def _write_model(
     if isinstance(how, QdqQuantization):
         prepared = prepare(graph, arch, checkpoint, folder, how, options.calibration, progress)
         tensors = prepared.weights.tensors
-    blocks = how if isinstance(how, Quantization) else None
+    blocks = how if isinstance(how, BlockQuantization) else None
     write_projections(graph, prepared.weights.plan if prepared else blocks)
     total = planned_bytes(graph)
     check_space(folder, (total if options.weights else 0) + _SPARE_BYTES)
@@ -142,7 +142,7 @@ def _write_model(
 
 
 def _write_companions(
-    graph: ir.Model, how: Quantization | None, options: ExportOptions, folder: Path
+    graph: ir.Model, how: BlockQuantization | None, options: ExportOptions, folder: Path
 ) -> dict[str, Any]:
     """Write the further graphs over the same weights; what bundle.json says of them."""
     said: dict[str, Any] = dict.fromkeys(("reference_graph", "kernel_graph", "cuda_graph", "cuda_kernels"))

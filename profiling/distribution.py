@@ -1,4 +1,4 @@
-"""The figures by which a series of latencies is told."""
+"""The figures that describe a series of latencies."""
 
 from __future__ import annotations
 

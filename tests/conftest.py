@@ -12,7 +12,7 @@ from filelock import FileLock
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 
 # A job started in the background ignores Ctrl-C, and so do its children: the tests send it to both.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -73,7 +73,7 @@ def demo_bundle(bundles: Path, demo_checkpoint: Checkpoint) -> Path:
 @pytest.fixture(scope="session")
 def demo_int8_bundle(bundles: Path, demo_checkpoint: Checkpoint) -> Path:
     """SmolLM2, weight-only INT8, compared with PyTorch."""
-    return _export(demo_checkpoint, bundles / "demo-int8", ExportOptions(quantization=Quantization("int8")))
+    return _export(demo_checkpoint, bundles / "demo-int8", ExportOptions(quantization=BlockQuantization("int8")))
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def screen_width() -> int | None:
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """Names and what there is to say of each; for a terminal a long text goes on below its own beginning."""
+    """Names and the text of each; for a terminal a long text goes on below its own beginning."""
     listed = list(rows)
     width = max(len(name) for name, _ in listed)
     for name, text in listed:
@@ -52,8 +52,8 @@ def print_hanging(mark: str, width: int, text: str) -> None:
     """`mark`, which takes `width` columns, and the text beside it. No word is cut: paths and digests can be copied."""
     from starling.profiling.reports.folding import fold
 
-    room, indent = screen_width(), width + 2
-    lines = [text] if room is None else fold(text, max(room - indent, LEAST_TEXT))
+    columns, indent = screen_width(), width + 2
+    lines = [text] if columns is None else fold(text, max(columns - indent, LEAST_TEXT))
     click.echo(f"{mark}  {lines[0]}")
     for line in lines[1:]:
         click.echo(" " * indent + line)

@@ -1,4 +1,4 @@
-"""Print a stream as it comes; Ctrl-C ends the generation and keeps what there is."""
+"""Print a stream as it comes; Ctrl-C ends the generation and keeps the text so far."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class DeviceChoice:
     def noise(self, count: int) -> npt.NDArray[np.float32]:
         """The uniform numbers [count] in [0, 1) of the first `count` draws: those of the host's sampler."""
         drawn = np.random.default_rng(self.seed).random(count).astype(np.float32)
-        # Rounding to float32 may give 1, which would draw behind the last token.
+        # Rounding to float32 may give 1, which would draw after the last token.
         below_one: npt.NDArray[np.float32] = np.minimum(drawn, np.nextafter(np.float32(1), np.float32(0)))
         return below_one
 
@@ -47,23 +47,19 @@ GREEDY = DeviceChoice()
 class StepOutput(Protocol):
     """What one step of k rows left behind, valid until the backend's next call."""
 
-    def next_tokens(self) -> list[int]:
+    def tokens(self) -> list[int]:
         """The token chosen for each row where the logits are: the likeliest one, the lowest id of equals.
 
-        Raises BackendError where the greatest logit of a row is not finite.
+        -1 for a row whose greatest logit is not finite: that says nothing about the other rows.
         """
         ...
 
-    def choices(self) -> list[int]:
-        """`next_tokens`, with -1 for a row whose greatest logit is not finite: it says nothing about the others."""
-        ...
-
     def logits(self) -> Logits:
-        """float32 [k, vocab] behind the last token of each row, a view of the backend's memory."""
+        """float32 [k, vocab] after the last token of each row, a view of the backend's memory."""
         ...
 
 
-class TokenPipeline(Protocol):
+class StepsAhead(Protocol):
     """Steps of the first rows that are launched before the host has seen the tokens of the step before."""
 
     #: Whether the device draws tokens too, by a `DeviceChoice`. Otherwise it takes the likeliest, and only that.
@@ -72,7 +68,7 @@ class TokenPipeline(Protocol):
     def choose(self, row: int, choice: DeviceChoice, first_position: int, /) -> None:
         """Choose the row's tokens by `choice` from now on; the step that writes `first_position` has its first draw.
 
-        Ends what was launched. `StepOutput.next_tokens` gives these choices as well.
+        Ends what was launched. `StepOutput.tokens` gives these choices as well.
         """
         ...
 
@@ -81,7 +77,7 @@ class TokenPipeline(Protocol):
         ...
 
     def launch(self, rows: int) -> None:
-        """Launch a step of the first `rows` rows behind all others; each writes the token that it chose last."""
+        """Launch a step of the first `rows` rows after all others; each writes the token that it chose last."""
         ...
 
     def tokens(self) -> list[int]:
@@ -109,7 +105,7 @@ class Backend(Protocol):
     #: Memory of the whole KV cache, in bytes.
     kv_cache_bytes: int
     #: Seconds spent inside the model's run since the backend was opened; the rest of a step is host time. Of a step
-    #: that was launched ahead it is what `TokenPipeline.tokens` waited for.
+    #: that was launched ahead it is what `StepsAhead.tokens` waited for.
     model_seconds: float
     #: Why it was not another backend that "auto" took; None where there is nothing to say.
     note: str | None
@@ -119,14 +115,14 @@ class Backend(Protocol):
     kernels_note: str | None
 
     @property
-    def pipeline(self) -> TokenPipeline | None:
+    def steps_ahead(self) -> StepsAhead | None:
         """Where tokens are chosen and fed on the device: how to run steps ahead of the host. None elsewhere."""
         ...
 
     def prefill(self, row: int, tokens: Tokens, start: int) -> StepOutput:
         """Write `tokens` int64 [n] at positions start..start+n of row `row`; the output is of that one row.
 
-        `start` may lie behind a non-empty cache: positions before it are attended to, those after it are overwritten.
+        `start` may lie after a non-empty cache: positions before it are attended to, those after it are overwritten.
         """
         ...
 

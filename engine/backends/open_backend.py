@@ -11,7 +11,7 @@ from starling.engine.host import default_threads
 from starling.engine.names import BACKENDS
 
 
-class Room(TypedDict):
+class CacheSizes(TypedDict):
     """Sizes that a backend is opened with."""
 
     max_seq: int
@@ -43,30 +43,30 @@ def open_backend(
         raise BackendError(
             f"unknown backend {name!r}{did_you_mean(name, BACKENDS)}; choose one of {', '.join(BACKENDS)}"
         )
-    sizes = {"max_seq": max_seq, "max_batch": max_batch, "threads": threads, "prefill_chunk": prefill_chunk}
-    if any(size is not None and size < 1 for size in sizes.values()):
-        raise UserError(f"{', '.join(f'{key}={size}' for key, size in sizes.items())}: each must be at least 1")
-    room = Room(max_seq=max_seq, max_batch=max_batch, prefill_chunk=prefill_chunk)
-    backend = _open(bundle, name, engine, threads or default_threads(), room)
+    given = {"max_seq": max_seq, "max_batch": max_batch, "threads": threads, "prefill_chunk": prefill_chunk}
+    if any(size is not None and size < 1 for size in given.values()):
+        raise UserError(f"{', '.join(f'{key}={size}' for key, size in given.items())}: each must be at least 1")
+    sizes = CacheSizes(max_seq=max_seq, max_batch=max_batch, prefill_chunk=prefill_chunk)
+    backend = _open(bundle, name, engine, threads or default_threads(), sizes)
     if threads is not None and backend.provider != "CPUExecutionProvider":
         backend.note = f"threads={threads} changes nothing: they are the CPU's, and {backend.provider} runs the bundle"
     return backend
 
 
-def _open(bundle: Bundle, name: str, engine: str | None, threads: int, room: Room) -> Backend:
+def _open(bundle: Bundle, name: str, engine: str | None, threads: int, sizes: CacheSizes) -> Backend:
     if name.startswith("tensorrt"):
-        return _open_tensorrt(bundle, name, engine, room)
+        return _open_tensorrt(bundle, name, engine, sizes)
     note = None
     if name == "auto" and bundle.dialect == "tensorrt":
         try:
-            return _open_tensorrt(bundle, None, engine, room)
+            return _open_tensorrt(bundle, None, engine, sizes)
         except (BackendError, PlanError) as error:
             if engine is not None:
                 raise
             note = f"ONNX Runtime runs the bundle's reference graph, since TensorRT cannot run here: {error}"
     elif engine is not None:
         raise UserError(_why_no_engine(bundle, name, engine))
-    return _open_onnxruntime(bundle, name, threads, note, room)
+    return _open_onnxruntime(bundle, name, threads, note, sizes)
 
 
 def _why_no_engine(bundle: Bundle, name: str, engine: str) -> str:
@@ -76,15 +76,15 @@ def _why_no_engine(bundle: Bundle, name: str, engine: str) -> str:
     return f"{what} here: use --backend tensorrt-rtx"
 
 
-def _open_tensorrt(bundle: Bundle, runtime: str | None, engine: str | None, room: Room) -> Backend:
+def _open_tensorrt(bundle: Bundle, runtime: str | None, engine: str | None, sizes: CacheSizes) -> Backend:
     from starling.engine.backends.tensorrt.run.open_tensorrt import (
         open_tensorrt,  # as below: only who uses it needs it installed
     )
 
-    return open_tensorrt(bundle, runtime, engine=engine, **room)
+    return open_tensorrt(bundle, runtime, engine=engine, **sizes)
 
 
-def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None, room: Room) -> Backend:
+def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None, sizes: CacheSizes) -> Backend:
     from starling.engine.backends.onnxruntime.onnxruntime_backend import (
         OrtBackend,
         check_runs_on_cpu,
@@ -96,12 +96,12 @@ def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None,
     if name == "onnxruntime-cuda":
         if (reason := why_not_on_cuda(ort, bundle)) is not None:
             raise BackendError(reason)
-        return _open_cuda(ort, bundle, room)
+        return _open_cuda(ort, bundle, sizes)
     if name != "onnxruntime-cpu" and CUDA in ort.get_available_providers():
         reason = why_not_on_cuda(ort, bundle)
         try:
             if reason is None:
-                return _open_cuda(ort, bundle, room)
+                return _open_cuda(ort, bundle, sizes)
         except BackendError as error:
             reason = str(error)
         note = note or f"the CPU runs the bundle, since CUDA cannot run here: {reason}"
@@ -109,15 +109,15 @@ def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None,
     backend = OrtBackend(
         bundle,
         threads=threads,
-        max_seq=room["max_seq"],
-        max_batch=room["max_batch"],
-        prefill_chunk=room["prefill_chunk"] or PREFILL_CHUNK,
+        max_seq=sizes["max_seq"],
+        max_batch=sizes["max_batch"],
+        prefill_chunk=sizes["prefill_chunk"] or PREFILL_CHUNK,
     )
     backend.note = note
     return backend
 
 
-def _open_cuda(ort: Any, bundle: Bundle, room: Room) -> Backend:
+def _open_cuda(ort: Any, bundle: Bundle, sizes: CacheSizes) -> Backend:
     from starling.engine.backends.onnxruntime.onnxruntime_cuda import open_cuda
 
-    return open_cuda(ort, bundle, **room)
+    return open_cuda(ort, bundle, **sizes)

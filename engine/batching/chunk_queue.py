@@ -1,4 +1,4 @@
-"""Chunks on their way from the engine's thread to whoever reads them: a thread, an asyncio task, or a callback."""
+"""Chunks on their way from the engine's thread to their reader: a thread, an asyncio task, or a callback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starling.engine.errors import UserError
 from starling.engine.generation.results import GenerationChunk
 
 
-class Mailbox:
+class ChunkQueue:
     """Thread-safe; written by one thread, read by one reader. The last chunk is the one with a finish_reason."""
 
     def __init__(self, on_chunk: Callable[[GenerationChunk], None] | None = None) -> None:
@@ -40,7 +40,7 @@ class Mailbox:
             wake()
 
     def take(self) -> GenerationChunk | None:
-        """The next chunk, waited for; None behind the last one. Raises UserError where a callback gets them."""
+        """Block for the next chunk; None after the last one. Raises UserError where a callback gets them."""
         self._refuse_callback()
         with self._changed:
             self._changed.wait_for(lambda: self._chunks or self.complete)

@@ -27,7 +27,7 @@ class Pace(Protocol):
     #: Whether all prompts are prefilled before anything decodes.
     prompts_first: bool
 
-    def decoded(self, rows: int, seconds: float, *, behind_chunk: bool) -> None:
+    def decoded(self, rows: int, seconds: float, *, after_chunk: bool) -> None:
         """A decode step of so many live rows took so long."""
 
     def prefilled(self, tokens: int, seconds: float) -> None:
@@ -45,7 +45,7 @@ class PromptsFirst:
 
     prompts_first = True
 
-    def decoded(self, rows: int, seconds: float, *, behind_chunk: bool) -> None:
+    def decoded(self, rows: int, seconds: float, *, after_chunk: bool) -> None:
         """Nothing to learn."""
 
     def prefilled(self, tokens: int, seconds: float) -> None:
@@ -73,15 +73,15 @@ class PrefillPace:
         self._most, self._slowdown = most, slowdown
         #: Seconds of a decode step that no chunk went before, by its rows.
         self._quiet_s: dict[int, float] = {}
-        #: How many times that a step takes behind a chunk, which leaves the caches to it as the chunk used them.
-        self._behind = 1.0
+        #: A decode step right after a chunk takes so many times a quiet one (cold caches).
+        self._after_chunk = 1.0
         self._cost = ChunkCost()
 
-    def decoded(self, rows: int, seconds: float, *, behind_chunk: bool) -> None:
+    def decoded(self, rows: int, seconds: float, *, after_chunk: bool) -> None:
         """A decode step of so many live rows took so long."""
-        quiet = self._quiet_s.setdefault(rows, seconds / self._behind if behind_chunk else seconds)
-        if behind_chunk:
-            self._behind = max(1.0, self._behind + NEWEST * (seconds / quiet - self._behind))
+        quiet = self._quiet_s.setdefault(rows, seconds / self._after_chunk if after_chunk else seconds)
+        if after_chunk:
+            self._after_chunk = max(1.0, self._after_chunk + NEWEST * (seconds / quiet - self._after_chunk))
         else:
             self._quiet_s[rows] = quiet + NEWEST * (seconds - quiet)
 
@@ -92,12 +92,12 @@ class PrefillPace:
     def budget(self, rows: int) -> float:
         """Seconds of prefill before the next decode step of so many rows; infinite where nothing decodes.
 
-        0 where not even the steps behind chunks keep within the bound.
+        0 where not even the steps after chunks keep within the bound.
         """
         if not rows or not self._quiet_s:
             return inf
         nearest = min(self._quiet_s, key=lambda known: abs(known - rows))
-        return max(0.0, self._quiet_s[nearest] * (self._slowdown - self._behind))
+        return max(0.0, self._quiet_s[nearest] * (self._slowdown - self._after_chunk))
 
     def chunk(self, budget: float) -> int:
         """Tokens that can be prefilled within `budget` seconds, 0 where not even the smallest chunk fits in."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 from uuid import uuid4
 
-from starling.engine.batching.chunk_queue import Mailbox
+from starling.engine.batching.chunk_queue import ChunkQueue
 from starling.engine.errors import DeadlineExceeded, RequestFailed
 from starling.engine.generation.prompt_lookup import PromptLookup
 from starling.engine.generation.results import GenerationChunk, GenerationResult
@@ -24,7 +24,7 @@ class Request:
     #: When the caller came with it.
     submitted: float
     #: Where a serving loop puts its chunks.
-    mailbox: Mailbox = field(default_factory=Mailbox)
+    queue: ChunkQueue = field(default_factory=ChunkQueue)
     deadline: float = NEVER
     id: str = field(default_factory=lambda: uuid4().hex)
     #: Set by any thread; the scheduler looks at it before each step.
@@ -59,26 +59,26 @@ class RequestHandle(Iterator[GenerationChunk]):
     @property
     def done(self) -> bool:
         """Whether the request has ended, one way or another."""
-        return self._request.mailbox.complete
+        return self._request.queue.complete
 
     def __iter__(self) -> RequestHandle:
         return self
 
     def __next__(self) -> GenerationChunk:
         """The next chunk, waited for; the last one has finish_reason and timings. Raises RequestFailed."""
-        chunk = self._request.mailbox.take()
+        chunk = self._request.queue.take()
         if chunk is None:
             raise StopIteration
         self._raise_failure(chunk)
         return chunk
 
     async def chunks(self) -> AsyncIterator[GenerationChunk]:
-        """The chunks, for asyncio. Whoever stops reading before the end, or is cancelled, cancels the request.
+        """The chunks, for asyncio. A reader that stops before the end, or is cancelled, cancels the request.
 
         Raises RequestFailed where the request failed.
         """
         try:
-            async for chunk in self._request.mailbox.chunks():
+            async for chunk in self._request.queue.chunks():
                 self._raise_failure(chunk)
                 yield chunk
         finally:
@@ -91,7 +91,7 @@ class RequestHandle(Iterator[GenerationChunk]):
         Raises RequestFailed, DeadlineExceeded where its deadline passed, TimeoutError where waiting took longer than
         `timeout_s`. `partial` is the generation in those cases too.
         """
-        if not self._request.mailbox.wait(timeout_s):
+        if not self._request.queue.wait(timeout_s):
             raise TimeoutError(f"request {self.id} has not ended within {timeout_s} s: wait longer, or cancel it")
         if self._request.error is not None:
             raise self._request.error

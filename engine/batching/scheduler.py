@@ -14,7 +14,7 @@ from time import perf_counter
 
 import numpy as np
 
-from starling.engine.backends.backend import Backend, TokenPipeline, chunk_length
+from starling.engine.backends.backend import Backend, StepsAhead, chunk_length
 from starling.engine.backends.logits import Logits, check_finite
 from starling.engine.batching.prefill_pacing import LEAST, Pace
 from starling.engine.batching.request import NEVER, Request
@@ -23,7 +23,7 @@ from starling.engine.batching.serving_stats import Counters
 from starling.engine.batching.speculation import begin_drafts, longest_draft, write_drafts
 from starling.engine.errors import RequestFailed
 from starling.engine.generation.results import FinishReason, GenerationChunk
-from starling.engine.generation.sequence import accept, interrupted_chunk, next_chunk
+from starling.engine.generation.sequence import append_token, interrupted_chunk, next_chunk
 from starling.engine.names import Speculation
 
 LOGGER = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Scheduler:
     those that shared it.
     """
 
-    # A decode step touches it with cold caches: slots lie together.
+    # A decode step touches it with cold caches: its fields lie together.
     __slots__ = (
         *("_backend", "_chunk_before_step", "_counters", "_drafts", "_launched", "_pace", "_prefilling", "_rows"),
         *("_speculation", "_waiting", "idle_s"),
@@ -101,14 +101,14 @@ class Scheduler:
             yield from self._prefill()
 
     def serve_step(self) -> None:
-        """One turn whose tokens go into their requests' mailboxes."""
+        """One turn whose tokens go into their requests' queues."""
         for request, chunk in self.step():
             self._hand_out(request, chunk)
 
     def _hand_out(self, request: Request, chunk: GenerationChunk) -> None:
         """What a reader's callback raises, SystemExit too, ends its request."""
         try:
-            request.mailbox.put(chunk)
+            request.queue.put(chunk)
         except BaseException as error:
             if request.sequence.finish_reason is not None:
                 LOGGER.warning("request %s: its reader failed with the last chunk: %r", request.id, error)
@@ -161,9 +161,9 @@ class Scheduler:
 
     def _decode(self) -> Iterable[Handout]:
         """The live rows' next tokens: launched ahead where the device chooses them, verified where drafts are known."""
-        pipeline, requests = self._backend.pipeline, self._rows.live_requests
-        if pipeline is not None and (self._launched or not (self._drafts or self._rows.needs_logits)):
-            self._launch(pipeline)
+        ahead, requests = self._backend.steps_ahead, self._rows.live_requests
+        if ahead is not None and (self._launched or not (self._drafts or self._rows.needs_logits)):
+            self._launch(ahead)
             if self._launched:
                 return self._accept_launched()
         if self._speculation is not None and (width := self._draft(requests)) > 1:
@@ -171,7 +171,7 @@ class Scheduler:
         begin = perf_counter()
         try:
             output = self._backend.decode(*self._rows.step())
-            chosen = output.choices()
+            chosen = output.tokens()
             logits = output.logits() if self._rows.needs_logits else None
         except Exception as error:
             return self._fail_each(requests, error)
@@ -187,13 +187,13 @@ class Scheduler:
             if row >= 0:
                 accepted.append((request, self._accept(request, chosen[row], None if logits is None else logits[row])))
         if not self._pace.prompts_first:
-            self._pace.decoded(len(requests), perf_counter() - begin, behind_chunk=self._chunk_before_step)
+            self._pace.decoded(len(requests), perf_counter() - begin, after_chunk=self._chunk_before_step)
         return accepted
 
-    def _launch(self, pipeline: TokenPipeline) -> None:
+    def _launch(self, ahead: StepsAhead) -> None:
         """Launch as many steps ahead as can be, none where a prompt waits for its prefill."""
-        while not self._prefilling and (rows := self._rows_to_launch()) and pipeline.can_launch(rows):
-            pipeline.launch(rows)
+        while not self._prefilling and (rows := self._rows_to_launch()) and ahead.can_launch(rows):
+            ahead.launch(rows)
             self._launched.append(self._rows.live_requests)
 
     def _rows_to_launch(self) -> int:
@@ -206,9 +206,9 @@ class Scheduler:
     def _accept_launched(self) -> list[Handout]:
         """The tokens of the oldest launched step; those of rows that have ended since are dropped."""
         requests, begin = self._launched.popleft(), perf_counter()
-        assert self._backend.pipeline is not None
+        assert self._backend.steps_ahead is not None
         try:
-            chosen = self._backend.pipeline.tokens()
+            chosen = self._backend.steps_ahead.tokens()
         except Exception as error:
             self._launched.clear()
             return self._fail_each(self._rows.live_requests, error)
@@ -232,7 +232,7 @@ class Scheduler:
             return range(last + 1)
         return range(last, last + 1) if len(requests) == 1 and self._backend.verified_rows else range(0)
 
-    def _verify(self, requests: list[Request], width: int, behind_chunk: bool) -> Iterator[Handout]:
+    def _verify(self, requests: list[Request], width: int, after_chunk: bool) -> Iterator[Handout]:
         """One run over `width` tokens of each row: the newest one, its draft, and what is overwritten later."""
         begin, rows = self._now(), self._verified_rows(requests)
         newest, positions = self._rows.step()
@@ -241,7 +241,7 @@ class Scheduler:
             tokens[request.row - rows.start][1 : 1 + len(request.draft)] = request.draft
         try:
             output = self._backend.verify(rows.start, tokens, positions[rows.start : rows.stop])
-            chosen = output.choices()
+            chosen = output.tokens()
             logits = output.logits() if self._rows.needs_logits else None
         except Exception as error:
             yield from self._fail_each(requests, error)
@@ -251,7 +251,7 @@ class Scheduler:
                 first = (request.row - rows.start) * width
                 theirs = None if logits is None else logits[first : first + width]
                 yield from self._accept_draft(request, chosen[first : first + width], theirs)
-        self._pace.decoded(len(requests), self._now() - begin, behind_chunk=behind_chunk)
+        self._pace.decoded(len(requests), self._now() - begin, after_chunk=after_chunk)
 
     def _accept_draft(self, request: Request, chosen: list[int], logits: Logits | None) -> Iterator[Handout]:
         """Tokens of one run, as far as the draft was right."""
@@ -289,10 +289,10 @@ class Scheduler:
         try:
             if request.written == sequence.reused:
                 sequence.queue_s = begin - request.submitted
-                if backend.pipeline is not None:
-                    backend.pipeline.choose(request.row, sequence.choice, len(sequence.prompt) - 1)
+                if backend.steps_ahead is not None:
+                    backend.steps_ahead.choose(request.row, sequence.choice, len(sequence.prompt) - 1)
             output = backend.prefill(request.row, tokens, request.written)
-            token = output.choices()[0] if is_last else 0
+            token = output.tokens()[0] if is_last else 0
             logits = output.logits()[0] if is_last and sequence.needs_logits else None
         except Exception as error:
             yield request, self._fail(request, error)
@@ -315,7 +315,7 @@ class Scheduler:
             if token < 0:
                 self._backend.clear(request.row)
                 check_finite(math.nan)
-            token = accept(sequence, token, logits)
+            token = append_token(sequence, token, logits)
             # The one place where a request's times to its tokens are booked.
             now, model_s = perf_counter() - self.idle_s, self._backend.model_seconds
             if len(sequence.tokens) > 1:
@@ -353,7 +353,7 @@ class Scheduler:
         return chunk
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
-        """Before the last chunk goes out: whoever reads it finds the row free and the request counted."""
+        """Before the last chunk goes out: its reader finds the row free and the request counted."""
         running = request.row >= 0
         if request in self._prefilling:
             self._prefilling.remove(request)

@@ -17,7 +17,7 @@ class ServingStats:
     """One moment of a serving loop. submitted = waiting + running + the sum of `ended`."""
 
     #: Rows of the KV cache.
-    slots: int
+    max_batch: int
     #: Requests that have a row: prefilling or decoding.
     running: int
     #: Requests that wait for a row.
@@ -68,8 +68,8 @@ class Uncounted:
 class ServingCounters:
     """Thread-safe counters behind `ServingStats`."""
 
-    def __init__(self, slots: int, queue_limit: int) -> None:
-        self._slots, self._queue_limit = slots, queue_limit
+    def __init__(self, max_batch: int, queue_limit: int) -> None:
+        self._max_batch, self._queue_limit = max_batch, queue_limit
         self._lock = Lock()
         self._running = self._waiting = self._submitted = self._refused = 0
         self._ended: Counter[FinishReason] = Counter()
@@ -78,7 +78,7 @@ class ServingCounters:
     def enter(self) -> bool:
         """Count a request as waiting; False, and counted as refused, where the queue is full."""
         with self._lock:
-            accepted = self._running + self._waiting < self._slots + self._queue_limit
+            accepted = self._running + self._waiting < self._max_batch + self._queue_limit
             if accepted:
                 self._submitted += 1
                 self._waiting += 1
@@ -113,7 +113,7 @@ class ServingCounters:
         """The figures at this moment."""
         with self._lock:
             return ServingStats(
-                slots=self._slots,
+                max_batch=self._max_batch,
                 running=self._running,
                 waiting=self._waiting,
                 submitted=self._submitted,

@@ -26,7 +26,7 @@ class PromptLookup:
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._tokens = list(prompt[:-1])
-        # Of each n-gram, the position behind its latest occurrence.
+        # Of each n-gram, the position after its latest occurrence.
         self._ends: list[dict[tuple[int, ...], int]] = [self._index(size) for size in SIZES]
         self._match, self._matched = 0, 0
         self._length, self._least = FIRST, SIZES[-1]

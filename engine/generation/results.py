@@ -114,7 +114,7 @@ class GenerationInterrupted(KeyboardInterrupt):
         self.results = results
 
 
-# Not frozen: a frozen one takes 6 µs longer to make behind a step of the model, where the caches are cold.
+# Not frozen: a frozen one takes 6 µs longer to make after a step of the model, where the caches are cold.
 @dataclass(slots=True)
 class GenerationChunk:
     """What one token added to a stream. The texts of all chunks joined are the result's text.

@@ -57,7 +57,7 @@ class SamplingParams:
     seed: the same seed gives the same choices for the same logits; None draws a fresh one.
     max_tokens: the most tokens to generate.
     stop: strings that end the text, not shown themselves. stop_token_ids: tokens that do, beside the bundle's own.
-    ignore_eos: go on behind the bundle's end tokens.
+    ignore_eos: go on after the bundle's end tokens.
     logprobs: how many of the likeliest tokens to report beside the chosen one's log-probability; None reports nothing.
     """
 
@@ -257,7 +257,7 @@ def _draw(weights: Logits, uniform: float) -> int:
     inner = weights[block * BLOCK : (block + 1) * BLOCK]
     sums = np.cumsum(inner, dtype=np.float64) + (blocks[block - 1] if block else 0.0)
     inside = int(np.searchsorted(sums, target, side="right"))
-    # Behind the end only by rounding; then the greatest, since the last may weigh nothing.
+    # After the end only by rounding; then the greatest, since the last may weigh nothing.
     return block * BLOCK + (inside if inside < inner.size else int(inner.argmax()))
 
 

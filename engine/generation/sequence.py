@@ -41,7 +41,7 @@ class GenerationSequence:
     stops: StopMatcher | None
     #: Seconds that encoding the prompt took; part of the time to first token.
     encode_s: float = 0.0
-    #: What a backend that chooses tokens itself is told; where `sample` is set its choice is not taken.
+    #: How a backend that chooses tokens itself chooses; where `sample` is set its choice is not taken.
     choice: DeviceChoice = GREEDY
     #: The answer. A token belongs to it once it is in `tokens`, which comes last: of one that Ctrl-C fell into, `texts`
     #: may already have the text.
@@ -135,7 +135,7 @@ def make_sequence(
     )
 
 
-def accept(sequence: GenerationSequence, token: int, logits: Logits | None) -> int:
+def append_token(sequence: GenerationSequence, token: int, logits: Logits | None) -> int:
     """Take the backend's choice `token`, or choose one from logits [vocab]; see whether it ends the sequence.
 
     Returns the token taken. `logits` may be None where the sequence needs none.

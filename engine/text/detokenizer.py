@@ -37,7 +37,7 @@ class Detokenizer(Protocol):
 class DetokenizerFactory:
     """Makes detokenizers that fit one tokenizer's decoder; special tokens give no text.
 
-    The text of every id is looked up once, here: behind a step of the model the caches are cold, and a look-up in the
+    The text of every id is looked up once, here: after a step of the model the caches are cold, and a look-up in the
     library's table then costs 50 µs.
     """
 
@@ -54,7 +54,7 @@ class DetokenizerFactory:
     def make(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """A fresh detokenizer.
 
-        Behind `prompt_ids` the first space is kept, and a character that the prompt left incomplete is completed.
+        After `prompt_ids` the first space is kept, and a character that the prompt left incomplete is completed.
         """
         tail = [token_id for token_id in prompt_ids[-PROMPT_TAIL:] if token_id not in self._special_ids]
         if self._byte_level:

@@ -96,7 +96,7 @@ class Tokenizer:
         return self._core.decode(ids, skip_special_tokens=True)
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        """A fresh incremental detokenizer. Behind `prompt_ids` the text continues theirs and keeps its first space."""
+        """A fresh incremental detokenizer. After `prompt_ids` the text continues theirs and keeps its first space."""
         return self._detokenizers.make(prompt_ids)
 
     def encode_with_literals(self, text: str, literals: "Literals") -> list[int]:
@@ -133,7 +133,7 @@ class Tokenizer:
         bare, anchor = self._bare
         if at_start:
             return self._encode(bare, text, add_special_tokens=False)
-        # Behind the anchor the text is treated as behind any added token: whether a word starts there is the same.
+        # After the anchor the text is treated as after any added token: whether a word starts there is the same.
         return self._encode(bare, anchor + text, add_special_tokens=False)[1:]
 
     @cached_property
@@ -151,7 +151,7 @@ class Tokenizer:
 
     @cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
-        """The ids that the post-processor puts before and behind a text."""
+        """The ids that the post-processor puts before and after a text."""
         encoding = self._encode_fully(self._core, "a", add_special_tokens=True)
         inner = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
         return encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]

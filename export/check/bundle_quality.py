@@ -11,7 +11,7 @@ from starling.export.check.parity import Parity, bundle_logits, compare, compare
 from starling.export.check.sample_texts import TextEncoder, held_out_rows
 from starling.export.check.torch_reference import load_reference, reference_logits
 from starling.export.checkpoints.checkpoint import Checkpoint
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.qdq_scheme import MAX_MEAN_KL
 from starling.export.quantization.qdq_settings import QdqQuantization
 
@@ -46,7 +46,7 @@ def fits(arch: Architecture, layers: int) -> bool:
     return memory_needed(arch, layers) <= available_memory()
 
 
-def require_quality(parity: Parity, how: Quantization | QdqQuantization | None) -> None:
+def require_quality(parity: Parity, how: BlockQuantization | QdqQuantization | None) -> None:
     """Raise UserError where quantized activations cost more than MAX_MEAN_KL."""
     if isinstance(how, QdqQuantization) and how.activations is not None and parity.mean_kl > MAX_MEAN_KL:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Compare a bundle with the PyTorch model on held-out text: prefill, a chunk behind it, then token by token."""
+"""Compare a bundle with the PyTorch model on held-out text: prefill, a chunk after it, then token by token."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from starling.engine.divergence import QualityTotals
 from starling.engine.errors import StarlingError
 
 FP32_TOLERANCE = 1e-3  # largest difference of a logit that a full-precision bundle may show
-_FIRST, _CHUNK = 16, 16  # tokens prefilled at once, then as a chunk behind a non-empty cache
+_FIRST, _CHUNK = 16, 16  # tokens prefilled at once, then as a chunk after a non-empty cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Parity:
 
 
 def bundle_logits(folder: Path, rows: list[list[int]]) -> tuple[NDArray[np.float32], str | None]:
-    """Logits [rows * positions, vocab] of the bundle behind the tokens of `compared_positions` of each row; kernels.
+    """Logits [rows * positions, vocab] of the bundle after the tokens of `compared_positions` of each row; kernels.
 
     `rows` are of one length. Each is prefilled on its own; then all are decoded together, token by token.
     """
@@ -62,7 +62,7 @@ def bundle_logits(folder: Path, rows: list[list[int]]) -> tuple[NDArray[np.float
 
 
 def compared_positions(count: int) -> list[int]:
-    """The tokens of a row behind which a bundle gives logits: the ends of the two prefills, then every one."""
+    """The tokens of a row after which a bundle gives logits: the ends of the two prefills, then every one."""
     return [_FIRST - 1, *range(_FIRST + _CHUNK - 1, count)]
 
 

@@ -24,7 +24,7 @@ _LEAST_ROW = 16  # a shorter piece tells more of a text's first tokens than of t
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """`ids` int64 [rows, longest], of which the first `lengths[i]` of row i are text; the rest is padding behind it."""
+    """`ids` int64 [rows, longest], of which the first `lengths[i]` of row i are text; the rest is padding after it."""
 
     ids: Tensor
     lengths: tuple[int, ...]
@@ -95,7 +95,7 @@ class TextEncoder:
             return self._tokenizer.encode("\n\n".join(message["content"] for message in messages))
 
     def pieces(self, document: Mapping[str, Any], longest: int) -> list[list[int]]:
-        """The token ids in pieces of at most `longest`, each behind the token that the model wants at the beginning."""
+        """The token ids in pieces of at most `longest`, each after the token that the model wants at the beginning."""
         ids = self.ids(document)
         first = ids[:1] if self._begins and ids[:1] == self._begins[:1] else []
         step = longest - len(first)

@@ -41,7 +41,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def reference_logits(model: torch.nn.Module, ids: list[int]) -> Tensor:
-    """float32 logits [len(ids), vocab]: what the model expects behind each token."""
+    """float32 logits [len(ids), vocab]: what the model expects after each token."""
     with torch.inference_mode():
         return model(torch.tensor([ids]), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
 

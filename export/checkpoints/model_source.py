@@ -32,7 +32,7 @@ def find_model(
 ) -> FoundModel:
     """Find MODEL: a folder, a `.gguf` file, `demo`, `random:NAME`, or a hub id `org/name` (at `revision`).
 
-    What is not on this machine is fetched, which `fetching` is told. Files are checked as far as it goes without
+    What is not on this machine is fetched; `fetching` is called then. Files are checked as far as it goes without
     PyTorch: what is missing, truncated, or of a kind that cannot be exported.
     Raises CheckpointError, UnsupportedModelError and HubError as `open_checkpoint` does.
     """

@@ -68,7 +68,7 @@ class TensorrtDialect:
         return merge_heads(output), present_key, present_value
 
     def further_outputs(self, logits: Tensor, step: Mapping[str, Tensor], sequence: int) -> tuple[Tensor, ...]:
-        """The next token, int64 [batch, 1], and the lengths behind the step, int64 [batch]."""
+        """The next token, int64 [batch, 1], and the lengths after the step, int64 [batch]."""
         lengths = step[PAST_LENGTHS] + sequence
         uniform = step[NOISE].gather(1, lengths[:, None] - 1)[:, 0]
         tokens = choose_tokens(logits[:, 0], step[TEMPERATURE], step[TOP_K], step[TOP_P], uniform)

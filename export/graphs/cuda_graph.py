@@ -12,7 +12,7 @@ from onnx_ir.passes import common as common_passes
 from starling.engine.names import LOGITS, NEXT_SEQLENS, NEXT_TOKENS
 from starling.export.graphs.kernel_graph import fuse_products
 from starling.export.graphs.rewrites import STARLING, insert, required, take_over
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 from starling.export.weights.weight_file import ROW_MULTIPLE
 
 GRAPH_FILE = "model_cuda.onnx"
@@ -20,7 +20,7 @@ KERNEL_GRAPH_FILE = "model_cuda_kernels.onnx"
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def cuda_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
+def cuda_graph(model: ir.Model, how: BlockQuantization | None) -> ir.Model | None:
     """The `ort` graph with a checked choice and lengths that advance; None for float32, which has no CUDA attention.
 
     `next_tokens` is -1 where the greatest logit is not finite. `next_seqlens_k` int32 [batch] is the next step's
@@ -40,7 +40,7 @@ def cuda_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
     return twin
 
 
-def cuda_kernel_graph(model: ir.Model, how: Quantization | None) -> tuple[ir.Model, list[dict[str, Any]]] | None:
+def cuda_kernel_graph(model: ir.Model, how: BlockQuantization | None) -> tuple[ir.Model, list[dict[str, Any]]] | None:
     """The graph of `cuda_graph` for the engine's own CUDA kernels, and the products in it; None where they do not fit.
 
     They are for float16 between the products, and products in symmetric int8 in blocks of 32 without a bias.

@@ -2,7 +2,7 @@
 
 GroupQueryAttention becomes ours (engine/kernels). So does each MatMulNBits of the int8 that the kernels are for, as a
 `starling::QuantizedLinear`, which takes in what stands around it: the RMSNorm in front, the gated activation and the
-residual addition behind.
+residual addition after.
 """
 
 import onnx_ir as ir
@@ -10,14 +10,14 @@ from onnx_ir.passes import common as common_passes
 
 from starling.engine.names import LOGITS_TO_KEEP
 from starling.export.graphs.rewrites import STARLING, equal_shapes, insert, required, take_over
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 
 GRAPH_FILE = "model_kernels.onnx"
 _BLOCK_SIZE, _BITS, _INT8_ACTIVATIONS = 32, 8, 4
 _HEAD_DIM_STEP, _MOST_HEAD_DIM = 16, 256  # as in engine/kernels/attention/attention_kernels.h
 
 
-def kernel_graph(model: ir.Model, how: Quantization | None) -> ir.Model | None:
+def kernel_graph(model: ir.Model, how: BlockQuantization | None) -> ir.Model | None:
     """The graph rewritten, or None where the kernels have nothing to offer for it.
 
     They are for float32 between the products, and products in symmetric int8 in blocks of 32, multiplied in int8.
@@ -82,7 +82,7 @@ def _take_attention(graph: ir.Graph, node: ir.Node, *, reduced_precision: bool) 
 
 
 def _separate_residual(graph: ir.Graph, node: ir.Node) -> None:
-    """Addition and norm as two nodes, which go to the product behind the one and to that in front of the other."""
+    """Addition and norm as two nodes, which go to the product after the one and to that in front of the other."""
     first, second, weight = node.inputs[:3]
     add = insert(graph, node, ir.node("Add", [first, second]))
     attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].as_float(), "stash_type": 1}

@@ -11,19 +11,19 @@ from starling.export.graphs.rewrites import (
     is_linear,
     take_over,
 )
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.qdq_projections import QdqPlan, QdqWriter
 from starling.export.weights.weight_plan import Blocks, Rows, new_weight, rows_of
 
 
-def write_projections(model: ir.Model, quantization: Quantization | QdqPlan | None) -> None:
+def write_projections(model: ir.Model, quantization: BlockQuantization | QdqPlan | None) -> None:
     """Replace every `starling::Linear` and `starling::Embedding` of the graph in place.
 
     Full precision: MatMul with the weight stored [in, out]; a weight shared with the embedding stays [vocab, hidden]
     for both. In blocks: MatMulNBits and GatherBlockQuantized over the same bytes where the two are tied. By a plan:
     DequantizeLinear in front of the projections that it does not keep.
     """
-    if isinstance(quantization, Quantization):
+    if isinstance(quantization, BlockQuantization):
         _write_blocks(model.graph, quantization)
         model.opset_imports.setdefault(MICROSOFT, 1)
     else:
@@ -34,7 +34,7 @@ def write_projections(model: ir.Model, quantization: Quantization | QdqPlan | No
         initializers.pop(name)
 
 
-def _write_blocks(graph: ir.Graph, how: Quantization) -> None:
+def _write_blocks(graph: ir.Graph, how: BlockQuantization) -> None:
     for node in list(graph):
         if is_linear(node):
             _replace(graph, node, _quantized_linear(graph, node, how))
@@ -101,7 +101,7 @@ def _embedding(graph: ir.Graph, node: ir.Node) -> ir.Value:
 
 
 def _block_weights(
-    graph: ir.Graph, weight: ir.Value, how: Quantization, *, flat: bool
+    graph: ir.Graph, weight: ir.Value, how: BlockQuantization, *, flat: bool
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Data, scales and zero points of a quantized weight.
 
@@ -121,7 +121,7 @@ def _block_weights(
     return data, scales, zeros
 
 
-def _quantized_linear(graph: ir.Graph, node: ir.Node, how: Quantization) -> ir.Value:
+def _quantized_linear(graph: ir.Graph, node: ir.Node, how: BlockQuantization) -> ir.Value:
     x, weight, bias, rows, columns = _parts(node)
     inputs: list[ir.Value | None] = [x, *_block_weights(graph, weight, how, flat=False)]
     if bias is not None:
@@ -136,7 +136,7 @@ def _quantized_linear(graph: ir.Graph, node: ir.Node, how: Quantization) -> ir.V
     return insert(graph, node, ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT))
 
 
-def _quantized_embedding(graph: ir.Graph, node: ir.Node, how: Quantization) -> ir.Value:
+def _quantized_embedding(graph: ir.Graph, node: ir.Node, how: BlockQuantization) -> ir.Value:
     ids, table = node.inputs
     assert table is not None
     data, scales, zeros = _block_weights(graph, table, how, flat=True)
@@ -148,6 +148,6 @@ def _quantized_embedding(graph: ir.Graph, node: ir.Node, how: Quantization) -> i
     columns = int(table.shape[1])  # type: ignore[arg-type]
     if columns % how.block_size == 0:
         return gathered
-    # the last block of a row is stored whole: what is behind the embedding's width is cut off again
+    # the last block of a row is stored whole: what is after the embedding's width is cut off again
     bounds = [insert_constant(graph, node, [at]) for at in (0, columns, -1)]
     return insert(graph, node, ir.node("Slice", [gathered, *bounds]))

@@ -15,7 +15,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
-class Quantization:
+class BlockQuantization:
     """Unsigned integers with a scale and a zero point per `block_size` neighbouring inputs of one output row.
 
     `symmetric` fixes the zero point in the middle; None does so for int8, which loses nothing by it (mean KL on SmolLM2
@@ -62,7 +62,7 @@ class Quantization:
         }
 
 
-def quantize_rows(rows: Tensor, how: Quantization) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(rows: Tensor, how: BlockQuantization) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize rows [n, columns] of any float type.
 
     Returns uint8 data [n, blocks, block_size * bits / 8] (low nibble first), float32 scales [n, blocks] and uint8 zero

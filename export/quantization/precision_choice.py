@@ -10,7 +10,7 @@ from starling.export.quantization.simulation import Simulation, mean_kl
 from starling.export.quantization.smoothquant import InputGroup
 
 _ROWS, _ROW_TOKENS = 8, 48  # text that the choice is made on: enough to rank projections, quick enough to try each
-Told = Callable[[int, int], None]
+OnTrial = Callable[[int, int], None]
 
 
 def judged_rows(rows: TokenRows) -> TokenRows:
@@ -21,7 +21,11 @@ def judged_rows(rows: TokenRows) -> TokenRows:
 
 
 def choose_kept(
-    simulation: Simulation, groups: Sequence[InputGroup], rows: TokenRows, target: float, told: Told | None = None
+    simulation: Simulation,
+    groups: Sequence[InputGroup],
+    rows: TokenRows,
+    target: float,
+    on_trial: OnTrial | None = None,
 ) -> list[InputGroup]:
     """The fewest groups, costliest first, without which the mean KL on `rows` is at most `target` nats."""
     reference = _run(simulation, [], rows)
@@ -31,7 +35,7 @@ def choose_kept(
 
     if kl(groups) <= target:
         return []
-    ranked = rank_groups(simulation, groups, rows, told)
+    ranked = rank_groups(simulation, groups, rows, on_trial)
     low, high = 0, len(groups)  # keeping `low` is too few, keeping `high` is enough
     while high - low > 1:
         middle = (low + high) // 2
@@ -40,18 +44,18 @@ def choose_kept(
 
 
 def rank_groups(
-    simulation: Simulation, groups: Sequence[InputGroup], rows: TokenRows, told: Told | None = None
+    simulation: Simulation, groups: Sequence[InputGroup], rows: TokenRows, on_trial: OnTrial | None = None
 ) -> list[InputGroup]:
     """The groups, costliest first: a cost is the KL of the model in which that group alone is quantized.
 
-    `told(done, total)` counts trials.
+    `on_trial(done, total)` is called after each trial.
     """
     reference = _run(simulation, [], rows)
     costs = []
     for done, group in enumerate(groups):
         costs.append(mean_kl(reference, _run(simulation, [group], rows)))
-        if told is not None:
-            told(done + 1, len(groups))
+        if on_trial is not None:
+            on_trial(done + 1, len(groups))
     return [groups[i] for i in sorted(range(len(groups)), key=lambda i: -costs[i])]
 
 

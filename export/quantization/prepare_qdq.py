@@ -44,7 +44,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What the weights are written from, what bundle.json says of it, and what the user is told."""
+    """What the weights are written from, what bundle.json says of it, and what the user sees."""
 
     weights: PreparedWeights
     report: dict[str, Any]

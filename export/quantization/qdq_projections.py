@@ -56,7 +56,7 @@ class QdqWriter:
         return self._multiplied[key]
 
     def linear(self, node: ir.Node) -> ir.Value:
-        """MatMul of the (rounded) input and DequantizeLinear of the weight [in, out], and the bias behind it."""
+        """MatMul of the (rounded) input and DequantizeLinear of the weight [in, out], and the bias after it."""
         weight = node.inputs[1]
         assert weight is not None
         x = self.input(node)

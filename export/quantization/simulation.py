@@ -18,7 +18,7 @@ from starling.export.quantization.qdq_settings import QdqQuantization
 
 
 class Simulation:
-    """A float32 model of smoothed `tensors` whose projections round as `plan` says, each when it is told to.
+    """A float32 model of smoothed `tensors` whose projections round as `plan` says, each when it is switched on.
 
     Memory: the float32 weights and their quantized copies, until `close`; a `with` block closes it.
     """
@@ -51,7 +51,7 @@ class Simulation:
         self._active = set(weights)
 
     def log_probabilities(self, rows: TokenRows) -> Tensor:
-        """Log-probabilities [tokens, vocab] float32 behind every token of `rows`."""
+        """Log-probabilities [tokens, vocab] float32 after every token of `rows`."""
         with torch.inference_mode():
             logits = self._model(rows.ids, use_cache=False).logits
             text = torch.cat([row[:length] for row, length in zip(logits, rows.lengths, strict=True)])

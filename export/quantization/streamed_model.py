@@ -14,7 +14,7 @@ from starling.export.checkpoints.checkpoint import TensorSource
 
 _CHUNK_ELEMENTS = 8 * 1024 * 1024  # rows are read in pieces of this size
 
-#: Told how many bytes of the model's float32 weights have passed, and of how many.
+#: Called with the bytes of the model's float32 weights that have passed, and their total.
 
 
 class StreamedModel:
@@ -42,7 +42,7 @@ class StreamedModel:
         self.model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: look(inputs[0]))
 
     def run(self, ids: Tensor) -> Tensor:
-        """The last hidden state [rows, length, hidden] behind `ids` int64 [rows, length]; what lm_head would read."""
+        """The last hidden state [rows, length, hidden] after `ids` int64 [rows, length]; what lm_head would read."""
         with torch.inference_mode():
             return self.model.base_model(input_ids=ids, use_cache=False)[0]  # type: ignore[no-any-return]
 

@@ -60,7 +60,7 @@ def added_token(index: int, text: str, *, special: bool = True) -> dict[str, Any
 
 
 def template_post_processor(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> dict[str, Any] | None:
-    """A post-processor that puts `bos` before and `eos` behind each text; None where there is neither."""
+    """A post-processor that puts `bos` before and `eos` after each text; None where there is neither."""
     tokens = [token for token in (bos, eos) if token is not None]
     if not tokens:
         return None
@@ -84,7 +84,7 @@ def sentencepiece_tokenizer_json(
     eos: int | None = None,
     prefix_space: bool = True,
 ) -> str:
-    """tokenizer.json with byte fallback and the *legacy* prefix: text behind a special token starts a word again.
+    """tokenizer.json with byte fallback and the *legacy* prefix: text after a special token starts a word again.
 
     `extra` are special tokens whose ids follow the vocabulary; the post-processor adds the ids `bos` and `eos`.
     """

@@ -1,7 +1,7 @@
 """Starling's own tokenizer and chat templates, without a model hub.
 
 The vocabulary is Mistral-7B-v0.1's SentencePiece model, which the package mistral-common carries; Starling adds two
-special tokens behind it.
+special tokens after it.
 """
 
 import importlib.util

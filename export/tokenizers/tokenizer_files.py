@@ -18,7 +18,7 @@ def read_tokenizer_files(folder: Path, config: Any, generation: dict[str, Any]) 
     """Read the tokenizer of `folder`; `config` is the model's PreTrainedConfig, `generation` its generation_config.
 
     tokenizer.json is taken as it is, not by way of transformers; where there is only tokenizer.model it is converted.
-    Added tokens behind the vocabulary are dropped, with a note.
+    Added tokens after the vocabulary are dropped, with a note.
     Raises CheckpointError where there is no tokenizer, a file is no JSON, or a base token is outside the vocabulary.
     """
     tokenizer_config = _read_tokens(folder / "tokenizer_config.json")

@@ -34,7 +34,7 @@ def make_table(
     head's width.
 
     Raises:
-        UnsupportedModelError: the model rotates in a way that no table of ours expresses.
+        UnsupportedModelError: the model rotates in a way that no rotary table expresses.
     """
     ids = torch.arange(positions)[None]
     cos, sin = (t[0].float() for t in embedding(torch.zeros(1, 1, dim), ids, *arguments))

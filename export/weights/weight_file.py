@@ -15,7 +15,7 @@ from torch import Tensor
 from starling.engine.errors import UnsupportedModelError
 from starling.engine.progress import Advance
 from starling.export.checkpoints.checkpoint import TensorSource
-from starling.export.quantization.blocks import Quantization, quantize_rows
+from starling.export.quantization.blocks import BlockQuantization, quantize_rows
 from starling.export.quantization.qdq_scheme import FP8, INT4, INT8, Grid, pack_int4, quantize_weight, weight_scales
 from starling.export.weights.weight_plan import Blocks, QdqRows, Rows, Table, Weight, weight_of
 
@@ -59,7 +59,7 @@ def bytes_per_token(model: ir.Model) -> int:
 
 
 def write_weights(
-    model: ir.Model, tensors: TensorSource, file: Path, how: Quantization | None, progress: Advance | None = None
+    model: ir.Model, tensors: TensorSource, file: Path, how: BlockQuantization | None, progress: Advance | None = None
 ) -> WrittenFile:
     """Write every planned weight to `file` and point the graph's initializers at it.
 
@@ -196,7 +196,7 @@ def _write_blocks(
     writer: _Writer,
     tensors: TensorSource,
     rows: Rows,
-    how: Quantization,
+    how: BlockQuantization,
     dtype: torch.dtype,
     places: dict[Weight, tuple[int, int]],
 ) -> None:

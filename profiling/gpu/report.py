@@ -68,7 +68,7 @@ def _kept(line: dict[str, Any], read_TBs: float) -> dict[str, Any] | None:
 
 
 def add(document: dict[str, Any], run: dict[str, Any]) -> None:
-    """Put the run behind the others; one of the same label is replaced."""
+    """Put the run after the others; one of the same label is replaced."""
     document["runs"] = [each for each in document["runs"] if each["label"] != run["label"]] + [run]
 
 

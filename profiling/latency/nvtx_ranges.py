@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from starling.engine.backends.backend import Backend, DeviceChoice, StepOutput, TokenPipeline, Tokens
+from starling.engine.backends.backend import Backend, DeviceChoice, StepOutput, StepsAhead, Tokens
 from starling.engine.errors import BackendError
 from starling.engine.installation import install_command
 
@@ -31,8 +31,8 @@ class RangedBackend:
         self.max_seq, self.max_batch, self.vocab_size = backend.max_seq, backend.max_batch, backend.vocab_size
         self.kv_cache_bytes, self.prefill_chunk = backend.kv_cache_bytes, backend.prefill_chunk
         self.verified_rows = backend.verified_rows
-        pipeline = backend.pipeline
-        self.pipeline: TokenPipeline | None = None if pipeline is None else RangedPipeline(pipeline, self._annotate)
+        ahead = backend.steps_ahead
+        self.steps_ahead: StepsAhead | None = None if ahead is None else RangedStepsAhead(ahead, self._annotate)
 
     @property
     def model_seconds(self) -> float:
@@ -71,27 +71,27 @@ class RangedBackend:
         self._backend.close()
 
 
-class RangedPipeline:
+class RangedStepsAhead:
     """The same for steps that are launched ahead: "launch" is the host's part, "tokens" the wait for the device."""
 
-    def __init__(self, pipeline: TokenPipeline, annotate: Any) -> None:
-        self._pipeline, self._annotate = pipeline, annotate
-        self.draws = pipeline.draws
+    def __init__(self, ahead: StepsAhead, annotate: Any) -> None:
+        self._ahead, self._annotate = ahead, annotate
+        self.draws = ahead.draws
 
     def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
-        """As the pipeline's."""
-        self._pipeline.choose(row, choice, first)
+        """As the backend's."""
+        self._ahead.choose(row, choice, first)
 
     def can_launch(self, rows: int) -> bool:
-        """As the pipeline's."""
-        return self._pipeline.can_launch(rows)
+        """As the backend's."""
+        return self._ahead.can_launch(rows)
 
     def launch(self, rows: int) -> None:
-        """As the pipeline's."""
+        """As the backend's."""
         with self._annotate(f"launch {rows} rows", domain=DOMAIN, color="green"):
-            self._pipeline.launch(rows)
+            self._ahead.launch(rows)
 
     def tokens(self) -> list[int]:
-        """As the pipeline's."""
+        """As the backend's."""
         with self._annotate("tokens", domain=DOMAIN, color="yellow"):
-            return self._pipeline.tokens()
+            return self._ahead.tokens()

@@ -84,9 +84,9 @@ def measure(
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Profile:
-    """Measure `bundle`, one point after the other on one engine; `warn` is told before the first what will spoil them.
+    """Measure `bundle`, one point after the other on one engine; `warn` gets, before the first, what will spoil them.
 
-    Raises UserError for settings that the model has no room for, BackendError where it cannot be run.
+    Raises UserError for settings beyond the model's positions, BackendError where it cannot be run.
     """
     positions = sweep.positions(bundle, options.max_seq)
     environment, steps = describe_environment(), _Steps(sweep, options, progress or Silent())
@@ -186,7 +186,7 @@ def _measurement(bundle: Bundle, backend: Backend, latencies: Latencies, peaks: 
     prefill = prefill_work(bundle, point.prompt_tokens, backend.prefill_chunk)
     decode = decode_work(bundle, point.prompt_tokens, point.new_tokens, point.batch)
     # Where steps are launched ahead the host waits for a part of each only.
-    decode_s = latencies.decode_model_s if backend.pipeline is None else latencies.decode_step_s
+    decode_s = latencies.decode_model_s if backend.steps_ahead is None else latencies.decode_step_s
     return Measurement(
         latencies,
         under_roof(prefill, latencies.prefill_model_s, **limits),

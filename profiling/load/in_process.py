@@ -2,7 +2,7 @@
 
     python -m starling.profiling.load.in_process BUNDLE [--streams 8] [--json]
 
-Prompts are real sentences, decoding is greedy and goes on behind end tokens. One stream at a time and all at once take
+Prompts are real sentences, decoding is greedy and goes on after end tokens. One stream at a time and all at once take
 turns, so that a machine's drift meets both; the ratios are of the rounds' medians.
 """
 
@@ -99,7 +99,7 @@ class _Stream:
 def measure_interference(
     loop: ServingLoop, prompts: list[list[int]], long: list[int], *, quiet_tokens: int, alone_ms: float
 ) -> Interference:
-    """Streams of `prompts` decode; behind `quiet_tokens` tokens of the last one the long prompt comes."""
+    """Streams of `prompts` decode; after `quiet_tokens` tokens of the last one the long prompt comes."""
     streams = [_Stream(loop, prompt, loop.engine.max_seq - len(prompt)) for prompt in prompts]
     while not streams[-1].moments:
         sleep(0.002)

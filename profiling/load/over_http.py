@@ -3,8 +3,8 @@
     starling serve BUNDLE --max-batch 4 --max-queue 4 &
     python -m starling.profiling.load.over_http --http 127.0.0.1:8000 --pid PID
 
-Every request must end in an answer, a disconnect of ours, or a refusal that says why; afterwards rows, metrics and
-memory must come out even. The clients are the standard library's, nothing of ours.
+Every request must end in an answer, the client's own disconnect, or a refusal that says why; afterwards rows,
+metrics and memory must come out even. The clients are the standard library's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BAD_FIELDS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"model": "another"}, "model"),
 )
 TOO_LONG_WORDS = 20_000
-#: Batches that the requests come in, with a look at the memory behind each.
+#: Batches that the requests come in, with a look at the memory after each.
 ROUNDS = 10
 #: A client that is gone may not have been noticed yet.
 SETTLE_S = 1.0

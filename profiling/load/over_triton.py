@@ -2,8 +2,8 @@
 
     python -m starling.profiling.load.over_triton --http 127.0.0.1:8000 --metrics 127.0.0.1:8002 --pid PID
 
-Every request must end in an answer, a disconnect of ours, or a refusal that names the field; afterwards rows, metrics
-and memory must come out even. The clients are the standard library's, nothing of ours.
+Every request must end in an answer, the client's own disconnect, or a refusal that names the field; afterwards rows,
+metrics and memory must come out even. The clients are the standard library's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which part of the decoder each node of an exported graph belongs to.
 
 The exporter keeps the checkpoint's names on the weights ("model.layers.3.mlp.down_proj.weight_q8"), so a node with a
-weight says itself what it is. A node without one belongs to what it leads to: an activation to the MLP's product behind
+weight says itself what it is. A node without one belongs to what it leads to: an activation to the MLP's product after
 it, a reshape to its attention, and whatever only follows the logits to the choice of the token.
 """
 

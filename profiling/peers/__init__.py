@@ -14,7 +14,7 @@ the runtime go to stderr). All times are milliseconds.
     {"op": "open", "model": FOLDER, "threads": int, "capacity": int, "device": "cpu" | "cuda", "settings": {…}}
         capacity: prompt and new tokens of one run; settings: the runtime's own, of the catalogue
         -> {"load_ms": float, "versions": {package: version}}
-    {"op": "run", "prompt": [int], "new_tokens": int}                     greedy, goes on behind end tokens
+    {"op": "run", "prompt": [int], "new_tokens": int}                     greedy, goes on after end tokens
         -> {"setup_ms": float, "ttft_ms": float, "itl_ms": [float], "tokens": [int], "peak_rss_bytes": int | null}
     {"op": "logits", "tokens": [[int]], "context": int, "file": PATH}     written to the file, see stored_logits.py
         -> {"shape": [rows, window - context, vocab]}

@@ -69,7 +69,7 @@ def _transformers(precision: str, dtype: str, name: str | None = None, **setting
 
 
 _OPTIMUM_ONNX = {"library": "optimum-onnx"}
-#: OpenVINO computes an fp32 model in bfloat16 where the processor can, unless it is told.
+#: OpenVINO computes an fp32 model in bfloat16 where the processor can, by default.
 _OPENVINO_FP32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 CPU_PEERS = (

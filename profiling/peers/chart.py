@@ -12,7 +12,7 @@ Document = Mapping[str, Any]
 
 WIDTH, MARGIN = 900, 20
 ROW, HEADING, GAP = 24, 54, 18
-#: Left edges of the two panels of bars and their width, and the right edge of the figures behind them.
+#: Left edges of the two panels of bars and their width, and the right edge of the figures after them.
 DECODE_X, TTFT_X, BAR, KL_X = 190, 480, 200, WIDTH - MARGIN
 
 STYLE = """
@@ -55,7 +55,7 @@ def _head(document: Document) -> tuple[list[str], int]:
 
 
 def _group(title: str, rows: Sequence[Document], quality: Document, top: int) -> list[str]:
-    """The fastest decode first, whoever it is."""
+    """The fastest decode first."""
     ordered = sorted(rows, key=lambda row: -float(row["decode_tokens_per_s"]))
     most, longest = (max(float(row[key]) for row in rows) for key in ("decode_tokens_per_s", "ttft_ms"))
     marks = [

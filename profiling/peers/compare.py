@@ -99,7 +99,7 @@ def main(
       python -m starling.profiling.peers.compare smollm2 smollm2-int8 smollm2-int4 --peers peers --output peers.json
     """
     try:
-        # Found out now rather than behind minutes of measuring.
+        # Found out now rather than after minutes of measuring.
         if output is not None and not output.absolute().parent.is_dir():
             raise UserError(f"{output.parent} is no folder; choose another --output")
         ours = [Bundle.open(bundle) for bundle in bundles]

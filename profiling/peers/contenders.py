@@ -74,7 +74,7 @@ def in_genai(ours: Sequence[Contender], peers: Sequence[Contender]) -> list[Cont
 def by_precision(ours: Sequence[Contender], others: Sequence[Contender]) -> dict[str, list[Contender]]:
     """The contenders of each precision that we have, ours first. Raises UserError where there is no peer for any.
 
-    The order of precisions is that of `ours`, so that a group has the first of ours at its head: the others' base.
+    The order of precisions is that of `ours`, so that a group begins with our first contender: the others' base.
     """
     groups = {one.precision: [o for o in [*ours, *others] if o.precision == one.precision] for one in ours}
     _require_names([contender for group in groups.values() for contender in group])

@@ -40,7 +40,7 @@ def python_of(folder: Path) -> Path:
 def run_logged(command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> None:
     """Run a program of a peer's environment, all that it prints added to `log`.
 
-    Nothing of ours and nothing of the network enters: PYTHONPATH is taken away. Raises StarlingError, with the last
+    Neither our package nor the network enters: PYTHONPATH is taken away. Raises StarlingError, with the last
     line that it printed, where it fails.
     """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | dict(variables or {})

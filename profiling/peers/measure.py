@@ -12,7 +12,7 @@ import numpy as np
 from starling.engine.errors import BackendError
 from starling.profiling.peers.worker_process import WorkerProcess
 
-#: Thread pools go on spinning for some 50 ms behind a run; the next contender starts when they have gone to sleep.
+#: Thread pools go on spinning for some 50 ms after a run; the next contender starts when they have gone to sleep.
 SETTLE_S = 0.25
 #: Enough for a compiled peer to record its graphs, too.
 WARM_UP_TOKENS = 8

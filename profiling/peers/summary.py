@@ -17,7 +17,7 @@ from starling.profiling.peers.measure import Run
 class Summary:
     """One contender on one prompt length: medians over the repeats, and our figures over its own, pair by pair.
 
-    A ratio is the median over the repeats of ours / this contender's, both of the same repeat and of the same
+    A ratio is the median over the repeats of our figure / this contender's, both of the same repeat and of the same
     precision: above 1 is our gain in decode, below 1 our gain in TTFT. `first_difference` has, for every repeat, the
     index of the first greedy token that differs from ours, None where all agree. `peak_rss_bytes` is the greatest.
     """

@@ -28,7 +28,7 @@ class WorkerProcess:
     def __init__(self, name: str, python: str, module: str) -> None:
         self.name = name
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        # A peer's environment is its own: nothing of ours may enter it, and no bytecode of its Python our folder.
+        # A peer's environment is its own: our package may not enter it, nor its Python's bytecode our folder.
         environment = {
             key: value for key, value in os.environ.items() if key != "PYTHONPATH" or python == sys.executable
         }

@@ -71,7 +71,8 @@ def evaluate(
 ) -> Evaluation:
     """Run `bundle` over the text; `keep` is the dtype in which its logits are kept ("float16", "float32").
 
-    `progress` is told steps done and in all. Raises UserError where the reference is of another text or vocabulary.
+    `progress` gets the steps done and their total. Raises UserError where the reference is of another text or
+    vocabulary.
     """
     tokens = bundle_windows(bundle, text, options)
     context = min(options.context, tokens.shape[1] - 1)
@@ -102,14 +103,14 @@ def bundle_windows(bundle: Bundle, text: str, options: Options) -> Tokens:
 
 
 def teacher_forced(backend: Backend, tokens: Tokens, context: int, batch: int) -> Iterator[Step]:
-    """The logits behind tokens context - 1 … window - 2 of each row, whatever the model would have said.
+    """The logits after tokens context - 1 … window - 2 of each row, whatever the model would have said.
 
     They are the backend's memory: valid until the next step is asked for.
     """
     for first in range(0, len(tokens), batch):
         rows = slice(first, min(first + batch, len(tokens)))
         group = tokens[rows]
-        prefilled = [backend.prefill(slot, row[:context], 0).logits()[0].copy() for slot, row in enumerate(group)]
+        prefilled = [backend.prefill(number, row[:context], 0).logits()[0].copy() for number, row in enumerate(group)]
         yield rows, context - 1, np.stack(prefilled)
         for at in range(context, group.shape[1] - 1):
             yield rows, at, backend.decode(group[:, at].tolist(), [at] * len(group)).logits()
@@ -146,7 +147,7 @@ def _open(bundle: Bundle, tokens: Tokens, options: Options) -> Backend:
 
 
 class _Closable(Iterator[Step]):
-    """Steps, and what has to be closed behind them."""
+    """Steps, and what has to be closed after them."""
 
     def __init__(self, steps: Iterator[Step], close: Callable[[], None]) -> None:
         self._steps, self.close = steps, close

@@ -1,7 +1,7 @@
 """Logits of a model on a text, kept in a file, so that a model can be a reference where it does not fit or run.
 
 The file is NumPy's .npz: `tokens` int64 [rows, window], `context` int64 (), and `logits` float16 or float32
-[rows, window - context, vocab], those behind tokens context - 1 … window - 2 of each row. float16 rounds a logit of 20
+[rows, window - context, vocab], those after tokens context - 1 … window - 2 of each row. float16 rounds a logit of 20
 by up to 0.008, which a KL of quantization (1e-3 and more) does not notice; use float32 to compare unquantized models.
 """
 

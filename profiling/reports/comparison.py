@@ -35,7 +35,7 @@ LEAST_RUNS = 4
 class Difference:
     """One metric of one point: medians over the runs of both, and B / A with its 95 % interval.
 
-    `of` is LAST_ROW where a batch's run is told by its slowest row, else None.
+    `of` is LAST_ROW where a batch's run counts by its slowest row, else None.
     """
 
     prompt_tokens: int

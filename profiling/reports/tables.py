@@ -70,7 +70,7 @@ class Figures:
 
 
 class Facts:
-    """A line for each name and what there is to say of it; a long one goes on below its own beginning."""
+    """A line for each name and its text; a long one goes on below its own beginning."""
 
     def __init__(self, rows: Mapping[str, str], style: str = "") -> None:
         self._rows, self._style = rows, style

@@ -8,7 +8,7 @@ from typing import Any
 from starling.engine.errors import ClosedError, QueueFullError, StarlingError, UserError
 
 BAD_REQUEST = "invalid_request_error"
-#: Seconds after which a refused client is told to try again.
+#: Seconds after which a refused client should try again.
 RETRY_AFTER_S = 1
 
 

@@ -16,7 +16,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # Behind another token a text keeps the space that it begins with.
+        # After another token a text keeps the space that it begins with.
         self._before = tokenizer.encode("a", add_special_tokens=False)
         self.text = lru_cache(maxsize=65536)(self._text)
 
@@ -53,5 +53,5 @@ class TokenTexts:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.text(token)
-        # A piece of a character has no text of its own, and its bytes cannot be told from that text.
+        # A piece of a character has no text of its own, and its bytes cannot be known from that text.
         return {"token": text, "logprob": logprob, "bytes": None if REPLACEMENT in text else list(text.encode())}

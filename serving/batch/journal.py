@@ -106,7 +106,7 @@ def _lock(file: IO[bytes], path: Path) -> None:
 
 
 def _cut_torn_line(file: IO[bytes]) -> int:
-    """Cut the file behind its last line end; the bytes that were cut off."""
+    """Cut the file after its last line end; the bytes that were cut off."""
     size = end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(end - _BLOCK, 0)

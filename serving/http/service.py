@@ -1,4 +1,4 @@
-"""One model behind the HTTP endpoints: it takes requests in, says no when there is no room, and ends them all."""
+"""One model behind the HTTP endpoints: it takes requests in, refuses them when the queue is full, and ends them all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Service:
         self.engine, self.limits = engine, limits
         self.texts = TokenTexts(engine.tokenizer)
         self.metrics = PrometheusMetrics(limits.models[0], loop.stats)
-        #: True once the server is told to end: what runs is finished, nothing new begins.
+        #: True once the server ends: what runs is finished, nothing new begins.
         self.draining = False
         self._loop = loop
         self._running: set[RequestHandle] = set()
@@ -29,7 +29,7 @@ class Service:
     async def start(self, request: ApiRequest, request_id: str) -> RequestHandle:
         """Queue a request, under the id of its HTTP request.
 
-        Raises ApiError: 400 for a bad prompt, 429 where there is no room, 503 at the end.
+        Raises ApiError: 400 for a bad prompt, 429 where the queue is full, 503 at the end.
         """
         if self.draining:
             raise shutting_down()

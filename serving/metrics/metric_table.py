@@ -1,4 +1,4 @@
-"""The metrics of a service, under vLLM's names so that its dashboards work: what there is, and what a request adds.
+"""The metrics of a service, under vLLM's names so that its dashboards work: the table, and what a request adds.
 
 Names, labels and buckets are those of vLLM's production metrics
 (https://docs.vllm.ai/en/latest/usage/metrics.html, vllm/v1/metrics/loggers.py). Nothing here needs a metrics library:

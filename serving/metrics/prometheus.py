@@ -63,7 +63,7 @@ class _State(Collector):
         stats = self._stats()
         yield self._gauge(RUNNING, stats.running)
         yield self._gauge(WAITING, stats.waiting)
-        yield self._gauge(CACHE_USAGE, stats.running / stats.slots)
+        yield self._gauge(CACHE_USAGE, stats.running / stats.max_batch)
         yield self._counter(PROMPT_TOKENS, stats.prompt_tokens)
         yield self._counter(GENERATION_TOKENS, stats.generated_tokens)
         ended = CounterMetricFamily(

@@ -67,7 +67,7 @@ class TritonMetrics:
     def _refresh(self, stats: ServingStats) -> None:
         self._state[table.RUNNING].set(stats.running)
         self._state[table.WAITING].set(stats.waiting)
-        self._state[table.CACHE_USAGE].set(stats.running / stats.slots)
+        self._state[table.CACHE_USAGE].set(stats.running / stats.max_batch)
         self._raise(self._state[table.PROMPT_TOKENS], stats.prompt_tokens)
         self._raise(self._state[table.GENERATION_TOKENS], stats.generated_tokens)
         ends = dict.fromkeys(_REASONS, 0)

@@ -32,7 +32,7 @@ from starling.serving.triton.socket_messages import (
     error_line,
 )
 
-#: Is told of each request that ended, on the socket's thread.
+#: Called with each request that ended, on the socket's thread.
 Ended = Callable[[Timings], None]
 
 
@@ -124,7 +124,7 @@ def socket_path(address: str) -> str:
 def stats_json(serving: ServingLoop) -> str:
     """The serving loop's figures as a JSON object."""
     stats = serving.stats()
-    figures = ("slots", "running", "waiting", "submitted", "refused", "prompt_tokens", "generated_tokens")
+    figures = ("max_batch", "running", "waiting", "submitted", "refused", "prompt_tokens", "generated_tokens")
     return json.dumps({**{name: getattr(stats, name) for name in figures}, "ended": dict(stats.ended)})
 
 

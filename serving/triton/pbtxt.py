@@ -14,7 +14,7 @@ InstanceKind = Literal["cpu", "gpu"]
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What Triton is told of one model on the Python backend: one instance, no batching by Triton."""
+    """Triton's configuration of one model on the Python backend: one instance, no batching by Triton."""
 
     name: str
     comment: str

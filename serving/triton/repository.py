@@ -26,7 +26,7 @@ from starling.serving.triton.vllm import VllmInterface
 
 TENSORRT_LLM_MODEL = "ensemble"
 VLLM_MODEL = "vllm_model"
-#: Its presence says that a folder is a repository of ours, which --force may replace.
+#: Its presence says that starling wrote the repository, which --force may replace.
 MARK = "starling.json"
 _VERSION = "1"
 _MODEL_PY = '''"""{what}"""
@@ -80,8 +80,8 @@ class RepositoryOptions:
 def write_repository(bundle: Bundle, target: Path, options: RepositoryOptions) -> None:
     """Write the repository of `bundle` to `target`.
 
-    Raises UserError where `target` is taken: without `force` by anything, with it by what is no repository of ours;
-    StarlingError where the disk is full or the place cannot be written.
+    Raises UserError where `target` is taken: without `force` by anything, with it by what starling did not
+    write; StarlingError where the disk is full or the place cannot be written.
     """
     target = target.absolute()
     with new_folder(target, lambda: _check_target(target, options.force)) as draft:

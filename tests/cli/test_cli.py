@@ -74,7 +74,7 @@ def test_tokenize_takes_plain_text_and_shows_pieces(demo_bundle: Path) -> None:
     assert [line.split()[1] for line in pieces] == ["'Hi'", "'Ġthere'"]
 
 
-def test_tokenize_opens_the_assistants_turn_behind_a_user_only(tiny_bundle: Path) -> None:
+def test_tokenize_opens_the_assistants_turn_after_a_user_only(tiny_bundle: Path) -> None:
     ids = document("tokenize", tiny_bundle, "--turn", "user=Hello", "--turn", "assistant=Hi")["ids"]
     assert ids[-2:] == [15359, 32000]
 

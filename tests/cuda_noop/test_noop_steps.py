@@ -99,7 +99,7 @@ def test_a_step_that_the_host_feeds_has_two_copies_more_and_no_kernel(case: tupl
         for row in range(rows):
             backend.prefill(row, PROMPT, 0)
         with counted() as step:
-            backend.decode([5] * rows, [len(PROMPT)] * rows).next_tokens()
+            backend.decode([5] * rows, [len(PROMPT)] * rows).tokens()
         assert kernels(step) == 0
         assert step["graph launch"] == 1
         assert sum(times for what, times in step.items() if "copy" in what) == 3
@@ -109,7 +109,7 @@ def test_a_step_that_the_host_feeds_has_two_copies_more_and_no_kernel(case: tupl
 def test_a_prompt_is_waited_for_once(case: tuple[str, int]) -> None:
     name, rows = case
     with opened(name, rows=rows) as backend, counted() as prefill:
-        backend.prefill(rows - 1, np.arange(1, 300), 0).next_tokens()
+        backend.prefill(rows - 1, np.arange(1, 300), 0).tokens()
     assert prefill["wait for an event"] + prefill["wait for a stream"] <= 2
     assert not [what for what in prefill if what.startswith(("waiting copy", "cudaMalloc"))]
 

@@ -15,7 +15,7 @@ from starling.engine.bundle.manifest import FORMAT_VERSION, FileRecord, TensorSp
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.dialects import DIALECTS
 from starling.export.exporter import ExportOptions, export_bundle
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.qdq_settings import QdqQuantization
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ def manifests(
 ) -> list[dict[str, Any]]:
     """bundle.json of bundles that together have every field."""
     folder = tmp_path_factory.mktemp("page")
-    int8 = ExportOptions(dtype="fp16", quantization=Quantization("int8"), check=False)
+    int8 = ExportOptions(dtype="fp16", quantization=BlockQuantization("int8"), check=False)
     w8a8 = ExportOptions(dialect="tensorrt", dtype="fp16", quantization=QdqQuantization("w8a8", keep=()), check=False)
     made = [export_bundle(tiny_checkpoint, folder / name, how) for name, how in (("int8", int8), ("w8a8", w8a8))]
     return [json.loads((tiny_bundle / "bundle.json").read_text(encoding="utf-8")), *made]

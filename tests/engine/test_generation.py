@@ -55,7 +55,7 @@ def test_greedy_equals_prefilling_the_whole_text_for_each_token(backend: Backend
     [result] = run(backend, sequence(tokenizer, PROMPTS[0]))
     ids = list(PROMPTS[0])
     for _ in range(GREEDY.max_tokens):
-        ids += backend.prefill(0, np.array(ids), 0).next_tokens()
+        ids += backend.prefill(0, np.array(ids), 0).tokens()
     assert result.tokens == tuple(ids[len(PROMPTS[0]) :])
     assert len(set(result.tokens)) > 3, "a model that repeats itself would prove nothing"
 
@@ -85,7 +85,7 @@ def test_a_row_that_filled_its_cache_leaves_the_others_right(backend: Backend, t
     full = tuple(range(700, 700 + MAX_SEQ - 3))
     [alone] = run(backend, sequence(tokenizer, PROMPTS[0]))
     first, second = run(backend, sequence(tokenizer, full, long), sequence(tokenizer, PROMPTS[0]))
-    # The last token needs no position: nothing is decoded behind it.
+    # The last token needs no position: nothing is decoded after it.
     assert (first.finish_reason, len(first.tokens)) == ("length", 4)
     assert second.tokens == alone.tokens
 

@@ -72,7 +72,7 @@ def test_the_answer_is_sensible(demo_bundle: Path) -> None:
 
 @pytest.fixture(scope="session")
 def genai_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """onnxruntime-genai in a folder of its own: it is no dependency of ours."""
+    """onnxruntime-genai in a folder of its own: it is not a dependency."""
     folder = tmp_path_factory.mktemp("genai")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), GENAI]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

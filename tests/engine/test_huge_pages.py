@@ -1,4 +1,4 @@
-"""Memory that a block gains lies on huge pages behind it, its contents unchanged, within a bounded time."""
+"""Memory that a block gains lies on huge pages after it, its contents unchanged, within a bounded time."""
 
 import mmap
 import sys

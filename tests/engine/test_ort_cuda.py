@@ -22,7 +22,7 @@ from starling.engine.generation.sampler import SamplingParams
 from starling.engine.serving_loop import ServingLoop
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 
 POSITIONS, ROWS = 96, 3
 PROMPTS = [[1, 420, 6316, 28781], [1, 7596, 1247, 28747, 26256, 2936, 7653, 1413], list(range(900, 930))]
@@ -34,7 +34,7 @@ def bundle(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Checkpoint
 ) -> Bundle:
     folder = tmp_path_factory.mktemp("cuda") / "bundle"
-    how = None if request.param is None else Quantization(request.param)
+    how = None if request.param is None else BlockQuantization(request.param)
     export_bundle(tiny_checkpoint, folder, ExportOptions(dtype="fp16", quantization=how))
     return Bundle.open(folder)
 
@@ -42,7 +42,7 @@ def bundle(
 @pytest.fixture(scope="module")
 def oracle(bundle: Bundle) -> Iterator[Engine]:
     with Engine(bundle, backend="onnxruntime-cpu", max_seq=POSITIONS, max_batch=ROWS, threads=1) as engine:
-        assert engine.backend.pipeline is None
+        assert engine.backend.steps_ahead is None
         yield engine
 
 

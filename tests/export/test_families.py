@@ -1,4 +1,4 @@
-"""Every family is proved against PyTorch: prefill, a chunk behind it, decode, and beyond the sliding window."""
+"""Every family is proved against PyTorch: prefill, a chunk after it, decode, and beyond the sliding window."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from starling.engine.kernels import kernel_library
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,7 @@ def test_int8_on_the_kernels_is_as_near_to_pytorch_as_on_onnx_runtimes_operators
     family: Family, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
-    options = ExportOptions(quantization=Quantization("int8"), check=False)
+    options = ExportOptions(quantization=BlockQuantization("int8"), check=False)
     export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", options)
     ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -104,7 +104,7 @@ def test_int8_on_the_kernels_is_as_near_to_pytorch_as_on_onnx_runtimes_operators
 
 
 def steps_of(bundle: Path, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], dict[int, NDArray[np.float32]]]:
-    """Logits behind all tokens at once; and by position, of a prefill, a chunk behind it, and decode steps."""
+    """Logits after all tokens at once; and by position, of a prefill, a chunk after it, and decode steps."""
     backend = open_backend(Bundle.open(bundle), name="onnxruntime-cpu", max_seq=64, max_batch=1)
     whole = backend.prefill(0, tokens, 0).logits()[0].copy()
     steps = {11: backend.prefill(0, tokens[:12], 0).logits()[0].copy()}

@@ -61,7 +61,7 @@ def test_every_weight_is_within_half_a_step(grid: Grid, steps: float, block: int
     rows[3] = 0
     scales = weight_scales(rows, grid, block, dtype)
     back = quantize_weight(rows, scales, grid).float() * scales.float().repeat_interleave(64 // scales.shape[1], dim=1)
-    # float8 has 3 bits behind the leading one: a step is an eighth of the value's power of two
+    # float8 has 3 bits after the leading one: a step is an eighth of the value's power of two
     step = rows.abs() / 8 if grid is FP8 else scales.float().repeat_interleave(64 // scales.shape[1], dim=1)
     tiny = 2**-9 * scales.float().max() if grid is FP8 else 1e-6
     rounding = torch.finfo(dtype).eps * rows.abs()  # of the scale itself, at the very ends of the range

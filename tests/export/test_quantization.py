@@ -15,10 +15,10 @@ from starling.engine.errors import UserError
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
-from starling.export.quantization.blocks import Quantization, quantize_rows
+from starling.export.quantization.blocks import BlockQuantization, quantize_rows
 
 
-def dequantize(data: Tensor, scales: Tensor, zeros: Tensor, how: Quantization, columns: int) -> Tensor:
+def dequantize(data: Tensor, scales: Tensor, zeros: Tensor, how: BlockQuantization, columns: int) -> Tensor:
     """The formula of MatMulNBits, written out."""
     if how.bits == 4:
         data = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
@@ -31,7 +31,7 @@ def dequantize(data: Tensor, scales: Tensor, zeros: Tensor, how: Quantization, c
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("columns", [64, 80, 96])  # 80: a short last block; 96: an odd number of blocks
 def test_every_weight_is_within_half_a_step(scheme: str, symmetric: bool, columns: int) -> None:
-    how = Quantization(scheme, block_size=32, symmetric=symmetric)
+    how = BlockQuantization(scheme, block_size=32, symmetric=symmetric)
     rows = torch.randn(7, columns, generator=torch.Generator().manual_seed(0))
     rows[3] = 0  # a row of zeros has no scale of its own
     rows[4] = rows[4].abs() + 1  # a row without a sign change still holds zero exactly
@@ -47,7 +47,7 @@ def test_every_weight_is_within_half_a_step(scheme: str, symmetric: bool, column
 def test_the_bundle_says_how_far_it_is_from_pytorch(
     scheme: str, mean_kl: float, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    options = ExportOptions(quantization=Quantization(scheme), check=True)
+    options = ExportOptions(quantization=BlockQuantization(scheme), check=True)
     export_bundle(tiny_checkpoint, tmp_path / "bundle", options)
     parity = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["parity"]
     assert 0 < parity["mean_kl"] < mean_kl
@@ -59,7 +59,7 @@ def test_a_width_that_no_block_divides(scheme: str, tiny_checkpoint: Checkpoint,
     """hidden 80 in blocks of 32 ends in half a block, in the tied embedding as in every projection."""
     family = Family("narrow", "llama", {"hidden_size": 80, "tie_word_embeddings": True})
     folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
-    options = ExportOptions(quantization=Quantization(scheme, block_size=32), check=True)
+    options = ExportOptions(quantization=BlockQuantization(scheme, block_size=32), check=True)
     export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", options)
     parity = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["parity"]
     assert parity["mean_kl"] < (
@@ -84,7 +84,7 @@ def test_int8_of_the_real_model_is_close(demo_int8_bundle: Path) -> None:
 
 
 def test_fp16_activations_with_quantized_weights(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    options = ExportOptions(dtype="fp16", quantization=Quantization("int8"), check=False)
+    options = ExportOptions(dtype="fp16", quantization=BlockQuantization("int8"), check=False)
     export_bundle(tiny_checkpoint, tmp_path / "bundle", options)
     backend = open_backend(Bundle.open(tmp_path / "bundle"), name="onnxruntime-cpu", max_seq=32)
     logits = backend.prefill(0, np.array([1, 420, 6316]), 0).logits()[0]
@@ -103,9 +103,9 @@ def test_fp16_activations_with_quantized_weights(tiny_checkpoint: Checkpoint, tm
 )
 def test_unknown_settings_are_named(settings: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        Quantization(**settings)  # type: ignore[arg-type]
+        BlockQuantization(**settings)  # type: ignore[arg-type]
 
 
 def test_the_oracle_stays_in_full_precision() -> None:
     with pytest.raises(UserError, match="--dialect ort"):
-        ExportOptions(dialect="canonical", quantization=Quantization("int8"))
+        ExportOptions(dialect="canonical", quantization=BlockQuantization("int8"))

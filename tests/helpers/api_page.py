@@ -42,14 +42,14 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
     "Exporting": [
         ("export.checkpoints.model_source", "open_checkpoint"),
         *(("export.exporter", "export_bundle"), ("export.exporter", "ExportOptions")),
-        *(("export.quantization.blocks", "Quantization"), ("export.quantization.qdq_settings", "QdqQuantization")),
+        *(("export.quantization.blocks", "BlockQuantization"), ("export.quantization.qdq_settings", "QdqQuantization")),
     ],
 }
 #: Classes that a program makes itself; it is given the others, or they are dataclasses.
 MADE = {"Engine", "ServingLoop"}
 #: Members for other parts of Starling, and for `with`.
 INTERNAL = {
-    *("lend", "take_back", "prepare", "displace", "backend", "chat_templates"),
+    *("reserve", "release", "prepare", "displace", "backend", "chat_templates"),
     *("blocks", "block_for", "bits", "weights", "activations", "to_json"),
 }
 #: Types that are words, by their module; the comment above them says what the words mean.

@@ -27,7 +27,7 @@ from triton_server import answers
 #: A command that does not end by itself.
 _SERVER = re.compile(r"\bstarling serve (?!.*--help)|\bstart\.sh\b")
 _PORT = re.compile(r"((?:127\.0\.0\.1|localhost|0\.0\.0\.0):|--port[ =])(\d{4,5})\b")
-#: Ports that commands take unless they are told another, by the name of start.sh's variable.
+#: Ports that commands take by default, by the name of start.sh's variable.
 DEFAULT_PORTS = {"HTTP": 8000, "GRPC": 8001, "METRICS": 8002}
 READY_PATHS = ("/ready", "/v2/health/ready")
 COMMAND_S, READY_S, END_S = 600, 90, 60
@@ -134,7 +134,7 @@ class Reader:
         return log.read_text(errors="replace")
 
     def _server_command(self, text: str, *, named: bool) -> str:
-        """The command with free ports, told where it would take its usual ones."""
+        """The command with free ports, given where it would take its usual ones."""
         text = self._with_ports(text)
         if "start.sh" in text:
             return " ".join(f"{name}={self._port(usual)}" for name, usual in DEFAULT_PORTS.items()) + f" {text}"

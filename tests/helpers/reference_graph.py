@@ -24,14 +24,14 @@ class ReferenceGraph:
         arch, kind = self.bundle.architecture, TYPES[self.bundle.kv_cache.dtype]
         shape = (rows, arch.kv_heads, positions, arch.head_dim)
         names = [f"{i}.{side}" for i in range(arch.layers) for side in ("key", "value")]
-        # not zeros: what lies behind a row's valid positions must not matter
+        # not zeros: what lies after a row's valid positions must not matter
         self.cache = {name: np.full(shape, 7, kind) for name in names}
         self.noise = np.zeros((rows, positions), np.float32)
 
     def step(
         self, rows: slice, ids: npt.ArrayLike, past_lengths: npt.ArrayLike, **choice: float
     ) -> dict[str, npt.NDArray[Any]]:
-        """Write `ids` [k, n] behind the first `past_lengths` [k] positions of k rows; logits as float32 [k, vocab].
+        """Write `ids` [k, n] after the first `past_lengths` [k] positions of k rows; logits as float32 [k, vocab].
 
         `choice`: temperature, top_k, top_p of all rows; greedy unless given.
         """

@@ -106,7 +106,7 @@ def without_added_token(document: str, text: str) -> str:
 
 
 def phi3_like() -> str:
-    """Starling's vocabulary with Phi-3's turn tokens, which swallow the space behind them."""
+    """Starling's vocabulary with Phi-3's turn tokens, which swallow the space after them."""
     names = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|placeholder|>")
     return with_tokens(tokenizer_json(STARLING), [{"content": name, "rstrip": True} for name in names])
 

@@ -229,4 +229,4 @@ def test_a_peer_gives_all_tokens_and_the_logits_of_its_precision(
     assert divergence.mean_kl < FAR.get(name, BOUNDS[contender.precision])
     if contender.precision == "fp32" and not name.endswith("default"):
         assert END in truth.tokens[:-1]
-        assert run["tokens"] == truth.tokens  # behind the end token, too
+        assert run["tokens"] == truth.tokens  # after the end token, too

@@ -86,7 +86,7 @@ class TestWorkerProtocol:
         assert unknown == {"error": "ValueError: unknown op 'fly'"}
         assert cpu["cpu_ms"] > 0
 
-    def test_logits_are_those_behind_each_token_from_the_last_of_the_context_on(self, tmp_path: Path) -> None:
+    def test_logits_are_those_after_each_token_from_the_last_of_the_context_on(self, tmp_path: Path) -> None:
         rows, file = [[4, 9, 9, 1, 2], [7, 7, 3, 3, 3]], tmp_path / "logits.npz"
         (reply,) = exchange({"op": "logits", "tokens": rows, "context": 2, "file": str(file)})
         assert reply == {"shape": [2, 3, VOCABULARY]}

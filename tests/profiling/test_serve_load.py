@@ -11,7 +11,7 @@ from starling.profiling.load import over_http as serve_load
 pytestmark = pytest.mark.slow
 
 
-def test_mixed_requests_all_end_and_leave_slots_and_metrics_even(
+def test_mixed_requests_all_end_and_leave_rows_and_metrics_even(
     tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--max-batch", "2", "--max-queue", "2", "--max-seq", "512")

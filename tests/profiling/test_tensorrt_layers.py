@@ -66,7 +66,7 @@ def layers() -> TensorRTLayers:
         ),
         pytest.param("PWN(PWN(node_Sigmoid_12, node_silu), node_mul_13)", MLP, "Sigmoid+Mul", id="pointwise"),
         pytest.param("[ONNX Layer: node__symbolic_6][ONNX Layer: node_mul_5]", ATTENTION, "TRT_Attention+Mul", id="["),
-        pytest.param("(Unnamed Layer* 12) [Shuffle] + node_MatMul_24", LM_HEAD, "MatMul", id="behind an unnamed one"),
+        pytest.param("(Unnamed Layer* 12) [Shuffle] + node_MatMul_24", LM_HEAD, "MatMul", id="after an unnamed one"),
         pytest.param("Reformatting CopyNode for Input Tensor 0 to node_MatMul_24", LM_HEAD, "Reformat", id="reformat"),
         pytest.param(
             "Reformatting CopyNode for Input Tensor 1 to {ForeignNode[node_argmax...node_argmax]}",

@@ -80,7 +80,7 @@ def test_what_takes_minutes_runs(document: Path, tmp_path: Path, exported: Expor
 
 
 def test_what_is_not_run_is_what_the_list_says() -> None:
-    """The list is for whoever reviews a change: what no test runs may not grow unseen."""
+    """The list is for reviewers of a change: what no test runs may not grow unseen."""
     listed = NOT_RUN.read_text()
     found = "".join(f"{line}\n" for line in sorted(_listing()))
     assert found == listed, f"{NOT_RUN} would have to be:\n{found}"

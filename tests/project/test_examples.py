@@ -15,7 +15,7 @@ from example_prompts import Example, documented_examples
 
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 
 QUESTION = "What is the capital of South Korea?"
 #: The least by which a token of a beginning leads, in logits, on fp32 and int8: the kernels of int8 differ by 0.4.
@@ -63,7 +63,7 @@ def examples() -> list[Example]:
 def demo_int4_bundle(demo_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2, weight-only INT4, as `--no-check` leaves it."""
     out = tmp_path_factory.mktemp("int4") / "bundle"
-    export_bundle(demo_checkpoint, out, ExportOptions(quantization=Quantization("int4"), check=False))
+    export_bundle(demo_checkpoint, out, ExportOptions(quantization=BlockQuantization("int4"), check=False))
     return out
 
 

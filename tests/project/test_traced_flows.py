@@ -24,13 +24,13 @@ from starling.engine import Engine
 from starling.engine.serving_loop import ServingLoop
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 from starling.serving.http.app import make_app
 from starling.serving.http.request_bodies import API_DEFAULTS, Limits
 from starling.serving.http.service import Service
 
 MAP = ROOT / "docs" / "architecture.md"
-#: Folders with files of ours; environments lie in the checkout too.
+#: Folders with our files; environments lie in the checkout too.
 ROOMS = ("cli", "engine", "export", "profiling", "serving")
 #: The most files that each may pass: what was reached. The aims of the layout were 5, 15 and 25.
 TOKEN_FILES, CHAT_FILES, EXPORT_FILES = 9, 31, 43
@@ -130,7 +130,7 @@ def export_functions(out: Path) -> Functions:
     recorder = Recorder()
     with recorder.installed(), recorder.on():
         checkpoint = open_checkpoint("random:starling-tiny")
-        export_bundle(checkpoint, out, ExportOptions(quantization=Quantization("int8"), check=True))
+        export_bundle(checkpoint, out, ExportOptions(quantization=BlockQuantization("int8"), check=True))
     return recorder.functions()
 
 

@@ -143,7 +143,7 @@ def test_tritonclient_http_reads_the_models(server: TritonServer) -> None:
         command = http.InferInput("command", [1], "BYTES")
         command.set_data_from_numpy(np.array([b"stats"], dtype=object))
         stats = json.loads(client.infer("starling", [command]).as_numpy("answer")[0])
-        print(json.dumps([inputs["max_tokens"], client.is_model_ready("vllm_model"), stats["slots"]]))
+        print(json.dumps([inputs["max_tokens"], client.is_model_ready("vllm_model"), stats["max_batch"]]))
     """
     command = [server.environment / "bin" / "python", "-c", script, server.http]
     printed = json.loads(subprocess.check_output(command, text=True, timeout=TIMEOUT_S))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from starling.engine.backends.cuda.cuda_device import address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
-from starling.engine.backends.logits import HOST_TYPES, Logits, check_finite, logits_reader
+from starling.engine.backends.logits import HOST_TYPES, Logits, logits_reader
 
 
 class HostLogits:
@@ -34,14 +32,8 @@ class DeviceOutput:
         """`address`: where the step's logits are on the device."""
         self._tokens, self._logits, self._address = tokens, logits, address
 
-    def next_tokens(self) -> list[int]:
-        """The token chosen on the device, one for each row. Raises BackendError for logits that are no numbers."""
-        if min(self._tokens) < 0:
-            check_finite(math.nan)
-        return self._tokens
-
-    def choices(self) -> list[int]:
-        """The same, with -1 for a row of logits that are no numbers."""
+    def tokens(self) -> list[int]:
+        """The token chosen on the device for each row; -1 for a row of logits that are not numbers."""
         return self._tokens
 
     def logits(self) -> Logits:

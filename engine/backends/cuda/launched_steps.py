@@ -10,7 +10,7 @@ from starling.engine.backends.backend import check_room
 from starling.engine.backends.cuda.cuda_device import address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 
-#: One step that runs and one behind it: a third would only be thrown away when a row ends.
+#: One step that runs and one after it: a third would only be thrown away when a row ends.
 DEPTH = 2
 TOKEN_BYTES = 8
 
@@ -37,20 +37,20 @@ class LaunchedSteps:
 
     def launch(self, step: Callable[[], None], rows: int, chosen: int) -> None:
         """Launch `step`, which leaves `rows` tokens at the device address `chosen`."""
-        slot = (self._oldest + self._count) % DEPTH
+        place = (self._oldest + self._count) % DEPTH
         step()
-        self._memory.copy(address_of(self._tokens[slot]), chosen, rows * TOKEN_BYTES)
-        self._memory.device.record(self._events[slot], self._memory.stream)
-        self._rows[slot] = rows
+        self._memory.copy(address_of(self._tokens[place]), chosen, rows * TOKEN_BYTES)
+        self._memory.device.record(self._events[place], self._memory.stream)
+        self._rows[place] = rows
         self._count += 1
 
     def oldest(self) -> list[int]:
         """Wait for the oldest launched step; its tokens, one for each of its rows."""
-        slot = self._oldest
-        self._memory.device.wait(self._events[slot])
-        self._oldest = (slot + 1) % DEPTH
+        place = self._oldest
+        self._memory.device.wait(self._events[place])
+        self._oldest = (place + 1) % DEPTH
         self._count -= 1
-        tokens: list[int] = self._tokens[slot, : self._rows[slot]].tolist()
+        tokens: list[int] = self._tokens[place, : self._rows[place]].tolist()
         return tokens
 
     def drop(self) -> None:
@@ -60,7 +60,7 @@ class LaunchedSteps:
 
 
 class LaunchingBackend:
-    """What backends share whose device chooses tokens and feeds them: they are their own `TokenPipeline`."""
+    """What backends share whose device chooses tokens and feeds them: they are their own `StepsAhead`."""
 
     max_seq: int
     max_batch: int
@@ -70,7 +70,7 @@ class LaunchingBackend:
     _lengths: list[int]
 
     @property
-    def pipeline(self) -> Self:
+    def steps_ahead(self) -> Self:
         """Itself: tokens are chosen on the device, and a step finds there those of the step before."""
         return self
 

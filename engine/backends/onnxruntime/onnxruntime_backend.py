@@ -91,7 +91,7 @@ class OrtBackend:
 
     name = "onnxruntime"
     provider = CPU
-    pipeline = None
+    steps_ahead = None
     note: str | None = None
 
     def __init__(
@@ -133,7 +133,7 @@ class OrtBackend:
     def prefill(self, row: int, tokens: Tokens, start: int) -> StepOutput:
         """Write `tokens` int64 [n] at start..start+n of row `row`.
 
-        GroupQueryAttention takes a chunk behind a non-empty cache only with batch 1, hence the view of one row.
+        GroupQueryAttention takes a chunk after a non-empty cache only with batch 1, hence the view of one row.
         """
         first = 0
         while first < len(tokens):
@@ -170,7 +170,7 @@ class OrtBackend:
         return found.output
 
     def clear(self, row: int) -> None:
-        """Nothing to do: the operators read no position behind a row's end (tested on the CPU)."""
+        """Nothing to do: the operators read no position after a row's end (tested on the CPU)."""
 
     def end_profiling(self) -> Path:
         """The file in which ONNX Runtime has timed every operator, complete from now on."""
@@ -254,7 +254,7 @@ class OrtBackend:
 
 
 def _why_no_verify(bundle: Bundle) -> str | None:
-    """Why the graph cannot give logits behind several tokens of a row; None where it can."""
+    """Why the graph cannot give logits after several tokens of a row; None where it can."""
     if any(spec.name == LOGITS_TO_KEEP for spec in bundle.graph.inputs):
         return None
     how = "export the model again" if bundle.dialect == "ort" else "export it with --dialect ort"

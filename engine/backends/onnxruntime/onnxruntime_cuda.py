@@ -71,7 +71,7 @@ class _Step:
 
 
 class OrtCudaBackend(LaunchingBackend):
-    """`Backend` and `TokenPipeline` with ONNX Runtime on one GPU. Not thread-safe."""
+    """`Backend` and `StepsAhead` with ONNX Runtime on one GPU. Not thread-safe."""
 
     name = "onnxruntime"
     provider = PROVIDER

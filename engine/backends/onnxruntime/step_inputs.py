@@ -59,7 +59,7 @@ class StepInputs:
     def step_writer(self, rows: int) -> StepWriter:
         """The function that writes one decode step of `rows` rows.
 
-        It writes through memoryviews that it keeps: behind a run of the model the caches are cold, and NumPy's paths
+        It writes through memoryviews that it keeps: after a run of the model the caches are cold, and NumPy's paths
         are long.
         """
         ids, place = self._ids.data, self._placer(rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from starling.engine.backends.logits import FINITE_TESTS, HOST_TYPES, LogitsReader, check_finite, logits_reader
+from starling.engine.backends.logits import FINITE_TESTS, HOST_TYPES, LogitsReader, logits_reader
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.names import NEXT_TOKENS
@@ -42,8 +42,7 @@ def allocate_cache(ort: Any, bundle: Bundle, rows: int, positions: int) -> dict[
 class OrtOutput:
     """Implements `starling.engine.backends.backend.StepOutput` over the buffers' first rows."""
 
-    next_tokens: Callable[[], list[int]]
-    choices: Callable[[], list[int]]
+    tokens: Callable[[], list[int]]
     logits: LogitsReader
 
 
@@ -74,7 +73,7 @@ class StepOutputs:
     def output(self, rows: int) -> OrtOutput:
         """What a step of the first `rows` rows leaves behind, made once.
 
-        It reads through memoryviews: behind a run of the model the caches are cold, and NumPy's paths are long.
+        It reads through memoryviews: after a run of the model the caches are cold, and NumPy's paths are long.
         """
         logits = logits_reader(self._raw[:rows], self._float32[:rows], self._kind)
         values, vocab, is_finite = self._raw.reshape(-1).data, self._raw.shape[1], FINITE_TESTS[self._kind]
@@ -83,15 +82,7 @@ class StepOutputs:
             in_graph.tolist if self._chosen_in_graph else lambda: logits().argmax(axis=-1).tolist()
         )
 
-        def next_tokens() -> list[int]:
-            chosen, start = likeliest(), 0
-            for token in chosen:
-                if not is_finite(values[start + token]):
-                    check_finite(logits()[start // vocab].max())
-                start += vocab
-            return chosen
-
-        def choices() -> list[int]:
+        def tokens() -> list[int]:
             chosen, start = likeliest(), 0
             for row, token in enumerate(chosen):
                 if not is_finite(values[start + token]):
@@ -99,4 +90,4 @@ class StepOutputs:
                 start += vocab
             return chosen
 
-        return OrtOutput(next_tokens, choices, logits)
+        return OrtOutput(tokens, logits)

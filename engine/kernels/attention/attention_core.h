@@ -1,4 +1,4 @@
-// Attention of some query rows over the keys and values of one head. Included inside a target region, behind
+// Attention of some query rows over the keys and values of one head. Included inside a target region, after
 // vector_math.h: the same text for every instruction set.
 //
 // Keys are taken in blocks (kKeys), and blocks in chunks (kChunk positions from a multiple of it), each chunk with a
@@ -54,7 +54,7 @@ struct Float32 {
 };
 
 // out = x [head_dim] with its pairs rotated by a position's angles, times scale. Pairs are (i, i + half), if
-// interleaved (2 i, 2 i + 1); what is behind them is only scaled.
+// interleaved (2 i, 2 i + 1); what is after them is only scaled.
 inline void rotate(const float* x, const Angles& angles, bool interleaved, int head_dim, float scale, float* out) {
   const int half = angles.count;
   int i = 0;

@@ -108,7 +108,7 @@ void GroupQueryAttention::compute(const Call& call) const {
           "present must be bound to the memory of past");
 
   thread_local Array<float> queries;
-  step.queries = grown(queries, static_cast<size_t>(step.batch) * step.tokens * query_width);
+  step.queries = grow(queries, static_cast<size_t>(step.batch) * step.tokens * query_width);
   const size_t all_tokens = static_cast<size_t>(step.batch) * step.tokens;
   constexpr size_t kSerialTokens = 4;  // waking the other threads costs more than writing this few
   if (all_tokens <= kSerialTokens) {
@@ -118,7 +118,7 @@ void GroupQueryAttention::compute(const Call& call) const {
   }
   if (step.tokens * step.group <= kSplitRows) return attend_split(call, step);
   step.tile = std::max(kTileRows / step.group, 1);
-  step.tiles = divided(step.tokens, step.tile);
+  step.tiles = ceil_div(step.tokens, step.tile);
   call.parallel(static_cast<size_t>(step.batch) * kv_heads_ * step.tiles,
                 [&](size_t task) { attend_tile(step, task); });
 }
@@ -155,7 +155,7 @@ AttentionRows GroupQueryAttention::rows_of(const Step& step, int row, int head, 
           window_};
 }
 
-// One tile of tokens against all chunks, one behind the other.
+// One tile of tokens against all chunks, one after the other.
 void GroupQueryAttention::attend_tile(const Step& step, size_t task) const {
   const int pairs = step.batch * kv_heads_;
   const int rank = static_cast<int>(task) / pairs, pair = static_cast<int>(task) % pairs;
@@ -168,7 +168,7 @@ void GroupQueryAttention::attend_tile(const Step& step, size_t task) const {
 
   thread_local Array<float> memory;
   const size_t size = partial_size(rows.count, rows.head_dim);
-  float* scratch = grown(memory, 2 * size + attend_scratch(rows.count, rows.head_dim));
+  float* scratch = grow(memory, 2 * size + attend_scratch(rows.count, rows.head_dim));
   const Partial sums = partial_at(scratch, rows.count), next = partial_at(scratch + size, rows.count);
   for (int begin = first * kChunk; begin < end; begin += kChunk) {
     const bool is_first = begin == first * kChunk;
@@ -182,13 +182,13 @@ void GroupQueryAttention::attend_tile(const Step& step, size_t task) const {
 void GroupQueryAttention::attend_split(const Call& call, const Step& step) const {
   const int pairs = step.batch * kv_heads_, count = step.tokens * step.group;
   int chunks = 0;
-  for (int row = 0; row < step.batch; ++row) chunks = std::max(chunks, divided(step.lengths[row] + 1, kChunk));
+  for (int row = 0; row < step.batch; ++row) chunks = std::max(chunks, ceil_div(step.lengths[row] + 1, kChunk));
   const size_t size = partial_size(count, step.head_dim);
   thread_local Array<float> memory;
-  float* partials = grown(memory, size * pairs * chunks);
+  float* partials = grow(memory, size * pairs * chunks);
   const auto bounds = [&](int row) {
     const int first = window_ > 0 ? std::max(step.start(row) + 1 - window_, 0) / kChunk : 0;
-    return std::pair(first, divided(step.lengths[row] + 1, kChunk));
+    return std::pair(first, ceil_div(step.lengths[row] + 1, kChunk));
   };
   call.parallel(static_cast<size_t>(pairs) * chunks, [&](size_t task) {
     const int pair = static_cast<int>(task) / chunks, chunk = static_cast<int>(task) % chunks;
@@ -197,7 +197,7 @@ void GroupQueryAttention::attend_split(const Call& call, const Step& step) const
     const AttentionRows rows = rows_of(step, pair / kv_heads_, pair % kv_heads_, 0, step.tokens);
     const int end = std::min((chunk + 1) * kChunk, step.lengths[pair / kv_heads_] + 1);
     thread_local Array<float> prepared;
-    float* scratch = grown(prepared, attend_scratch(count, rows.head_dim));
+    float* scratch = grow(prepared, attend_scratch(count, rows.head_dim));
     kernels_->attend(rows, chunk * kChunk, end, scratch, partial_at(partials + task * size, count));
   });
   for (int pair = 0; pair < pairs; ++pair) {

@@ -22,8 +22,7 @@ inline void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-// number / by, rounded up.
-inline int divided(int number, int by) { return (number + by - 1) / by; }
+inline int ceil_div(int number, int by) { return (number + by - 1) / by; }
 
 // The type of an input, and whether a node may leave it out.
 struct InputSpec {

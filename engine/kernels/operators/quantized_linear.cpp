@@ -66,8 +66,8 @@ QuantizedLinear::QuantizedLinear(const NodeInfo& node, NoContext) : kernels_(blo
           "weights must have 8 bits in blocks of 32");
   require(packed.inputs > 0 && packed.outputs > 0 && (!packed.gated || packed.outputs % 2 == 0), "K or N is unusable");
   require(packed.planes == 1 || packed.planes == 2, "planes must be 1 or 2");
-  packed.blocks = divided(packed.inputs, kBlock);
-  packed.pairs = packed.gated ? divided(packed.outputs / 2, kTile) : divided(packed.outputs, kPair);
+  packed.blocks = ceil_div(packed.inputs, kBlock);
+  packed.pairs = packed.gated ? ceil_div(packed.outputs / 2, kTile) : ceil_div(packed.outputs, kPair);
   norm_.epsilon = node.real("epsilon");
 
   const ort::Value* data = node.initializer(kData, "the weights are no initializer");
@@ -81,8 +81,8 @@ QuantizedLinear::QuantizedLinear(const NodeInfo& node, NoContext) : kernels_(blo
   const auto* bytes = data_of<const uint8_t>(node.api, data);
   const auto* factors = data_of<const float>(node.api, scales);
   for (int pair = 0; pair < packed.pairs; ++pair) pack_pair(packed, pair, bytes, factors);
-  let_go(bytes, static_cast<size_t>(blocks) * kBlock);
-  let_go(factors, static_cast<size_t>(blocks) * sizeof(float));
+  page_out(bytes, static_cast<size_t>(blocks) * kBlock);
+  page_out(factors, static_cast<size_t>(blocks) * sizeof(float));
 }
 
 void QuantizedLinear::compute(const Call& call) const {
@@ -105,7 +105,7 @@ void QuantizedLinear::compute(const Call& call) const {
   thread_local Array<int32_t> corrections;
   const int planes = weights_.planes;
   const size_t blocks = static_cast<size_t>(rows) * planes * weights_.blocks;
-  const QuantizedRows quantized{grown(values, blocks * kBlock), grown(scales, blocks), grown(corrections, blocks),
+  const QuantizedRows quantized{grow(values, blocks * kBlock), grow(scales, blocks), grow(corrections, blocks),
                                 weights_.blocks, planes};
   const auto round_row = [&](size_t row) { kernels_->quantize(x + row * inputs, inputs, norm, quantized, row); };
   constexpr int kSerialRows = 4;  // waking the other threads costs more than rounding this few
@@ -116,7 +116,7 @@ void QuantizedLinear::compute(const Call& call) const {
   }
 
   constexpr int kRowsOfTask = 96;  // so that there are enough tasks for many threads
-  const int groups = std::max(divided(rows * planes, kRowsOfTask), 1);
+  const int groups = std::max(ceil_div(rows * planes, kRowsOfTask), 1);
   call.parallel(static_cast<size_t>(weights_.pairs) * groups, [&](size_t task) {
     const int pair = static_cast<int>(task) / groups, first = static_cast<int>(task) % groups * kRowsOfTask;
     kernels_->multiply(weights_, quantized, first, std::min(first + kRowsOfTask, rows * planes), pair, epilogue);

@@ -47,7 +47,7 @@ void multiply_tile(const PackedWeights& weights, const QuantizedRows& rows, int 
         w[quarter] = _mm256_cvtepu8_epi16(_mm_load_si128(bytes));
       }
       for (int r = 0; r < Rows; ++r) {
-        const int32_t four = four_of(values + r * blocks * kBlock + step * 4);
+        const int32_t four = load_four(values + r * blocks * kBlock + step * 4);
         const __m256i x = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
         for (int quarter = 0; quarter < 4; ++quarter) {
           pairs[r][quarter] = _mm256_add_epi32(pairs[r][quarter], _mm256_madd_epi16(w[quarter], x));

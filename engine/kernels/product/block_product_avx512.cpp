@@ -40,7 +40,7 @@ void multiply_rows(const PackedWeights& weights, const QuantizedRows& rows, int 
       const __m512i right = _mm512_load_si512(data + step * 128 + 64);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
-        const __m512i x = _mm512_set1_epi32(four_of(values + r * blocks * kBlock + step * 4));
+        const __m512i x = _mm512_set1_epi32(load_four(values + r * blocks * kBlock + step * 4));
         dots[r][0] = _mm512_dpbusd_epi32(dots[r][0], left, x);
         dots[r][1] = _mm512_dpbusd_epi32(dots[r][1], right, x);
       }

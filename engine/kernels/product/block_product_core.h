@@ -1,5 +1,5 @@
-// What stands before and behind the products: rounding the activations, finishing the sums. Included inside a target
-// region, behind vector_math.h; the file that includes it defines store_bytes and multiply_rows.
+// What stands before and after the products: rounding the activations, finishing the sums. Included inside a target
+// region, after vector_math.h; the file that includes it defines store_bytes and multiply_rows.
 #pragma once
 
 namespace starling {
@@ -105,7 +105,7 @@ inline void multiply(const PackedWeights& weights, const QuantizedRows& rows, in
 }
 
 // Four neighbouring activations of a row.
-inline int32_t four_of(const int8_t* values) {
+inline int32_t load_four(const int8_t* values) {
   int32_t four;
   std::memcpy(&four, values, sizeof four);
   return four;

@@ -86,13 +86,13 @@ class Array {
 
 // Scratch of one thread, which grows and is kept: a step allocates nothing once the longest one has been seen.
 template <typename T>
-T* grown(Array<T>& scratch, size_t size) {
+T* grow(Array<T>& scratch, size_t size) {
   if (scratch.size() < size) scratch = Array<T>(size + size / 2);
   return scratch.data();
 }
 
-// Tell the system that these bytes are not needed soon. Loses nothing: what was mapped from a file comes from it again.
-inline void let_go(const void* data, size_t bytes) {
+// Tell the system that these bytes are not needed soon. Loses nothing: bytes mapped from a file are read again.
+inline void page_out(const void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_PAGEOUT)
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;

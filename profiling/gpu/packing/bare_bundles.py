@@ -14,7 +14,7 @@ import onnx
 
 from starling.export.checkpoints.random_checkpoint import open_random
 from starling.export.exporter import WEIGHT_FILE, ExportOptions, export_bundle
-from starling.export.quantization.blocks import Quantization
+from starling.export.quantization.blocks import BlockQuantization
 from starling.profiling.gpu.stages import LAYOUT, SHARED
 
 
@@ -29,7 +29,7 @@ class BareBundle:
 
     @property
     def options(self) -> ExportOptions:
-        how = None if self.scheme is None else Quantization(self.scheme)
+        how = None if self.scheme is None else BlockQuantization(self.scheme)
         return ExportOptions(dtype=self.dtype, quantization=how, check=False, weights=False)
 
 

@@ -130,7 +130,7 @@ def _logits(backend: Any, ids: Any, prompt: int) -> tuple[torch.Tensor, float]:
         output = backend.decode([int(token) for token in ids[:, position]], [position] * rows)
         logits = np.array(output.logits()[:rows])
         steps.append(logits)
-        agreeing += sum(int(a) == int(b) for a, b in zip(output.next_tokens(), logits.argmax(-1), strict=True))
+        agreeing += sum(int(a) == int(b) for a, b in zip(output.tokens(), logits.argmax(-1), strict=True))
     logits_of_rows = np.stack(steps, axis=1).astype(np.float32)
     return torch.from_numpy(logits_of_rows), agreeing / (rows * (length - prompt))
 
@@ -181,7 +181,7 @@ def _greedy(backend: Any, *, launched: bool) -> list[list[int]]:
     """The tokens of every row, a step at a time, from the one after its prompt on."""
     random = np.random.default_rng(5)
     prompts = [random.integers(_FIRST_TOKEN, 30000, _prompt_length(row)) for row in range(_ROWS_COMPARED)]
-    steps = [[backend.prefill(row, prompt, 0).next_tokens()[0] for row, prompt in enumerate(prompts)]]
+    steps = [[backend.prefill(row, prompt, 0).tokens()[0] for row, prompt in enumerate(prompts)]]
     if launched:
         backend.launch(_ROWS_COMPARED)
         for _ in range(_GREEDY_STEPS - 1):
@@ -190,12 +190,12 @@ def _greedy(backend: Any, *, launched: bool) -> list[list[int]]:
         return [*steps, backend.tokens()]
     for step in range(_GREEDY_STEPS):
         positions = [_prompt_length(row) + step for row in range(_ROWS_COMPARED)]
-        steps.append(list(backend.decode(steps[-1], positions).next_tokens()))
+        steps.append(list(backend.decode(steps[-1], positions).tokens()))
     return steps
 
 
 def _is_verified(backend: Any, tokens: list[int]) -> bool:
     """Whether several tokens in one step choose what one step each has chosen."""
     draft, start = tokens[_VERIFIED], _prompt_length(0) + (_VERIFIED.start or 0)
-    chosen = backend.verify(0, [draft], [start]).next_tokens()
+    chosen = backend.verify(0, [draft], [start]).tokens()
     return list(chosen) == tokens[_VERIFIED.start + 1 : _VERIFIED.stop + 1]

@@ -22,7 +22,7 @@ import torch
 
 from starling.engine.bundle.manifest import ALWAYS_HASHED_BYTES, Bundle
 from starling.export.checkpoints.random_checkpoint import starling_config
-from starling.export.quantization.blocks import Quantization, quantize_rows
+from starling.export.quantization.blocks import BlockQuantization, quantize_rows
 from starling.profiling.gpu.stages import LAYOUT, SHARED
 from starling.profiling.gpu.stages.kit import Kit
 
@@ -172,7 +172,7 @@ class _Values:
         """Quantized rows; their pieces are asked for one after another."""
         if self._quantized is None or self._quantized[0] != members:
             assert self.quantization is not None
-            how = Quantization(
+            how = BlockQuantization(
                 self.quantization["scheme"], self.quantization["block_size"], self.quantization["symmetric"]
             )
             pieces = quantize_rows(self._rows(members), how)

@@ -150,9 +150,9 @@ def _measure_prompt(kit: Kit, backend: Any, rows: int, prompt: int, weights: int
     ttft = None
     if rows == 1:
         prefills = _PREFILLS if kit.machine.is_card else _DRY_PREFILLS
-        ttft = round(timed_ms(lambda _: backend.prefill(0, ids, 0).next_tokens(), prefills, 1), 2)
+        ttft = round(timed_ms(lambda _: backend.prefill(0, ids, 0).tokens(), prefills, 1), 2)
     fed_steps = _FED_STEPS if kit.machine.is_card else _DRY_FED_STEPS
-    fed = timed_ms(lambda i: backend.decode([5] * rows, [prompt + i] * rows).next_tokens(), fed_steps, _WARM)
+    fed = timed_ms(lambda i: backend.decode([5] * rows, [prompt + i] * rows).tokens(), fed_steps, _WARM)
     launched = _launched_ms(backend, rows, prompt) if kit.machine.is_card else None
     step = launched or fed
     middle = prompt + (_LAUNCHED_STEPS if launched else fed_steps) // 2
@@ -203,7 +203,7 @@ def chunks(kit: Kit, bundle: Bundle, setup: Setup) -> None:
         with kit.results.guarded(label=setup.label, chunk=chunk):
             backend = _open(kit, bundle, setup, rows=1, positions=POSITIONS, chunk=chunk)
             try:
-                ttft = timed_ms(lambda _, run=backend: run.prefill(0, ids, 0).next_tokens(), _PREFILLS, 1)  # type: ignore[misc]
+                ttft = timed_ms(lambda _, run=backend: run.prefill(0, ids, 0).tokens(), _PREFILLS, 1)  # type: ignore[misc]
                 what = {"bundle": bundle.folder.name, "label": setup.label}
                 kit.results.write(**what, prompt=_CHUNKED_PROMPT, chunk=chunk, ttft_ms=round(ttft, 2))
             finally:

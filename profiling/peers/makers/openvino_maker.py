@@ -19,6 +19,6 @@ def make(checkpoint: Path, out: Path, options: dict[str, Any]) -> None:
         "text-generation-with-past",
     ]
     command += ["--weight-format", options["weight_format"], *options.get("arguments", [])]
-    # Its own last line is the one to show, so no exception behind it.
+    # Its own last line is the one to show, so no exception after it.
     if code := subprocess.run([*command, str(out)], check=False).returncode:
         sys.exit(code)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime_genai as og  # type: ignore[import-not-found]  # in the peer's environment only
 
-if TYPE_CHECKING:  # a peer's environment has nothing of ours
+if TYPE_CHECKING:  # a peer's environment lacks our package
     from starling.profiling.peers.workers.worker import Arrived, Feed, Setup
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-if TYPE_CHECKING:  # a peer's environment has nothing of ours
+if TYPE_CHECKING:  # a peer's environment lacks our package
     from starling.profiling.peers.workers.worker import Arrived, Feed, Setup
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -34,7 +34,7 @@ class Worker:
             self._model, packages = _optimum_onnx(setup), ["optimum-onnx", "optimum", "onnxruntime"]
         else:
             self._model, packages = _transformers(setup), []
-        self._model.generation_config.eos_token_id = None  # go on behind an end token
+        self._model.generation_config.eos_token_id = None  # go on after an end token
         if setup.settings.get("compiled"):
             self._options = _compiled(self._model, setup)
         return {name: version(name) for name in [*packages, "transformers", "torch", "numpy"]}

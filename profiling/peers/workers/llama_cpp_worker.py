@@ -11,7 +11,7 @@ import llama_cpp  # type: ignore[import-not-found]  # in the peer's environment 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:  # a peer's environment has nothing of ours
+if TYPE_CHECKING:  # a peer's environment lacks our package
     from starling.profiling.peers.workers.worker import Arrived, Feed, Setup
 
 

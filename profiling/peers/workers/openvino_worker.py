@@ -12,7 +12,7 @@ import numpy.typing as npt
 import openvino as ov  # type: ignore[import-not-found]  # in the peer's environment only
 import openvino_genai as ov_genai  # type: ignore[import-not-found]
 
-if TYPE_CHECKING:  # a peer's environment has nothing of ours
+if TYPE_CHECKING:  # a peer's environment lacks our package
     from starling.profiling.peers.workers.worker import Arrived, Feed, Setup
 
 

@@ -13,7 +13,7 @@ from starling.engine.backends.backend import Backend
 from starling.engine.engine import Engine
 from starling.engine.generation.sampler import SamplingParams
 
-if TYPE_CHECKING:  # a peer's environment has nothing of ours
+if TYPE_CHECKING:  # a peer's environment lacks our package
     from starling.profiling.peers.workers.worker import Arrived, Feed, Setup
 
 #: A GPU that happens to be there must not answer for the CPU.

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
-#: Told of each token as soon as it is known.
+#: Called with each token as soon as it is known.
 Arrived = Callable[[int], None]
-#: Takes the next tokens of a sequence; the logits behind the last of them, float [vocab].
+#: Takes the next tokens of a sequence; the logits after the last of them, float [vocab].
 Feed = Callable[[list[int]], Any]
 
 
@@ -93,7 +93,7 @@ def run(worker: Worker, prompt: list[int], new_tokens: int) -> dict[str, Any]:
 
 
 def write_logits(worker: Worker, tokens: list[list[int]], context: int, file: str) -> dict[str, Any]:
-    """Write the logits behind tokens context - 1 … window - 2 of each row, as
+    """Write the logits after tokens context - 1 … window - 2 of each row, as
     `profiling/quality/stored_logits.py` reads them.
 
     A row's first `context` tokens are prefilled and its others decoded one by one, so that the figures are of the

@@ -19,22 +19,22 @@ class Machine:
     step: float
     base: float
     per_token: float
-    #: How much dearer a token behind 1000 others is.
+    #: How much dearer a token after 1000 others is.
     growth: float = 0.5
-    #: How many times as long as a quiet step one behind a chunk takes.
-    behind: float = 1.1
+    #: A decode step right after a chunk takes so many times a quiet one (cold caches).
+    after_chunk: float = 1.1
     noise: float = 0.08
     chance: Random = field(default_factory=lambda: Random(5))
 
-    def step_s(self, *, behind_chunk: bool) -> float:
-        return self._varied(self.step * (self.behind if behind_chunk else 1))
+    def step_s(self, *, after_chunk: bool) -> float:
+        return self._varied(self.step * (self.after_chunk if after_chunk else 1))
 
     def chunk_s(self, tokens: int, start: int) -> float:
         return self._varied(self.base + tokens * self.per_token * (1 + self.growth * start / 1000))
 
     def fitting(self) -> int:
-        """Tokens that a step's share has room for, in the middle of a prompt of 1024."""
-        left = self.step * (SLOWDOWN - self.behind) - self.base
+        """Tokens that fit into a step's share, in the middle of a prompt of 1024."""
+        left = self.step * (SLOWDOWN - self.after_chunk) - self.base
         return min(int(left / (self.per_token * (1 + self.growth / 2))), MOST)
 
     def _varied(self, ms: float) -> float:
@@ -43,9 +43,9 @@ class Machine:
 
 def quiet(pace: PrefillPace, machine: Machine, rows: int = 1) -> list[float]:
     """Steps with no prompt between them."""
-    steps = [machine.step_s(behind_chunk=False) for _ in range(40)]
+    steps = [machine.step_s(after_chunk=False) for _ in range(40)]
     for seconds in steps:
-        pace.decoded(rows, seconds, behind_chunk=False)
+        pace.decoded(rows, seconds, after_chunk=False)
     return steps
 
 
@@ -58,8 +58,8 @@ def beside(pace: PrefillPace, machine: Machine, prompt: int = 1024, rows: int = 
             seconds = machine.chunk_s(size, written + tokens)
             pace.prefilled(size, seconds)
             spent, tokens, least = spent + seconds, tokens + size, 0
-        step = machine.step_s(behind_chunk=True)
-        pace.decoded(rows, step, behind_chunk=True)
+        step = machine.step_s(after_chunk=True)
+        pace.decoded(rows, step, after_chunk=True)
         gaps.append(spent + step)
         prefilled.append(tokens)
         written += tokens
@@ -94,7 +94,7 @@ def test_the_prompt_gets_most_of_the_time_that_there_is_for_it(kind: str) -> Non
 
 
 def test_chunks_of_a_machine_with_constant_times_settle_at_what_fits() -> None:
-    pace, machine = PrefillPace(MOST, SLOWDOWN), Machine(20, 8, 0.5, growth=0, behind=1, noise=0)
+    pace, machine = PrefillPace(MOST, SLOWDOWN), Machine(20, 8, 0.5, growth=0, after_chunk=1, noise=0)
     quiet(pace, machine)
     assert pace.budget(1) == pytest.approx(0.03)
     _, prefilled = beside(pace, machine, prompt=4000)
@@ -103,7 +103,7 @@ def test_chunks_of_a_machine_with_constant_times_settle_at_what_fits() -> None:
 
 
 def test_a_chunk_in_the_time_left_over_is_not_taken_for_a_share_of_a_long_one() -> None:
-    pace, machine = PrefillPace(MOST, SLOWDOWN), Machine(20, 10, 0.4, growth=0, behind=1, noise=0)
+    pace, machine = PrefillPace(MOST, SLOWDOWN), Machine(20, 10, 0.4, growth=0, after_chunk=1, noise=0)
     quiet(pace, machine)
     beside(pace, machine)
     assert pace.chunk(0.008) == 0, "8 tokens take 13 ms, whatever a token of a long chunk costs"
@@ -112,7 +112,7 @@ def test_a_chunk_in_the_time_left_over_is_not_taken_for_a_share_of_a_long_one() 
 def test_where_nothing_decodes_chunks_are_as_long_as_they_may_be() -> None:
     pace = PrefillPace(MOST, SLOWDOWN)
     assert pace.chunk(pace.budget(0)) == MOST
-    pace.decoded(1, 0.02, behind_chunk=False)
+    pace.decoded(1, 0.02, after_chunk=False)
     assert pace.chunk(pace.budget(0)) == MOST
     assert pace.chunk(pace.budget(1)) == 0, "nothing is known of chunks: the caller takes the smallest"
 
@@ -126,7 +126,7 @@ def test_steps_of_more_rows_have_a_quiet_time_of_their_own() -> None:
 
 
 def test_one_chunk_that_was_held_up_does_not_stop_the_prompt() -> None:
-    pace, machine = PrefillPace(MOST, SLOWDOWN), Machine(20, 8, 0.2, growth=0, behind=1, noise=0)
+    pace, machine = PrefillPace(MOST, SLOWDOWN), Machine(20, 8, 0.2, growth=0, after_chunk=1, noise=0)
     quiet(pace, machine)
     beside(pace, machine)
     pace.prefilled(GRAIN, 5.0)

@@ -12,7 +12,7 @@ import pytest
 
 from starling.engine.backends.backend import StepOutput, Tokens
 from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend
-from starling.engine.batching.chunk_queue import Mailbox
+from starling.engine.batching.chunk_queue import ChunkQueue
 from starling.engine.batching.prefill_pacing import GRAIN, PrefillPace
 from starling.engine.batching.request import Request, RequestHandle
 from starling.engine.batching.scheduler import Scheduler
@@ -42,7 +42,7 @@ class Served:
         **settings: Any,
     ) -> tuple[Request, RequestHandle]:
         sequence = self.engine.prepare(prompt, SamplingParams(**{"max_tokens": tokens, "ignore_eos": True, **settings}))
-        request = Request(sequence, perf_counter(), Mailbox(on_chunk))
+        request = Request(sequence, perf_counter(), ChunkQueue(on_chunk))
         assert self.counters.enter()
         self.scheduler.add(request)
         return request, RequestHandle(request)
@@ -120,7 +120,7 @@ def test_a_decode_step_leaves_a_half_prefilled_row_below_it_right(
 
     first, _ = served.submit(tokens=2)
     served.submit(tokens=60)
-    while not first.mailbox.complete:
+    while not first.queue.complete:
         served.scheduler.serve_step()
     monkeypatch.setattr(served.engine.backend, "decode", recorded)
     long, handle = served.submit(LONG, 6)
@@ -184,7 +184,7 @@ def test_cancelling_takes_effect_within_one_step(served: Served) -> None:
         request.cancelled = True
     served.scheduler.serve_step()
     for request in [requests[1], *prefilling_or_waiting]:
-        assert request.mailbox.complete
+        assert request.queue.complete
         assert RequestHandle(request).result(0).finish_reason == "cancelled"
     stats = served.counters.snapshot()
     assert (stats.running, stats.waiting, stats.ended["cancelled"]) == (ROWS - 1, 0, 3)
@@ -205,8 +205,8 @@ def test_what_is_late_ends_where_it_is_and_waiting_counts(served: Served) -> Non
     waiting, _ = served.submit()
     running.deadline = waiting.deadline = perf_counter()
     served.scheduler.serve_step()
-    assert running.mailbox.complete
-    assert waiting.mailbox.complete
+    assert running.queue.complete
+    assert waiting.queue.complete
     with pytest.raises(Exception, match=r"its deadline passed after \d+ token"):
         handle.result(0)
     assert len(handle.partial.tokens) >= 3
@@ -283,10 +283,10 @@ def test_a_prefill_that_fails_ends_its_own_request(served: Served, monkeypatch: 
         served.scheduler.serve_step()
     prefill = served.engine.backend.prefill
 
-    def fails_later(slot: int, tokens: Tokens, start: int) -> StepOutput:
+    def fails_later(row: int, tokens: Tokens, start: int) -> StepOutput:
         if start > 0:
             raise BackendError("no room")
-        return prefill(slot, tokens, start)
+        return prefill(row, tokens, start)
 
     monkeypatch.setattr(served.engine.backend, "prefill", fails_later)
     long = served.submit(LONG)[1]

@@ -327,12 +327,12 @@ def test_verifying_gives_what_decoding_one_by_one_gives(backend: OrtBackend, cou
     for row in range(2):
         backend.prefill(row, np.array(tokens[:10]), 0)
     verified = backend.verify(1, [tokens[10:]], [10])
-    choices, logits = verified.choices(), verified.logits().copy()
+    choices, logits = verified.tokens(), verified.logits().copy()
     assert logits.shape == (count, backend.vocab_size)
     for at in range(count):
         decoded = backend.decode(tokens[10 + at : 11 + at], [10 + at])
         np.testing.assert_allclose(logits[at], decoded.logits()[0], rtol=1e-4, atol=1e-4)
-        assert [choices[at]] == decoded.next_tokens()
+        assert [choices[at]] == decoded.tokens()
 
 
 def test_verifying_several_rows_gives_what_each_gives(backend: OrtBackend) -> None:
@@ -365,7 +365,7 @@ def test_nothing_is_allocated_or_bound_per_verification(backend: OrtBackend) -> 
 
     def verify_100() -> None:
         for start in range(50):
-            backend.verify(0, [draft], [start]).choices()
+            backend.verify(0, [draft], [start]).tokens()
 
     verify_100()
     made, traced = dict(backend._verifications), []

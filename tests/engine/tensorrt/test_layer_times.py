@@ -67,9 +67,9 @@ def test_timed_steps_are_no_graphs_and_choose_the_same_tokens(bundle: Bundle, ti
     plain = opened(bundle)
     chosen = []
     for gpu in (timed, plain):
-        tokens = [gpu.backend.prefill(0, PROMPT, 0).next_tokens()[0]]
+        tokens = [gpu.backend.prefill(0, PROMPT, 0).tokens()[0]]
         for step in range(4):
-            tokens += gpu.backend.decode(tokens[-1:], [len(PROMPT) + step]).next_tokens()
+            tokens += gpu.backend.decode(tokens[-1:], [len(PROMPT) + step]).tokens()
         chosen.append(tokens)
     assert chosen[0] == chosen[1]
     assert (timed.device.captures, plain.device.captures) == (0, ROWS)
@@ -114,7 +114,7 @@ def test_the_installed_package_has_the_profiler_and_plans_keep_their_layers_name
 
 @pytest.fixture
 def operators(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The operators of a profile's document, of two rows behind prompts that are longer than one run's prefill."""
+    """The operators of a profile's document, of two rows after prompts that are longer than one run's prefill."""
     device = HostDevice()
     stand_in(monkeypatch, cpu_engine(bundle, device))
     sweep = Sweep(prompt_tokens=(CHUNK + 4,), new_tokens=(3,), batch=(2,), repeats=1, warmup=0)

@@ -80,7 +80,7 @@ def decoded(backend: TensorRTBackend, first: list[int], positions: list[int], co
     """The tokens of `count` plain steps, each fed by the host with the tokens of the step before."""
     steps = [first]
     for step in range(count):
-        steps.append(backend.decode(steps[-1], [position + step for position in positions]).next_tokens())
+        steps.append(backend.decode(steps[-1], [position + step for position in positions]).tokens())
     return steps[1:]
 
 
@@ -90,16 +90,16 @@ def test_prefill_in_chunks_and_decode_agree_with_onnxruntime(gpu: Opened, oracle
     for row, prompt in enumerate(prompts):
         output, wanted = gpu.backend.prefill(row, prompt, 0), oracle.prefill(row, prompt, 0)
         assert_close(output.logits(), wanted.logits())
-        assert output.next_tokens() == wanted.next_tokens()
-        last += output.next_tokens()
+        assert output.tokens() == wanted.tokens()
+        last += output.tokens()
         positions.append(len(prompt))
     for rows in (4, 2, 3):
         output, wanted = (backend.decode(last[:rows], positions[:rows]) for backend in (gpu.backend, oracle))
         assert_close(output.logits(), wanted.logits())
-        assert output.next_tokens() == wanted.next_tokens()
+        assert output.tokens() == wanted.tokens()
 
 
-def test_prefill_behind_a_cache_equals_whole_prefill(gpu: Opened) -> None:
+def test_prefill_after_a_cache_equals_whole_prefill(gpu: Opened) -> None:
     ids = tokens(30)
     whole = gpu.backend.prefill(0, ids, 0).logits().copy()
     gpu.backend.prefill(3, ids[:13], 0)
@@ -132,7 +132,7 @@ def test_clearing_a_row_zeroes_it_and_no_other(gpu: Opened) -> None:
 
 def test_steps_launched_ahead_choose_what_steps_fed_by_the_host_choose(gpu: Opened) -> None:
     prompts = [tokens(count, seed=count) for count in (5, 12, 3)]
-    first = [gpu.backend.prefill(row, prompt, 0).next_tokens()[0] for row, prompt in enumerate(prompts)]
+    first = [gpu.backend.prefill(row, prompt, 0).tokens()[0] for row, prompt in enumerate(prompts)]
     plain = decoded(gpu.backend, first, [5, 12, 3], 6)
     for row, prompt in enumerate(prompts):
         gpu.backend.prefill(row, prompt, 0)
@@ -146,7 +146,7 @@ def test_steps_launched_ahead_choose_what_steps_fed_by_the_host_choose(gpu: Open
 
 
 def test_fewer_rows_go_on_with_what_more_rows_left(gpu: Opened) -> None:
-    first = [gpu.backend.prefill(row, tokens(4, seed=row), 0).next_tokens()[0] for row in range(3)]
+    first = [gpu.backend.prefill(row, tokens(4, seed=row), 0).tokens()[0] for row in range(3)]
     plain = decoded(gpu.backend, first, [4, 4, 4], 3)
     for row in range(3):
         gpu.backend.prefill(row, tokens(4, seed=row), 0)
@@ -156,7 +156,7 @@ def test_fewer_rows_go_on_with_what_more_rows_left(gpu: Opened) -> None:
     assert gpu.backend.tokens() == plain[1][:1]
 
 
-def test_no_step_is_launched_behind_the_end_of_the_cache(gpu: Opened) -> None:
+def test_no_step_is_launched_after_the_end_of_the_cache(gpu: Opened) -> None:
     gpu.backend.prefill(0, tokens(POSITIONS - 1), 0)
     gpu.backend.prefill(1, tokens(3), 0)
     assert gpu.backend.can_launch(2)
@@ -189,10 +189,10 @@ def test_two_steps_at_most_are_on_their_way(gpu: Opened) -> None:
 
 def test_work_left_behind_disturbs_nothing(gpu: Opened) -> None:
     ids = tokens(11)
-    wanted = gpu.backend.prefill(0, ids, 0).next_tokens()
+    wanted = gpu.backend.prefill(0, ids, 0).tokens()
     gpu.backend.launch(1)
     gpu.backend.launch(1)
-    assert gpu.backend.prefill(0, ids, 0).next_tokens() == wanted
+    assert gpu.backend.prefill(0, ids, 0).tokens() == wanted
 
 
 def test_a_graph_for_each_number_of_rows_is_captured_when_the_backend_opens(gpu: Opened) -> None:
@@ -215,7 +215,7 @@ def test_a_plan_that_cannot_be_captured_runs_without_a_graph(bundle: Bundle) -> 
 def test_logits_come_to_the_host_when_asked_for(gpu: Opened) -> None:
     before = gpu.device.bytes_to_host
     output = gpu.backend.decode([5, 6], [0, 0])
-    assert output.next_tokens() == output.next_tokens()
+    assert output.tokens() == output.tokens()
     assert gpu.device.bytes_to_host - before == 2 * 8
     assert output.logits().shape == (2, gpu.backend.vocab_size)
     assert gpu.device.bytes_to_host - before == 2 * 8 + 2 * 4 * gpu.backend.vocab_size
@@ -230,10 +230,10 @@ def test_drawn_on_the_device_is_what_the_host_draws(gpu: Opened) -> None:
     gpu.backend.choose(1, draws, len(ids) - 1)
     host = make_sampler(SAMPLED)
     output = gpu.backend.prefill(1, ids, 0)
-    chosen, wanted = [output.next_tokens()[0]], [host(output.logits()[0])]
+    chosen, wanted = [output.tokens()[0]], [host(output.logits()[0])]
     for step in range(12):
         output = gpu.backend.decode([5, chosen[-1]], [0, len(ids) + step])
-        chosen.append(output.next_tokens()[1])
+        chosen.append(output.tokens()[1])
         wanted.append(host(output.logits()[1]))
     assert chosen == wanted
     assert chosen[0] != int(output.logits()[1].argmax())
@@ -242,12 +242,12 @@ def test_drawn_on_the_device_is_what_the_host_draws(gpu: Opened) -> None:
 def test_a_row_chooses_by_its_own_settings(gpu: Opened) -> None:
     draws = device_choice(SAMPLED)
     assert draws is not None
-    greedy = [gpu.backend.prefill(row, tokens(6), 0).next_tokens() for row in range(2)]
+    greedy = [gpu.backend.prefill(row, tokens(6), 0).tokens() for row in range(2)]
     gpu.backend.choose(1, draws, 5)
-    drawn = gpu.backend.prefill(1, tokens(6), 0).next_tokens()
-    assert greedy[0] == greedy[1] == gpu.backend.prefill(0, tokens(6), 0).next_tokens()
+    drawn = gpu.backend.prefill(1, tokens(6), 0).tokens()
+    assert greedy[0] == greedy[1] == gpu.backend.prefill(0, tokens(6), 0).tokens()
     gpu.backend.choose(1, GREEDY, 0)
-    assert gpu.backend.prefill(1, tokens(6), 0).next_tokens() == greedy[1] != drawn
+    assert gpu.backend.prefill(1, tokens(6), 0).tokens() == greedy[1] != drawn
 
 
 @pytest.mark.parametrize(

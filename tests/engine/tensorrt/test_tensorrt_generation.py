@@ -46,7 +46,7 @@ def engine(bundle: Bundle, device: HostDevice, tmp_path_factory: pytest.TempPath
 def oracle(bundle: Bundle) -> Iterator[Engine]:
     """The same bundle on ONNX Runtime's CPU provider, which decodes in the plain loop."""
     with Engine(bundle, backend="onnxruntime-cpu", max_seq=POSITIONS, max_batch=ROWS, threads=1) as engine:
-        assert engine.backend.pipeline is None
+        assert engine.backend.steps_ahead is None
         yield engine
 
 
@@ -163,7 +163,7 @@ def test_a_chat_prefills_only_its_new_turn(engine: Engine, oracle: Engine) -> No
     assert replies[0][2] == 9
 
 
-def test_a_chat_goes_on_behind_a_reply_that_was_stopped_early(engine: Engine, oracle: Engine) -> None:
+def test_a_chat_goes_on_after_a_reply_that_was_stopped_early(engine: Engine, oracle: Engine) -> None:
     answers = []
     for running in (engine, oracle):
         stream = running.stream_reply(PROMPTS[1], max_tokens=20, ignore_eos=True)

@@ -54,7 +54,7 @@ def test_an_answer_in_a_chat_begins_without_the_word_start() -> None:
     subject = tokenizer(STARLING)
     ids = subject.encode("Hello there", add_special_tokens=False)
     assert "".join(streamed(subject, ids)) == "Hello there"
-    assert "".join(streamed(subject, ids, prompt_ids=[1])) == "Hello there"  # behind BOS alone nothing was said
+    assert "".join(streamed(subject, ids, prompt_ids=[1])) == "Hello there"  # after BOS alone nothing was said
 
 
 def test_special_tokens_at_the_end_of_a_prompt_do_not_hide_its_words() -> None:

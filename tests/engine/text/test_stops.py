@@ -80,7 +80,7 @@ def test_what_is_held_comes_out_at_the_end() -> None:
     assert matcher.flush() == ""
 
 
-def test_behind_a_stop_string_nothing_more_is_shown() -> None:
+def test_after_a_stop_string_nothing_more_is_shown() -> None:
     matcher = StopMatcher(["."])
     assert matcher.push("One. Two.") == ("One", True)
     assert matcher.push("Three") == ("", True)

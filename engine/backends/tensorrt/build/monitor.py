@@ -28,7 +28,7 @@ def monitored(library: Library, config: Any, progress: Progress, build: Callable
             return building.result()
         except BaseException:
             cancelled.set()
-            raise  # behind the end of the block, which waits for the thread
+            raise  # after the end of the block, which waits for the thread
 
 
 def _monitor(module: Any, progress: Progress, cancelled: Event) -> Any:

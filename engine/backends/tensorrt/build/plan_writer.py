@@ -1,4 +1,4 @@
-"""Write a plan and its record so that they are there whole or not at all, whoever else builds at the same time."""
+"""Write a plan and its record so that they are there whole or not at all, whatever else builds at the same time."""
 
 from __future__ import annotations
 

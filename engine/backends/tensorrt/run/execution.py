@@ -69,7 +69,7 @@ class PlanExecution:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             kernels = module.DynamicShapesKernelSpecializationStrategy
-            # A decode step is captured in a graph of ours, behind its first run. EAGER has its kernels compiled by
+            # A decode step is captured in our own graph, after its first run. EAGER has its kernels compiled by
             # then; LAZY would freeze the slow fallback ones in the graph. A prefill's length changes with every
             # prompt: LAZY begins at once and compiles beside it.
             config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER if fixed_shape else kernels.LAZY

@@ -30,7 +30,7 @@ from starling.engine.names import INPUT_IDS, LOGITS, NEXT_TOKENS, PAST_LENGTHS
 
 
 class TensorRTBackend(LaunchingBackend):
-    """`Backend` and `TokenPipeline` with a TensorRT plan on one GPU. Not thread-safe."""
+    """`Backend` and `StepsAhead` with a TensorRT plan on one GPU. Not thread-safe."""
 
     draws = True
 
@@ -89,7 +89,7 @@ class TensorRTBackend(LaunchingBackend):
         self._logits = HostLogits(memory, kind, rows, self.vocab_size)
         self._launched = LaunchedSteps(memory, rows)
         self._fed = memory.host((2, rows), "int64")
-        #: Valid positions of each row, as the device has them behind all that was launched.
+        #: Valid positions of each row, as the device has them after all that was launched.
         self._lengths = [0] * rows
         context = self._plan.context("prefill", fixed_shape=False)
         self._prefill = PrefillStep(
@@ -119,7 +119,7 @@ class TensorRTBackend(LaunchingBackend):
         return DeviceOutput(chosen, self._logits, self._batch.addresses[LOGITS])
 
     def check_verifies(self) -> NoReturn:
-        """Raise BackendError: the engines give logits behind a step's last token only."""
+        """Raise BackendError: the engines give logits after a step's last token only."""
         raise BackendError(
             "TensorRT engines give the last token's logits only, so no draft can be verified: "
             "speculate with a bundle of --dialect ort and --backend onnxruntime"
