@@ -78,7 +78,10 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
       starling export demo smollm2-w8a8 --dialect tensorrt --dtype fp16 --quant w8a8
       starling export random:starling-7b perf --dtype fp16
     """
+    from starling.export.checkpoints.gguf_parts import check_first_part
+
     begin = perf_counter()
+    check_first_part(Path(model))
     quantization = _check_settings(out, options)
     if not session.debug:
         _silence_libraries()

@@ -1,27 +1,24 @@
 """GGUF files as checkpoints: llama.cpp's names, keys and row order turned back into transformers' own."""
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig
-from transformers.integrations.ggml import GGUF_CONFIG_MAPPING as UNTYPED_CONFIG_MAPPING
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, LlamaTensorProcessor
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
 from starling.export.checkpoints.checkpoint import Checkpoint, check_tensors, skeleton_of
+from starling.export.checkpoints.gguf_architectures import ARCHITECTURES
+from starling.export.checkpoints.gguf_config import architecture_name, gguf_config, other_metadata
 from starling.export.checkpoints.gguf_file import GgufFile
+from starling.export.checkpoints.gguf_rope import ROPE_FACTORS
 from starling.export.tokenizers.gguf_tokenizer import gguf_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-GGUF_CONFIG_MAPPING = cast(dict[str, dict[str, str | None]], UNTYPED_CONFIG_MAPPING)
-# Architectures whose tensors need at most their rows put back in order, and whose every key is understood.
-ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")
 
 
 def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
@@ -39,76 +36,8 @@ def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
     tensors = GgufTensors(file, config)
     config.architectures = [check_tensors(tensors, config, str(file.path)).class_name]
     generation = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.pad}
-    return Checkpoint("gguf", name, config, tensors, tokenizer, generation)
-
-
-def gguf_config(file: GgufFile) -> "PreTrainedConfig":
-    """The transformers configuration that the file's metadata describes, by transformers' own table of keys.
-
-    Raises UnsupportedModelError for an architecture or a rope scaling that this reader does not know.
-    """
-    architecture = _architecture(file)
-    values = _config_values(file, architecture)
-    _refuse_rope_scaling(file, architecture)
-    window = file.metadata.get(f"{architecture}.attention.sliding_window")
-    if window:  # transformers' table leaves it out
-        values["sliding_window"] = window
-    values.setdefault("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", ())))
-    values["tie_word_embeddings"] = "output.weight" not in file.tensors
-    values["dtype"] = str(_matrix_dtype(file)).removeprefix("torch.")
-    config = AutoConfig.for_model(architecture, **values)
-    _refuse_partial_rotary(file, config)
-    return config
-
-
-def _architecture(file: GgufFile) -> str:
-    architecture = str(file.metadata.get("general.architecture", ""))
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{file.path}: GGUF architecture {architecture!r} is not among {', '.join(ARCHITECTURES)}: "
-            "export the Hugging Face folder instead"
-        )
-    return architecture
-
-
-def _config_values(file: GgufFile, architecture: str) -> dict[str, Any]:
-    values = {}
-    for prefix, table in ((architecture, GGUF_CONFIG_MAPPING[architecture]), ("tokenizer", _TOKEN_IDS)):
-        for key, attribute in table.items():
-            value = file.metadata.get(f"{prefix}.{key}")
-            if attribute is not None and value is not None:
-                # float32 on file: 1e-05, not 9.999999747378752e-06
-                values[attribute] = float(str(np.float32(value))) if isinstance(value, float) else value
-    key_length = file.metadata.get(f"{architecture}.attention.key_length")
-    if key_length is not None and hasattr(CONFIG_MAPPING[architecture](), "head_dim"):
-        values["head_dim"] = key_length
-    return values
-
-
-_TOKEN_IDS = {key: name for key, name in GGUF_CONFIG_MAPPING["tokenizer"].items() if name != "unk_token_id"}
-
-
-def _refuse_rope_scaling(file: GgufFile, architecture: str) -> None:
-    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    scaled = [name for name in file.tensors if name.startswith("rope_f")]  # rope_freqs, rope_factors_long/short
-    if kind != "none" or scaled:
-        what = f"rope scaling {kind!r}" if kind != "none" else f"rope factors ({scaled[0]})"
-        raise UnsupportedModelError(
-            f"{file.path} uses {what}, which GGUF states too loosely to export: export the Hugging Face folder instead"
-        )
-
-
-def _refuse_partial_rotary(file: GgufFile, config: "PreTrainedConfig") -> None:
-    rotated = file.metadata.get(f"{config.model_type}.rope.dimension_count")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if rotated not in (None, head_dim):
-        raise UnsupportedModelError(
-            f"{file.path} rotates {rotated} of {head_dim} dimensions of a head: export the Hugging Face folder instead"
-        )
-
-
-def _matrix_dtype(file: GgufFile) -> torch.dtype:
-    return next((tensor.dtype for tensor in file.tensors.values() if len(tensor.shape) > 1), torch.float32)
+    notes = [f"the file's {key} has no place in a bundle and was left out" for key in other_metadata(file)]
+    return Checkpoint("gguf", name, config, tensors, replace(tokenizer, notes=(*tokenizer.notes, *notes)), generation)
 
 
 class GgufTensors:
@@ -116,8 +45,8 @@ class GgufTensors:
 
     def __init__(self, file: GgufFile, config: "PreTrainedConfig") -> None:
         self._file = file
-        self._undo = LlamaTensorProcessor(config=config.to_dict())  # type: ignore[no-untyped-call]
-        self._permuted = TENSOR_PROCESSORS.get(config.model_type) is LlamaTensorProcessor
+        self._how = ARCHITECTURES[architecture_name(file)]
+        self._heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
         self._stored = _names_on_file(file, config)
 
     def names(self) -> Collection[str]:
@@ -131,29 +60,32 @@ class GgufTensors:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See TensorSource."""
         stored = self._stored[name]
-        return self._file.rows(stored, self._order(stored)[start:stop])
+        values = self._file.rows(stored, self._order(stored)[start:stop])
+        if self._how.norm_plus_one and stored.endswith("norm.weight"):
+            return values - 1
+        return values
 
     def _order(self, stored: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-        # Row i for transformers is row order[i] on file, as llama.cpp interleaves the halves of each head of q and k:
-        # transformers' own inverse, run on the row numbers instead of the rows.
+        """Row i for transformers is row order[i] on file, where pairs of each head's halves of q and k lie together."""
         rows = np.arange(self._file.tensors[stored].shape[0])
-        if not self._permuted:
+        heads = next((count for part, count in self._heads.items() if part in stored), None)
+        if not self._how.interleaved or heads is None:
             return rows
-        order: np.ndarray[Any, np.dtype[np.int64]] = self._undo.process(rows, stored).weights  # type: ignore[no-untyped-call]
-        return order
+        return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 def _names_on_file(file: GgufFile, config: "PreTrainedConfig") -> dict[str, str]:
     """transformers' name -> name on file, by the name map of the package gguf."""
-    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == config.model_type)
+    name = architecture_name(file)
+    architecture = next(key for key, text in MODEL_ARCH_NAMES.items() if text == name)
     name_map = get_tensor_name_map(architecture, config.num_hidden_layers)
     names = {}
-    for name in skeleton_of(config).shapes:
-        stem, dot, leaf = name.rpartition(".")
+    for wanted in skeleton_of(config).shapes:
+        stem, dot, leaf = wanted.rpartition(".")
         stored = f"{name_map.get_name(stem)}{dot}{leaf}"
         if stored in file.tensors:
-            names[name] = stored
-    unknown = sorted(set(file.tensors) - set(names.values()))
+            names[wanted] = stored
+    unknown = sorted(set(file.tensors) - set(names.values()) - {ROPE_FACTORS})
     if unknown:
         raise UnsupportedModelError(
             f"{file.path} has tensor {unknown[0]}, for which a {config.model_type} model has no place: "

@@ -35,8 +35,9 @@ PLAIN_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies in the file. `shape` is in torch's order, `offset` is in bytes from the file's start."""
+    """Where a tensor lies. `shape` is in torch's order, `offset` is in bytes from the start of the file `path`."""
 
+    path: Path
     name: str
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -59,7 +60,10 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """An opened GGUF file. `metadata` has numbers, booleans, strings and lists under llama.cpp's own keys."""
+    """An opened GGUF file. `metadata` has numbers, booleans, strings and lists under llama.cpp's own keys.
+
+    Of a file in parts `path` and `metadata` are those of the first part, `tensors` those of all.
+    """
 
     path: Path
     metadata: dict[str, Any]
@@ -76,11 +80,11 @@ class GgufFile:
 
             return torch.empty((0, *tensor.shape[1:]), dtype=tensor.dtype)
         low, high = int(index.min()), int(index.max()) + 1
-        with self.path.open("rb") as file:
+        with tensor.path.open("rb") as file:
             file.seek(tensor.offset + low * tensor.row_bytes)
             raw = np.fromfile(file, dtype=np.uint8, count=(high - low) * tensor.row_bytes)
         if raw.size != (high - low) * tensor.row_bytes:
-            raise CheckpointError(f"{self.path} was cut off while it was read, at tensor {name}: get the file again")
+            raise CheckpointError(f"{tensor.path} was cut off while it was read, at tensor {name}: get the file again")
         raw = raw.reshape(high - low, tensor.row_bytes)
         picked = index - low
         if not np.array_equal(picked, np.arange(high - low)):
@@ -96,14 +100,14 @@ def _values(raw: np.ndarray[Any, np.dtype[np.uint8]], tensor: GgufTensor) -> tor
     return torch.from_numpy(dequantize(raw, tensor.kind))
 
 
-def open_gguf(path: Path) -> GgufFile:
-    """Parse the header and check that every tensor lies within the file.
+def read_gguf(path: Path) -> GgufFile:
+    """Parse the header of one file and check that every tensor lies within it; `open_gguf` joins a file in parts.
 
     Raises CheckpointError where the file is missing, no GGUF file, of an unknown version, truncated, or altered.
     """
     try:
         with path.open("rb") as file:
-            header = _Header(file, path.stat().st_size)
+            header = _Header(file, path, path.stat().st_size)
             tensor_count, metadata = header.metadata()
             tensors = header.tensors(tensor_count, max(1, int(metadata.get("general.alignment", 32))))
     except OSError as error:
@@ -143,8 +147,9 @@ def _check_readable(path: Path, kind: GGMLQuantizationType) -> None:
 class _Header:
     """Reads the header from front to back; every short read raises struct.error or ValueError."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self.file = file
+        self.path = path
         self.size = size
 
     def metadata(self) -> tuple[int, dict[str, Any]]:
@@ -168,7 +173,7 @@ class _Header:
             # ggml writes the fastest-moving dimension first, torch the slowest.
             found.append((name, tuple(reversed(dimensions)), GGMLQuantizationType(kind), offset))
         start = -(-self.file.tell() // alignment) * alignment
-        return {name: GgufTensor(name, shape, kind, start + offset) for name, shape, kind, offset in found}
+        return {name: GgufTensor(self.path, name, shape, kind, start + offset) for name, shape, kind, offset in found}
 
     def value(self, kind: int) -> Any:
         if kind == STRING:

@@ -47,9 +47,9 @@ def find_model(
     if path.suffix == ".gguf" and not path.is_dir():
         if not path.exists():  # the package gguf takes a second to load
             raise CheckpointError(f"{model} cannot be read: No such file; give the path of a .gguf file")
-        from starling.export.checkpoints.gguf_file import open_gguf
+        from starling.export.checkpoints.gguf_parts import gguf_name, open_gguf
 
-        return FoundModel("gguf", path.stem, gguf=open_gguf(path))
+        return FoundModel("gguf", gguf_name(path), gguf=open_gguf(path))
     if path.is_dir():
         return _folder(path, "huggingface", path.resolve().name)
     if is_hub:
@@ -75,7 +75,7 @@ def _random(name: str) -> FoundModel:
 
 def _demo(before_fetch: Callable[[], None]) -> FoundModel:
     from starling.export.checkpoints.demo_model import DEMO_NAME, demo_gguf
-    from starling.export.checkpoints.gguf_file import open_gguf
+    from starling.export.checkpoints.gguf_parts import open_gguf
 
     return FoundModel("gguf", DEMO_NAME, gguf=open_gguf(demo_gguf(before_fetch)))
 

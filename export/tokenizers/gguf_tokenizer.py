@@ -9,6 +9,7 @@ from typing import Any
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
 from starling.export.checkpoints.checkpoint import TokenizerFiles
+from starling.export.tokenizers.gguf_special_tokens import end_ids, stated_ids, token_kinds
 from starling.export.tokenizers.sentencepiece_bpe import (
     Piece,
     PieceKind,
@@ -36,17 +37,27 @@ def _words(digits: str) -> str:
     )
 
 
+_GPT_2: list[dict[str, Any]] = [BYTE_LEVEL]
+_LLAMA_3 = _splits(_words(r"\p{N}{1,3}"))
+_QWEN_2 = _splits(_words(r"\p{N}"))
+_DIGITS_APART: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]
+_CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED % ('*', '+')}|[^\r\n\p{{L}}\p{{N}}]?{_CASED % ('+', '*')}"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # tokenizer.ggml.pre -> the pre-tokenizers, as in llama.cpp's src/llama-vocab.cpp
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "default": _splits(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-    "gpt-2": [BYTE_LEVEL],
-    "llama-bpe": _splits(_words(r"\p{N}{1,3}")),
-    "qwen2": _splits(_words(r"\p{N}")),
-    "smollm": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "granite-docling"), _GPT_2),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), _LLAMA_3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN_2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS_APART),
+    "tekken": _splits(_TEKKEN),
 }
-# Whole words that are in the vocabulary are taken before any merge; and BOS is added where the file does not say.
-LLAMA_BPE = "llama-bpe"
-NORMALIZERS = {"qwen2": {"type": "NFC"}}
+# Words that are whole in the vocabulary are taken before any merge; and BOS is added where the file does not say.
+WHOLE_WORDS = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
+NORMALIZERS = {"qwen2": {"type": "NFC"}, "deepseek-r1-qwen": {"type": "NFC"}}
 
 
 def gguf_tokenizer_files(metadata: dict[str, Any], vocab_size: int, *, where: str) -> TokenizerFiles:
@@ -55,7 +66,7 @@ def gguf_tokenizer_files(metadata: dict[str, Any], vocab_size: int, *, where: st
     Raises CheckpointError where the file has no tokenizer, or one larger than `vocab_size`; UnsupportedModelError for a
     tokenizer model or a pre-tokenizer that is not known.
     """
-    tokens, token_ids = metadata.get("tokenizer.ggml.tokens"), _token_ids(metadata)
+    tokens, token_ids = metadata.get("tokenizer.ggml.tokens"), stated_ids(metadata)
     if not tokens:
         raise CheckpointError(f"{where} has no tokenizer (tokenizer.ggml.tokens): get a file that carries one")
     outside = [index for index in (len(tokens) - 1, *token_ids.values()) if index >= min(vocab_size, len(tokens))]
@@ -71,7 +82,6 @@ def gguf_tokenizer_files(metadata: dict[str, Any], vocab_size: int, *, where: st
         f"{name}_token": tokens[index] for name, index in token_ids.items() if name in ("bos", "eos", "unk", "pad")
     }
     template, extra = templates_of(_templates(metadata))
-    eos = [token_ids[name] for name in ("eos", "eot", "eom") if name in token_ids]
     return TokenizerFiles(
         tokenizer_json=tokenizer_json,
         tokenizer_config={
@@ -85,15 +95,9 @@ def gguf_tokenizer_files(metadata: dict[str, Any], vocab_size: int, *, where: st
         chat_template=template,
         additional_chat_templates=extra,
         bos=token_ids.get("bos"),
-        eos=tuple(dict.fromkeys(eos)),
+        eos=end_ids(metadata),
         pad=token_ids.get("pad"),
     )
-
-
-def _token_ids(metadata: dict[str, Any]) -> dict[str, int]:
-    keys = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
-    found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
-    return {name: index for name, index in found.items() if index is not None}
 
 
 def _templates(metadata: dict[str, Any]) -> dict[str, str]:
@@ -104,7 +108,7 @@ def _templates(metadata: dict[str, Any]) -> dict[str, str]:
 
 def _adds(metadata: dict[str, Any], which: str) -> bool:
     pre, model = metadata.get("tokenizer.ggml.pre"), metadata.get("tokenizer.ggml.model")
-    default = which == "bos" and (model == "llama" or pre == LLAMA_BPE)
+    default = which == "bos" and (model == "llama" or pre in WHOLE_WORDS)
     return bool(metadata.get(f"tokenizer.ggml.add_{which}_token", default))
 
 
@@ -112,6 +116,13 @@ def _added_ids(metadata: dict[str, Any], token_ids: dict[str, int]) -> tuple[int
     bos = token_ids.get("bos") if _adds(metadata, "bos") else None
     eos = token_ids.get("eos") if _adds(metadata, "eos") else None
     return bos, eos
+
+
+def _kinds(metadata: dict[str, Any], where: str) -> list[PieceKind]:
+    try:
+        return token_kinds(metadata)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: tokenizer.ggml.token_type does not fit the tokens ({error})") from error
 
 
 def _byte_level_json(metadata: dict[str, Any], token_ids: dict[str, int], where: str) -> str:
@@ -122,9 +133,7 @@ def _byte_level_json(metadata: dict[str, Any], token_ids: dict[str, int], where:
             "export the Hugging Face folder instead"
         )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    kinds = metadata.get("tokenizer.ggml.token_type") or [PieceKind.NORMAL] * len(tokens)
-    if len(kinds) != len(tokens):
-        raise CheckpointError(f"{where}: tokenizer.ggml.token_type does not fit the tokens: get the file again")
+    kinds = _kinds(metadata, where)
     bos, eos = _added_ids(metadata, token_ids)
     template = template_post_processor(
         None if bos is None else (tokens[bos], bos), None if eos is None else (tokens[eos], eos)
@@ -150,7 +159,7 @@ def _byte_level_json(metadata: dict[str, Any], token_ids: dict[str, int], where:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": pre == LLAMA_BPE,
+            "ignore_merges": pre in WHOLE_WORDS,
             "vocab": {token: index for index, token in enumerate(tokens)},
             "merges": metadata.get("tokenizer.ggml.merges", []),
         },
@@ -159,13 +168,15 @@ def _byte_level_json(metadata: dict[str, Any], token_ids: dict[str, int], where:
 
 
 def _sentencepiece_json(metadata: dict[str, Any], token_ids: dict[str, int], where: str) -> str:
-    tokens, scores, kinds = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type"))
+    tokens, kinds, scores = (
+        metadata["tokenizer.ggml.tokens"],
+        _kinds(metadata, where),
+        metadata["tokenizer.ggml.scores"],
+    )
     try:
-        pieces = [Piece(t, s, PieceKind(k)) for t, s, k in zip(tokens or (), scores or (), kinds or (), strict=True)]
+        pieces = [Piece(t, s, k) for t, s, k in zip(tokens, scores, kinds, strict=True)]
     except ValueError as error:
-        raise CheckpointError(
-            f"{where}: tokenizer.ggml.scores or .token_type does not fit the tokens ({error}): get the file again"
-        ) from error
+        raise CheckpointError(f"{where}: tokenizer.ggml.scores does not fit the tokens ({error})") from error
     bos, eos = _added_ids(metadata, token_ids)
     prefix_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     return sentencepiece_tokenizer_json(pieces, bos=bos, eos=eos, prefix_space=prefix_space)

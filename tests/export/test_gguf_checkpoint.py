@@ -5,29 +5,20 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map
-from gguf.quants import quantize
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf_models import write_gguf
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    Phi3Config,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.demo_model import demo_gguf
 from starling.export.checkpoints.gguf_checkpoint import open_gguf_checkpoint
-from starling.export.checkpoints.gguf_file import open_gguf
+from starling.export.checkpoints.gguf_parts import open_gguf
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.tokenizers.starling_tokenizer import mistral_model_file, read_pieces
 
@@ -48,98 +39,11 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-FAMILIES = {
-    "llama": LlamaConfig(**SHAPE, rms_norm_eps=1e-5),
-    "llama-tied": LlamaConfig(**{**SHAPE, "tie_word_embeddings": True}, head_dim=32),
-    "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=32),
-    "phi3": Phi3Config(**SHAPE, sliding_window=64),
-}
+LLAMA = LlamaConfig(**SHAPE, rms_norm_eps=1e-5)
 
 
 def rows_of(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return checkpoint.tensors.rows(name, 0, checkpoint.tensors.shape(name)[0])
-
-
-def interleaved(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """llama.cpp's order of the rows of q and k: a pair of each half of a head side by side."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
-
-
-def write_tensors(writer: GGUFWriter, model: PreTrainedModel, kind: GGMLQuantizationType) -> None:
-    config = model.config
-    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == config.model_type)
-    names = get_tensor_name_map(architecture, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        stem, _, leaf = name.rpartition(".")
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        values = tensor.float().numpy()
-        if config.model_type == "llama" and stem.endswith(("q_proj", "k_proj")):
-            values = interleaved(values, heads[stem.rpartition(".")[2]])
-        if values.ndim == 1:
-            writer.add_tensor(f"{names.get_name(stem)}.{leaf}", values)
-        else:
-            writer.add_tensor(f"{names.get_name(stem)}.{leaf}", quantize(values, kind), raw_dtype=kind)
-
-
-def write_byte_tokenizer(writer: GGUFWriter, pre: str) -> None:
-    letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
-    tokens = ["<pad>", "<s>", "</s>", *letters, "12", "ab"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens + [f"<unused{i}>" for i in range(300 - len(tokens))])
-    writer.add_token_types(
-        [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 3) + [TokenType.UNUSED] * (300 - len(tokens))
-    )
-    writer.add_token_merges(["1 2", "a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-
-
-def write_gguf(
-    path: Path,
-    config: PreTrainedConfig,
-    *,
-    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
-    pre: str = "gpt-2",
-    extra: dict[str, str] | None = None,
-) -> PreTrainedModel:
-    """A GGUF file as llama.cpp's converter lays it out, of a small random model; the model."""
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5)  # biases and norms too, so that none can be mistaken for another
-    writer = GGUFWriter(path, config.model_type)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    if getattr(config, "head_dim", None):
-        writer.add_key_length(config.head_dim)
-    if getattr(config, "sliding_window", None):
-        writer.add_sliding_window(config.sliding_window)
-    for key, value in (extra or {}).items():
-        writer.add_string(key, value)
-    write_byte_tokenizer(writer, pre)
-    write_tensors(writer, model, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +65,9 @@ def test_the_demo_is_smollm2(demo: Checkpoint) -> None:
     assert demo.config.rope_parameters["rope_theta"] == 100000.0
     assert demo.config.tie_word_embeddings
     assert "lm_head.weight" not in demo.tensors.names()
-    assert (demo.tokenizer.bos, demo.tokenizer.eos, demo.tokenizer.pad) == (1, (2,), 2)
+    assert (demo.tokenizer.bos, demo.tokenizer.pad) == (1, 2)
+    # <|im_end|> as the file states; <|endoftext|> and <reponame> by name, as llama_vocab_is_eog says of this file.
+    assert demo.tokenizer.eos == (2, 0, 4)
     assert "<|im_start|>" in str(demo.tokenizer.chat_template)
 
 
@@ -196,22 +102,6 @@ def test_smollm2_tokenizes_as_llama_cpp_does(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(case["ids"], skip_special_tokens=False) == case["text"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tensors_and_shape_of_each_family_come_back(tmp_path: Path, family: str) -> None:
-    config = FAMILIES[family]
-    model = write_gguf(tmp_path / "m.gguf", config)
-    checkpoint = open_checkpoint(str(tmp_path / "m.gguf"))
-    expected = model.state_dict()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    assert set(checkpoint.tensors.names()) == set(expected) - tied
-    for name in checkpoint.tensors.names():
-        assert torch.equal(rows_of(checkpoint, name), expected[name]), name
-    for key in ("hidden_size", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
-        assert getattr(checkpoint.config, key) == getattr(config, key)
-    assert getattr(checkpoint.config, "sliding_window", None) == getattr(config, "sliding_window", None)
-    assert getattr(checkpoint.config, "head_dim", None) == getattr(config, "head_dim", None)
-
-
 @pytest.mark.parametrize(
     ("kind", "dtype", "tolerance"),
     [
@@ -224,7 +114,7 @@ def test_tensors_and_shape_of_each_family_come_back(tmp_path: Path, family: str)
 def test_stored_precision_is_kept(
     tmp_path: Path, kind: GGMLQuantizationType, dtype: torch.dtype, tolerance: float
 ) -> None:
-    model = write_gguf(tmp_path / "m.gguf", FAMILIES["llama"], kind=kind)
+    model = write_gguf(tmp_path / "m.gguf", LLAMA, kind=kind)
     checkpoint = open_checkpoint(str(tmp_path / "m.gguf"))
     name = "model.layers.1.self_attn.k_proj.weight"
     rows = rows_of(checkpoint, name)
@@ -245,14 +135,14 @@ def test_stored_precision_is_kept(
 def test_the_named_pre_tokenizer_decides_where_digits_part(
     tmp_path: Path, pre: str, text: str, pieces: list[str]
 ) -> None:
-    write_gguf(tmp_path / "m.gguf", FAMILIES["llama"], pre=pre)
+    write_gguf(tmp_path / "m.gguf", LLAMA, pre=pre)
     tokenizer = Tokenizer.from_str(open_checkpoint(str(tmp_path / "m.gguf")).tokenizer.tokenizer_json)
     assert tokenizer.encode(text, add_special_tokens=False).tokens == pieces
 
 
 def test_llama_bpe_adds_bos_and_the_others_do_not(tmp_path: Path) -> None:
     for pre, ids in (("llama-bpe", [1]), ("gpt-2", [])):
-        write_gguf(tmp_path / "m.gguf", FAMILIES["llama"], pre=pre)
+        write_gguf(tmp_path / "m.gguf", LLAMA, pre=pre)
         tokenizer = Tokenizer.from_str(open_checkpoint(str(tmp_path / "m.gguf")).tokenizer.tokenizer_json)
         assert tokenizer.encode("").ids == ids
 
@@ -276,18 +166,9 @@ def test_a_sentencepiece_vocabulary_is_encoded_as_sentencepiece_does() -> None:
         assert tokenizer.encode(text).ids == [1, *reference.encode(text)]
 
 
-@pytest.mark.parametrize(
-    ("pre", "extra", "line"),
-    [
-        ("viking", {}, "pre-tokenizer 'viking'"),
-        ("gpt-2", {"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
-    ],
-)
-def test_what_cannot_be_read_faithfully_is_refused_by_name(
-    tmp_path: Path, pre: str, extra: dict[str, str], line: str
-) -> None:
-    write_gguf(tmp_path / "m.gguf", FAMILIES["llama"], pre=pre, extra=extra)
-    with pytest.raises(UnsupportedModelError, match=line):
+def test_an_unknown_pre_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", LLAMA, pre="viking")
+    with pytest.raises(UnsupportedModelError, match="pre-tokenizer 'viking'"):
         open_checkpoint(str(tmp_path / "m.gguf"))
 
 
@@ -302,7 +183,7 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 5_000, -1000])
 def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
-    write_gguf(tmp_path / "m.gguf", FAMILIES["llama"])
+    write_gguf(tmp_path / "m.gguf", LLAMA)
     content = (tmp_path / "m.gguf").read_bytes()
     (tmp_path / "m.gguf").write_bytes(content[:keep])
     with pytest.raises(CheckpointError, match=r"m\.gguf is truncated"):
@@ -319,10 +200,10 @@ def test_arrays_nested_without_end_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["llama.block_count", "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id"])
 def test_metadata_of_another_type_is_refused(tmp_path: Path, key: str) -> None:
-    write_gguf(tmp_path / "m.gguf", FAMILIES["llama"])
+    write_gguf(tmp_path / "m.gguf", LLAMA)
     found = open_gguf(tmp_path / "m.gguf")
     found.metadata[key] = "many"
-    with pytest.raises(CheckpointError, match=r"its metadata cannot be used|get the file again"):
+    with pytest.raises(CheckpointError, match=r"its metadata cannot be used|does not fit the tokens"):
         open_gguf_checkpoint(found, name="x")
 
 

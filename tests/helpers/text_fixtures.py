@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from starling.engine.text.tokenizer import Tokenizer
 from starling.export.checkpoints.demo_model import demo_gguf
-from starling.export.checkpoints.gguf_file import open_gguf
+from starling.export.checkpoints.gguf_parts import open_gguf
 from starling.export.tokenizers.gguf_tokenizer import gguf_tokenizer_files
 from starling.export.tokenizers.starling_tokenizer import starling_tokenizer_json
 
