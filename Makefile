@@ -13,7 +13,7 @@ PYTEST := python -m pytest -q -n 2 --dist loadfile
 NOOP := build/cuda-noop
 NOOP_PACKAGES := onnxruntime-gpu nvidia-cuda-nvrtc==13.0.* nvidia-cuda-cuobjdump click jinja2 numpy pytest rich tokenizers
 
-.PHONY: demo test test-quick test-cuda-noop test-newest test-lowest test-install check lint types dist install clean
+.PHONY: demo test test-quick sanitize test-cuda-noop test-newest test-lowest test-install check lint types dist install clean
 
 demo: install
 	$(BIN)/starling export demo $(DEMO) --force
@@ -27,6 +27,10 @@ test: install
 
 test-quick: install
 	$(BIN)/$(PYTEST) -m "not slow and not install"
+
+# The CPU kernels' tests and 2,000 hostile calls of them under GCC's address and undefined-behaviour sanitizers.
+sanitize: install
+	$(BIN)/python tests/hostile/sanitize.py build/sanitize
 
 # What the CUDA path asks of a GPU, without one: ONNX Runtime's CUDA provider on a CUDA that does nothing, and our CUDA
 # kernels through NVIDIA's compiler. An environment of its own, since onnxruntime and onnxruntime-gpu exclude each other.

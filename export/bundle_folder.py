@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starling.engine.errors import StarlingError, UserError
-from starling.engine.host import new_folder
+from starling.engine.whole_files import new_folder
 
 if TYPE_CHECKING:
     from starling.export.checkpoints.checkpoint import TokenizerFiles
 
 
 def new_bundle_folder(target: Path, *, force: bool) -> AbstractContextManager[Path]:
-    """A working folder that becomes `target` when the block ends well: see `host.new_folder`.
+    """A working folder that becomes `target` when the block ends well: see `whole_files.new_folder`.
 
     Raises:
         UserError: `target` exists and `force` is not set, or is not a bundle and would be overwritten.

@@ -247,7 +247,7 @@ def _check(
         return None, "not compared with PyTorch: too little memory even for the first layers"
     progress.phase(f"comparing the first {CUT_LAYERS} layers with PyTorch")
     shorter = replace(checkpoint, config=cut(checkpoint.config, CUT_LAYERS))
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # goes with the working folder where this is killed
         _write_model(shorter, Path(temporary), options, Silent())
         parity = measure(shorter, Path(temporary), CUT_LAYERS)
     return (

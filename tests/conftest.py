@@ -30,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--rounds`: how often tests/hostile tries its usual number of inputs."""
+    parser.addoption("--rounds", type=int, default=1, help="tests/hostile: so many times as many inputs")
+
+
+@pytest.fixture(scope="session")
+def rounds(request: pytest.FixtureRequest) -> int:
+    """How many times as many hostile inputs as usual."""
+    return int(request.config.getoption("--rounds"))
+
+
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the shared bundles, one for all processes of pytest-xdist."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from starling.engine.host import default_threads
+from starling.engine.host import available_memory, default_threads, total_memory
 
 #: Flags of /proc/cpuinfo by which kernels are chosen, in the order of their age: x86, then ARM.
 ISA_FLAGS = (
@@ -46,24 +45,27 @@ def describe_machine() -> Machine:
     """Look at the machine."""
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         cpu=info.get("model name") or platform.processor() or platform.machine(),
         physical_cores=default_threads(),
         logical_cpus=usable,
         isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
-        memory_bytes=pages,
-        memory_available_bytes=_kibibytes(Path("/proc/meminfo"), "MemAvailable") or pages,
+        memory_bytes=total_memory(),
+        memory_available_bytes=available_memory(),
     )
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this process had resident so far, in bytes."""
+    """The most memory that this process had resident so far, in bytes; 0 where the system does not say (Windows)."""
     # Linux hands a parent's ru_maxrss down through exec, so a small process of a large one would report the large one.
     own = _kibibytes(Path("/proc/self/status"), "VmHWM")
     if own is not None:
         return own
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

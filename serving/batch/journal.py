@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from starling.engine.errors import UserError
+from starling.engine.file_locks import try_lock
 from starling.serving.batch.input_lines import Entry
 
 _BLOCK = 2**16
@@ -97,12 +96,8 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lock(file: IO[bytes], path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        raise UserError(f"{path} is being written by another batch: wait for it, or give another OUTPUT") from None
+    if not try_lock(file.fileno()):
+        raise UserError(f"{path} is being written by another batch: wait for it, or give another OUTPUT")
 
 
 def _cut_torn_line(file: IO[bytes]) -> int:

@@ -15,8 +15,8 @@ from pathlib import Path
 from starling import __version__
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
-from starling.engine.host import new_folder
 from starling.engine.installation import source
+from starling.engine.whole_files import new_folder
 from starling.serving.triton import engine_model
 from starling.serving.triton.entry_interface import Interface
 from starling.serving.triton.entry_model import ENGINE_MODEL

@@ -27,7 +27,9 @@ LAYERS = (
         "starling.engine.installation",
         "starling.engine.onnx_bytes",
         "starling.engine.progress",
+        "starling.engine.whole_files",
     ),
+    Layer("starling.engine.cgroup", "starling.engine.file_locks"),
     Layer("starling.engine.errors", "starling.engine.names"),
 )
 

@@ -65,8 +65,8 @@ struct CudaLinear::Tensors {
 };
 
 CudaLinear::CudaLinear(const NodeInfo& node, CudaContext context) : context_(context) {
-  k_ = static_cast<int>(node.integer("K"));
-  n_ = static_cast<int>(node.integer("N"));
+  k_ = to_int(node.integer("K"), "K or N is unusable");
+  n_ = to_int(node.integer("N"), "K or N is unusable");
   gated_ = node.integer("gated") != 0;
   epsilon_ = node.real("epsilon");
   require(node.integer("block_size") == kBlock && node.integer("bits") == 8,
@@ -79,7 +79,8 @@ void CudaLinear::compute(const Call& call) const {
   require(shape.rank > 0 && shape.back() == k_, "x's last axis is not K");
   require(call.input(kBias) == nullptr, "there is no kernel with a bias");
   Tensors tensors{};
-  tensors.rows = static_cast<int>(shape.elements() / k_);
+  tensors.rows = to_int(shape.elements() / k_, "x has too many rows");
+  check_weights(call);
   const int width = gated_ ? n_ / 2 : n_;
   shape.dims[shape.rank - 1] = width;
   const ort::Value* residual = call.input(kResidual);
@@ -105,6 +106,19 @@ void CudaLinear::compute(const Call& call) const {
   } else {
     multiply_dense(tensors);
   }
+}
+
+// A kernel reads as much as K and N say: a graph with smaller tensors would have it read beyond them. Once for each
+// tensor of weights, which stays the same from call to call.
+void CudaLinear::check_weights(const Call& call) const {
+  const void* data = call.input_data<uint8_t>(kData);
+  if (data == checked_) return;
+  const int64_t weights = int64_t{n_} * k_;
+  const ort::Value* norm = call.input(kNormWeight);
+  require(call.input_shape(kData).elements() == weights && call.input_shape(kScales).elements() == weights / kBlock,
+          "the weights do not have the shapes that K and N say");
+  require(norm == nullptr || shape_of(call.api, norm).elements() == k_, "the norm's weight has another length");
+  checked_ = data;
 }
 
 // The one for the fewest rows that suffice; nullptr where there are too many.

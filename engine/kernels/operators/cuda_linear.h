@@ -66,6 +66,7 @@ class CudaLinear {
 
  private:
   struct Tensors;
+  void check_weights(const Call& call) const;
   const CudaKernel* kernel_for(const Tensors& tensors) const;
   void normalize(Tensors& tensors) const;
   void multiply_dense(const Tensors& tensors) const;
@@ -75,6 +76,7 @@ class CudaLinear {
   int k_, n_;
   bool gated_;
   float epsilon_;
+  mutable const void* checked_ = nullptr;  // weights that have the size that K and N say; calls come one by one
 };
 
 }  // namespace starling

@@ -30,6 +30,7 @@ struct GroupQueryAttention::Step {
   size_t query_stride, key_stride;  // from one token to the next
   int group, tile, tiles;           // query heads of a key head; tokens of a tile; tiles of a row
 
+  // compute() has checked that it lies in the cache.
   int start(int row) const { return lengths[row] + 1 - tokens; }
   size_t cache_place(int row, int kv_heads, int head, int position) const {
     return ((static_cast<size_t>(row) * kv_heads + head) * positions + position) * head_dim;
@@ -41,9 +42,9 @@ struct GroupQueryAttention::Step {
 };
 
 GroupQueryAttention::GroupQueryAttention(const NodeInfo& node, NoContext)
-    : heads_(static_cast<int>(node.integer("num_heads"))),
-      kv_heads_(static_cast<int>(node.integer("kv_num_heads"))),
-      window_(static_cast<int>(std::max<int64_t>(node.integer("local_window_size"), 0))),
+    : heads_(to_int(node.integer("num_heads"), "num_heads is unusable")),
+      kv_heads_(to_int(node.integer("kv_num_heads"), "kv_num_heads is unusable")),
+      window_(static_cast<int>(std::clamp<int64_t>(node.integer("local_window_size"), 0, kMost))),
       scale_(node.real("scale")),
       rotates_(node.integer("do_rotary") != 0),
       interleaved_(node.integer("rotary_interleaved") != 0),
@@ -59,12 +60,15 @@ void GroupQueryAttention::compute(const Call& call) const {
   require(cache[0] == shape[0] && cache[1] == kv_heads_, "past_key has other rows or heads");
   require(call.input_shape(kPastValue).elements() == cache.elements(), "past_value has another shape than past_key");
   Step step{};
-  step.batch = static_cast<int>(shape[0]);
-  step.tokens = static_cast<int>(shape[1]);
-  step.positions = static_cast<int>(cache[2]);
+  require(cache[3] > 0 && cache[3] % 16 == 0 && cache[3] <= kMostHeadDim, "head_dim is not a multiple of 16 up to 256");
+  step.batch = to_int(shape[0], "there are too many rows");
+  step.tokens = to_int(shape[1], "there are too many tokens");
+  step.positions = to_int(cache[2], "the cache has too many positions");
   step.head_dim = static_cast<int>(cache[3]);
   step.group = heads_ / kv_heads_;
-  require(step.head_dim % 16 == 0 && step.head_dim <= kMostHeadDim, "head_dim is not a multiple of 16 up to 256");
+  to_int(std::max(times(times(step.batch, step.tokens), step.group),
+                  times(times(step.batch, kv_heads_), ceil_div(step.positions, kChunk))),
+         "there are too many rows, tokens and heads");
   step.query = call.input_data<float>(kQuery);
   step.key = call.input_data<float>(kKey);
   step.value = call.input_data<float>(kValue);
@@ -90,15 +94,16 @@ void GroupQueryAttention::compute(const Call& call) const {
     require(step.cos != nullptr && step.sin != nullptr, "do_rotary without its tables");
     const Shape angles = call.input_shape(kCos);
     require(
-        angles.rank == 2 && call.input_shape(kSin).elements() == angles.elements() && 2 * angles[1] <= step.head_dim,
+        angles.rank == 2 && call.input_shape(kSin).elements() == angles.elements() && angles[1] <= step.head_dim / 2,
         "cos and sin do not fit the heads");
     step.half = static_cast<int>(angles[1]);
-    step.angles = static_cast<int>(angles[0]);
+    step.angles = to_int(angles[0], "the rotary tables have too many positions");
   }
   step.lengths = call.input_data<int32_t>(kLengths);
   for (int row = 0; row < step.batch; ++row) {
-    require(step.start(row) >= 0 && step.lengths[row] < step.positions, "seqlens_k lies outside the cache");
-    require(!rotates_ || step.lengths[row] < step.angles, "seqlens_k lies outside the rotary tables");
+    const int64_t last = step.lengths[row];
+    require(last + 1 - step.tokens >= 0 && last < step.positions, "seqlens_k lies outside the cache");
+    require(!rotates_ || last < step.angles, "seqlens_k lies outside the rotary tables");
   }
   shape.dims[2] = static_cast<int64_t>(query_width);
   step.output = call.output<float>(0, shape);
@@ -106,6 +111,7 @@ void GroupQueryAttention::compute(const Call& call) const {
   step.past_value = call.output<float>(2, cache);
   require(step.past_key == call.input_data<float>(kPastKey) && step.past_value == call.input_data<float>(kPastValue),
           "present must be bound to the memory of past");
+  if (step.batch == 0 || step.tokens == 0) return;
 
   thread_local Array<float> queries;
   step.queries = grow(queries, static_cast<size_t>(step.batch) * step.tokens * query_width);
@@ -125,7 +131,7 @@ void GroupQueryAttention::compute(const Call& call) const {
 
 // Rotate one token's queries and key; key and value go into the cache.
 void GroupQueryAttention::write_token(const Step& step, size_t index) const {
-  const int row = static_cast<int>(index) / step.tokens, token = static_cast<int>(index) % step.tokens;
+  const int row = static_cast<int>(index / step.tokens), token = static_cast<int>(index % step.tokens);
   const int position = step.start(row) + token, half = step.half;
   const Angles angles{step.cos + static_cast<size_t>(position) * half, step.sin + static_cast<size_t>(position) * half,
                       half};
@@ -158,7 +164,7 @@ AttentionRows GroupQueryAttention::rows_of(const Step& step, int row, int head, 
 // One tile of tokens against all chunks, one after the other.
 void GroupQueryAttention::attend_tile(const Step& step, size_t task) const {
   const int pairs = step.batch * kv_heads_;
-  const int rank = static_cast<int>(task) / pairs, pair = static_cast<int>(task) % pairs;
+  const int rank = static_cast<int>(task / pairs), pair = static_cast<int>(task % pairs);
   // Later tiles see more keys: taken from both ends, contiguous shares of the tasks are equally long.
   const int tile = rank % 2 == 0 ? rank / 2 : step.tiles - 1 - rank / 2;
   const int row = pair / kv_heads_, head = pair % kv_heads_, token = tile * step.tile;
@@ -191,7 +197,7 @@ void GroupQueryAttention::attend_split(const Call& call, const Step& step) const
     return std::pair(first, ceil_div(step.lengths[row] + 1, kChunk));
   };
   call.parallel(static_cast<size_t>(pairs) * chunks, [&](size_t task) {
-    const int pair = static_cast<int>(task) / chunks, chunk = static_cast<int>(task) % chunks;
+    const int pair = static_cast<int>(task / chunks), chunk = static_cast<int>(task % chunks);
     const auto [first, last] = bounds(pair / kv_heads_);
     if (chunk < first || chunk >= last) return;
     const AttentionRows rows = rows_of(step, pair / kv_heads_, pair % kv_heads_, 0, step.tokens);

@@ -22,7 +22,25 @@ inline void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-inline int ceil_div(int number, int by) { return (number + by - 1) / by; }
+// The greatest size, count or position that the operators take: what is rounded up to a tile from there, or goes a
+// chunk beyond, is still an int.
+constexpr int64_t kMost = int64_t{1} << 30;
+
+// A number of the graph, which says whatever its author wrote, as an int. Throws where it is not 0 … kMost.
+inline int to_int(int64_t number, const char* message) {
+  require(number >= 0 && number <= kMost, message);
+  return static_cast<int>(number);
+}
+
+// a * b. Throws where no int64_t holds it.
+inline int64_t times(int64_t a, int64_t b) {
+  int64_t product = 0;
+  require(!__builtin_mul_overflow(a, b, &product), "a tensor has too many elements");
+  return product;
+}
+
+// number / by, rounded up.
+inline int ceil_div(int number, int by) { return number / by + (number % by != 0); }
 
 // The type of an input, and whether a node may leave it out.
 struct InputSpec {
@@ -38,7 +56,7 @@ struct Shape {
   int64_t back() const { return dims[rank - 1]; }
   int64_t elements() const {
     int64_t product = 1;
-    for (size_t axis = 0; axis < rank; ++axis) product *= dims[axis];
+    for (size_t axis = 0; axis < rank; ++axis) product = times(product, dims[axis]);  // {0, INT64_MAX} is a shape
     return product;
   }
 };

@@ -58,10 +58,10 @@ void pack_pair(PackedWeights& packed, int pair, const uint8_t* data, const float
 QuantizedLinear::QuantizedLinear(const NodeInfo& node, NoContext) : kernels_(block_kernels()) {
   require(kernels_ != nullptr, "this processor has neither AVX-512 nor AVX2");
   PackedWeights& packed = weights_;
-  packed.inputs = static_cast<int>(node.integer("K"));
-  packed.outputs = static_cast<int>(node.integer("N"));
+  packed.inputs = to_int(node.integer("K"), "K or N is unusable");
+  packed.outputs = to_int(node.integer("N"), "K or N is unusable");
   packed.gated = node.integer("gated") != 0;
-  packed.planes = static_cast<int>(node.integer("planes"));
+  packed.planes = to_int(node.integer("planes"), "planes must be 1 or 2");
   require(node.integer("block_size") == kBlock && node.integer("bits") == 8,
           "weights must have 8 bits in blocks of 32");
   require(packed.inputs > 0 && packed.outputs > 0 && (!packed.gated || packed.outputs % 2 == 0), "K or N is unusable");
@@ -87,8 +87,9 @@ QuantizedLinear::QuantizedLinear(const NodeInfo& node, NoContext) : kernels_(blo
 
 void QuantizedLinear::compute(const Call& call) const {
   Shape shape = call.input_shape(kX);
-  const int inputs = weights_.inputs, rows = static_cast<int>(shape.elements() / std::max(inputs, 1));
+  const int inputs = weights_.inputs, planes = weights_.planes;
   require(shape.rank > 0 && shape.back() == inputs, "x's last axis is not K");
+  const int rows = to_int(times(shape.elements() / inputs, planes), "x has too many rows") / planes;
   const auto has = [&](size_t input, int64_t elements) {
     const ort::Value* value = call.input(input);
     return value == nullptr || shape_of(call.api, value).elements() == elements;
@@ -103,7 +104,6 @@ void QuantizedLinear::compute(const Call& call) const {
   thread_local Array<int8_t> values;
   thread_local Array<float> scales;
   thread_local Array<int32_t> corrections;
-  const int planes = weights_.planes;
   const size_t blocks = static_cast<size_t>(rows) * planes * weights_.blocks;
   const QuantizedRows quantized{grow(values, blocks * kBlock), grow(scales, blocks), grow(corrections, blocks),
                                 weights_.blocks, planes};
@@ -118,7 +118,7 @@ void QuantizedLinear::compute(const Call& call) const {
   constexpr int kRowsOfTask = 96;  // so that there are enough tasks for many threads
   const int groups = std::max(ceil_div(rows * planes, kRowsOfTask), 1);
   call.parallel(static_cast<size_t>(weights_.pairs) * groups, [&](size_t task) {
-    const int pair = static_cast<int>(task) / groups, first = static_cast<int>(task) % groups * kRowsOfTask;
+    const int pair = static_cast<int>(task / groups), first = static_cast<int>(task % groups) * kRowsOfTask;
     kernels_->multiply(weights_, quantized, first, std::min(first + kRowsOfTask, rows * planes), pair, epilogue);
   });
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from starling.engine.backends.tensorrt.engine_folder import FOLDER
 from starling.engine.backends.tensorrt.plan_record import EngineRecord
 from starling.engine.bundle.manifest import FileRecord
 from starling.engine.errors import BuildError, UserError
+from starling.engine.file_locks import try_lock
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 
@@ -107,13 +107,11 @@ def _lock(partial: Path, name: str) -> int:
     """Open and lock the partial file: the lock goes with its process, so a killed build's file can be taken over."""
     while True:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(descriptor):
             os.close(descriptor)
             raise BuildError(
                 f"engine {name} is being built by another process: wait for it, or give another name with --engine"
-            ) from None
+            )
         if _is_still(partial, descriptor):
             os.truncate(descriptor, 0)
             return descriptor

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from starling.engine.backends.tensorrt.runtimes import Library
-from starling.engine.host import cache_folder, write_whole
+from starling.engine.host import cache_folder
+from starling.engine.whole_files import write_whole
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from starling.engine.host import write_whole
+from starling.engine.whole_files import write_whole
 
 
 class RuntimeCache:
