@@ -4,9 +4,9 @@ import copy
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from starling.export.checkpoints.checkpoint import TensorSource
+from starling.export.checkpoints.checkpoint import TensorSource, empty_model
 
 
 def cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -22,22 +22,10 @@ def load_reference(config: PreTrainedConfig, tensors: TensorSource) -> PreTraine
     """The model of `config` in float32 with the checkpoint's weights; layers beyond the configuration are not read."""
     model = empty_model(config)
     have = set(tensors.names())
-    weights = {n: _whole(tensors, n) for n, _ in model.named_parameters() if n in have}
+    weights = {n: _whole(tensors, n) for n in model.state_dict() if n in have}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model
-
-
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of `config` in float32 whose parameters take no memory (device "meta"); its rotary tables are real."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # type: ignore[no-untyped-call]
-    for module in model.modules():  # tables that no checkpoint holds: made again, for real
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            fresh = type(module)(config=config)
-            for name, buffer in fresh.named_buffers(recurse=False):
-                setattr(module, name, buffer)
-    return model.eval()  # type: ignore[no-any-return]
 
 
 def reference_logits(model: torch.nn.Module, ids: list[int]) -> Tensor:

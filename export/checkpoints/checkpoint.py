@@ -14,7 +14,7 @@ from starling.engine.errors import CheckpointError, UnsupportedModelError, one_l
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class TensorSource(Protocol):
@@ -107,6 +107,25 @@ def skeleton_of(config: PreTrainedConfig) -> Skeleton:
     tied = getattr(model, "_tied_weights_keys", None) if config.tie_word_embeddings else None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Skeleton(type(model).__name__, shapes, frozenset(tied or ()))
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of `config` in float32 with eager attention: parameters take no memory, buffers are real.
+
+    Raises UnsupportedModelError where transformers has no causal language model for it.
+    """
+    import torch
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            message = f"{config.model_type}: transformers has no causal language model for it"
+            raise UnsupportedModelError(message) from error
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def check_tensors(source: TensorSource, config: PreTrainedConfig, where: str) -> Skeleton:

@@ -30,6 +30,14 @@ class CanonicalDialect:
         """RMSNormalization with FP32 statistics (stash_type 1)."""
         return rms_norm(x, weight, epsilon)
 
+    def positions(self, step: Mapping[str, Tensor], sequence: int) -> Tensor:
+        """The input of that name."""
+        return step["position_ids"]
+
+    def rotate(self, x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
+        """RotaryEmbedding, as in front of attention."""
+        return rotate(x, rotary, positions)
+
     def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate, write into the cache, attend: bottom-right causal, or by an explicit mask where there is a window."""
         query, key = call.query, call.key

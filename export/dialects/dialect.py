@@ -76,6 +76,14 @@ class Dialect(Protocol):
         """RMSNorm over the last axis, with FP32 statistics: x * rsqrt(mean(x²) + epsilon) * weight."""
         ...
 
+    def positions(self, step: Mapping[str, Tensor], sequence: int) -> Tensor:
+        """Positions of the new tokens, int64 [batch, sequence]."""
+        ...
+
+    def rotate(self, x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
+        """Rotate x [batch, heads, sequence, head_dim] outside of attention, at positions int64 [batch, sequence]."""
+        ...
+
     def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Causal attention over the cache and the new tokens.
 

@@ -6,8 +6,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS, SCHEMES_OF
-from starling.export.dialects.dialect import AttentionCall, Attributes, StepInput
+from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS, SCHEMES_OF, SEQLENS_K, TOTAL_SEQUENCE_LENGTH
+from starling.export.dialects.dialect import AttentionCall, Attributes, Rotary, StepInput
 from starling.export.graphs.rewrites import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
 
 
@@ -25,8 +25,8 @@ class OrtDialect:
         `logits_to_keep`: which of the new tokens get logits.
         """
         return [
-            StepInput("seqlens_k", torch.int32, ("batch",)),
-            StepInput("total_sequence_length", torch.int32, ()),
+            StepInput(SEQLENS_K, torch.int32, ("batch",)),
+            StepInput(TOTAL_SEQUENCE_LENGTH, torch.int32, ()),
             StepInput(LOGITS_TO_KEEP, torch.int64, ("kept",)),
         ]
 
@@ -35,6 +35,20 @@ class OrtDialect:
         attrs: Attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
         return torch.onnx.ops.symbolic(
             "SimplifiedLayerNormalization", (x, weight), attrs=attrs, dtype=x.dtype, shape=x.shape, version=1
+        )
+
+    def positions(self, step: Mapping[str, Tensor], sequence: int) -> Tensor:
+        """The last `sequence` of each row's valid ones."""
+        return step[SEQLENS_K].to(torch.int64)[:, None] + 1 - sequence + torch.arange(sequence)
+
+    def rotate(self, x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
+        """com.microsoft RotaryEmbedding, which also takes the channels beyond the table's and leaves them alone."""
+        attrs: Attributes = {"interleaved": int(rotary.interleaved)}
+        if (dim := 2 * rotary.cos.shape[1]) != x.shape[-1]:
+            attrs |= {"rotary_embedding_dim": dim, "num_heads": x.shape[1]}
+        inputs = (x, positions, rotary.cos, rotary.sin)
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::RotaryEmbedding", inputs, attrs=attrs, dtype=x.dtype, shape=x.shape, version=1
         )
 
     def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +62,7 @@ class OrtDialect:
         if call.window is not None:
             attrs["local_window_size"] = call.window
         inputs: list[Tensor | None] = [query, key, value, call.past_key, call.past_value]
-        inputs += [step["seqlens_k"], step["total_sequence_length"]]
+        inputs += [step[SEQLENS_K], step[TOTAL_SEQUENCE_LENGTH]]
         if call.rotary is not None:
             attrs |= {"do_rotary": 1, "rotary_interleaved": int(call.rotary.interleaved)}
             inputs += [call.rotary.cos, call.rotary.sin]

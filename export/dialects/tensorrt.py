@@ -13,7 +13,7 @@ from torch import Tensor
 from starling.engine.names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, SCHEMES_OF, TEMPERATURE, TOP_K, TOP_P
 from starling.export.dialects.canonical import merge_heads, rms_norm, rotate, scatter, window_mask
 from starling.export.dialects.device_sampling import choose_tokens
-from starling.export.dialects.dialect import AttentionCall, StepInput
+from starling.export.dialects.dialect import AttentionCall, Rotary, StepInput
 from starling.export.graphs.rewrites import insert_constant, is_embedding, pack_sibling_linears
 
 ATTENTION = "TRT_Attention"
@@ -43,11 +43,19 @@ class TensorrtDialect:
         """RMSNormalization: TensorRT's parser casts to FP32 for the statistics and back before the weight."""
         return rms_norm(x, weight, epsilon)
 
+    def positions(self, step: Mapping[str, Tensor], sequence: int) -> Tensor:
+        """Those after the valid ones."""
+        return step[PAST_LENGTHS][:, None] + torch.arange(sequence)
+
+    def rotate(self, x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
+        """RotaryEmbedding, as in front of attention."""
+        return rotate(x, rotary, positions)
+
     def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate, write into the cache, attend over the valid positions; a window becomes a mask."""
         query, key, past_lengths = call.query, call.key, step[PAST_LENGTHS]
         sequence = query.shape[2]
-        position_ids = past_lengths[:, None] + torch.arange(sequence)
+        position_ids = self.positions(step, sequence)
         if call.rotary is not None:
             query, key = (rotate(x, call.rotary, position_ids) for x in (query, key))
         present_key = scatter(call.past_key, key, past_lengths)

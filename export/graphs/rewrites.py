@@ -1,6 +1,7 @@
 """Rewrites of a traced graph. They see `starling::Linear` nodes, not yet matrix products."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,7 +17,8 @@ STARLING = "starling"
 
 def simplify(model: ir.Model) -> None:
     """Fold the constants of shape arithmetic and drop views that change nothing, copies and unused nodes."""
-    fold_constants(model, onnx_shape_inference=False)
+    with _weights_unknown(model.graph):
+        fold_constants(model, onnx_shape_inference=False)
     _replace_views(model.graph)
     _merge_scalars(model.graph)
     for tidy in (
@@ -28,6 +30,19 @@ def simplify(model: ir.Model) -> None:
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
+
+
+@contextmanager
+def _weights_unknown(graph: ir.Graph) -> Iterator[None]:
+    """Let no weight be taken for a constant: it has no bytes yet, so what is computed from it stays in the graph."""
+    hidden = {v: v.const_value for v in graph.initializers.values() if weight_of(v) is not None}
+    for value in hidden:
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for value, tensor in hidden.items():
+            value.const_value = tensor
 
 
 def pack_sibling_linears(model: ir.Model) -> None:

@@ -122,8 +122,8 @@ def _makers(x: ir.Value, uses: Counter[str]) -> tuple[str, ...]:
     """The tensors whose rows are x's channels, where all that they make goes into x; none where there are no such."""
     node = x.producer()
     names: tuple[str, ...] = ()
-    if node is not None and node.op_type in _NORMS and isinstance(weight_of(node.inputs[1]), Rows):
-        names = rows_of(node.inputs[1]).names
+    if node is not None and node.op_type in _NORMS and isinstance(weight := weight_of(node.inputs[1]), Rows):
+        names = () if weight.plus else weight.names  # what is divided is the tensor, before anything is added to it
     elif node is not None and node.op_type == "Mul":
         names = next((found for value in node.inputs if (found := _linear_behind(value))), ())
     return names if all(uses[name] == 1 for name in names) else ()

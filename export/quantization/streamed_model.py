@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from starling.engine.progress import Advance
-from starling.export.check.torch_reference import empty_model
-from starling.export.checkpoints.checkpoint import TensorSource
+from starling.export.checkpoints.checkpoint import TensorSource, empty_model
 
 _CHUNK_ELEMENTS = 8 * 1024 * 1024  # rows are read in pieces of this size
 

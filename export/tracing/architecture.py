@@ -20,16 +20,6 @@ def architecture_json(arch: Architecture) -> dict[str, Any]:
     return fields
 
 
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Width of one attention head: the config's own, else hidden_size / num_attention_heads."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def kv_heads_of(config: PreTrainedConfig) -> int:
-    """Number of key/value heads; as many as query heads where the config knows no grouping."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
 def check_supported(config: PreTrainedConfig) -> None:
     """Refuse, before any work, what would be traced without an error but exported wrong.
 

@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from starling.engine.errors import UnsupportedModelError
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +30,7 @@ def read_pattern(mask_function: Callable[..., Any], max_positions: int) -> Causa
     Raises:
         UnsupportedModelError: the pattern is not causal with at most one window (chunked, prefix, bidirectional, …).
     """
-    # torch's tracing modes belong to a thread: in a fresh one the question is asked with real tensors
-    with ThreadPoolExecutor(max_workers=1) as fresh:
-        return fresh.submit(_ask, mask_function, max_positions).result()
+    return untraced(_ask, mask_function, max_positions)
 
 
 def _ask(mask_function: Callable[..., Any], max_positions: int) -> CausalPattern:
@@ -48,3 +50,9 @@ def _row(mask_function: Callable[..., Any], query: int, keys: int) -> torch.Tens
     zero = torch.tensor(0)
     seen = mask_function(zero, zero, torch.tensor(query), torch.arange(keys))
     return seen.expand(keys) if isinstance(seen, torch.Tensor) else torch.full((keys,), bool(seen))
+
+
+def untraced(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `function` with real tensors: torch's tracing modes belong to a thread, so it runs in a fresh one."""
+    with ThreadPoolExecutor(max_workers=1) as fresh:
+        return fresh.submit(function, *args, **kwargs).result()

@@ -1,49 +1,60 @@
-"""Tables of cosines and sines, and the proof that a model rotates the way the table is used."""
+"""Tables of cosines and sines, and the proof that a model rotates the way the table is used.
+
+A model has a module that makes position embeddings, and functions that rotate tensors by them. Both are tried with real
+numbers: no name or signature says what they compute.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from starling.engine.errors import UnsupportedModelError
 
 _PROBE_POSITIONS = 7
+_BATCH, _QUERY_HEADS, _KEY_HEADS = 1, 3, 2  # all unlike each other and unlike the positions, so that axes are known
+
+#: What a position embedding module returns: cosines and sines, or complex numbers.
+Angles = Tensor | tuple[Tensor, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RotaryTable:
-    """`cos`, `sin`: float32 [max_positions, rotary_dim / 2]; `interleaved` as in `dialects.base.Rotary`."""
+    """`cos`, `sin`: float32 [max_positions, rotary_dim / 2]; `interleaved` as in `dialects.dialect.Rotary`.
+
+    `sorted_first`: channels 0, 2, … go before 1, 3, … and are then rotated as halves. `sequence_first`: tensors come as
+    [batch, sequence, heads, head_dim], not as [batch, heads, sequence, head_dim].
+    """
 
     cos: Tensor
     sin: Tensor
     interleaved: bool
+    sorted_first: bool
+    sequence_first: bool
 
 
-def make_table(
-    embedding: nn.Module,
-    arguments: tuple[Any, ...],
-    apply: Callable[..., tuple[Tensor, Tensor]],
-    positions: int,
-    dim: int,
-) -> RotaryTable:
-    """The table of a rotary embedding module, found by trying the model's own `apply_rotary_pos_emb` against ours.
+def make_table(angles: Angles, apply: Callable[..., tuple[Tensor, ...]], dim: int, name: str) -> RotaryTable:
+    """The table of what a position embedding module returned, found by trying the model's own function against ours.
 
-    `embedding` is the model's module with real buffers; `arguments` what it takes after the position ids; `dim` the
-    head's width.
+    `angles`: for one row, [1, positions, …] each. `apply(angles, *tensors)` rotates one or two tensors whose last axis
+    has `dim` channels. `name` is said in a refusal.
 
     Raises:
         UnsupportedModelError: the model rotates in a way that no rotary table expresses.
     """
-    ids = torch.arange(positions)[None]
-    cos, sin = (t[0].float() for t in embedding(torch.zeros(1, 1, dim), ids, *arguments))
-    for interleaved, halve in ((False, _first_half), (True, _first_half), (True, _every_other)):
-        table = RotaryTable(halve(cos).contiguous(), halve(sin).contiguous(), interleaved)
-        if 2 * table.cos.shape[1] <= dim and _rotates_alike(table, cos, sin, apply, dim):
+    cos, sin = (t[0].float() for t in _cos_sin(angles, name))
+    some = _first_positions(angles, min(_PROBE_POSITIONS, len(cos)))
+    for halve, interleaved, sorted_first, sequence_first in product(
+        (_first_half, _every_other, _all), (False, True), (False, True), (False, True)
+    ):
+        table = RotaryTable(halve(cos).contiguous(), halve(sin).contiguous(), interleaved, sorted_first, sequence_first)
+        possible = 0 < 2 * table.cos.shape[1] <= dim and not (interleaved and sorted_first)
+        if possible and _rotates_alike(table, some, apply, dim):
             return table
     raise UnsupportedModelError(
-        f"{type(embedding).__name__}: its rotary embedding is neither of the half-rotated nor of the interleaved form"
+        f"{name}: its rotary embedding is neither of the half-rotated nor of the interleaved form"
     )
 
 
@@ -52,6 +63,8 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     half = table.cos.shape[1]
     cos, sin = table.cos[: x.shape[2]], table.sin[: x.shape[2]]
     turned, kept = x[..., : 2 * half], x[..., 2 * half :]
+    if table.sorted_first:
+        turned = even_first(turned)
     if table.interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
@@ -59,6 +72,24 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
         a, b = turned[..., :half], turned[..., half:]
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
     return torch.cat((turned, kept), dim=-1)
+
+
+def even_first(x: Tensor) -> Tensor:
+    """The channels 0, 2, 4, … of the last axis, then 1, 3, 5, …."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).transpose(-1, -2).reshape(x.shape)
+
+
+def _cos_sin(angles: Angles, name: str) -> tuple[Tensor, Tensor]:
+    if isinstance(angles, Tensor):
+        if angles.is_complex():
+            return angles.real, angles.imag
+    elif len(angles) == 2:
+        return angles[0], angles[1]
+    raise UnsupportedModelError(f"{name}: its position embedding is neither cosines and sines nor complex numbers")
+
+
+def _first_positions(angles: Angles, count: int) -> Angles:
+    return angles[:, :count] if isinstance(angles, Tensor) else tuple(t[:, :count] for t in angles)
 
 
 def _first_half(t: Tensor) -> Tensor:
@@ -69,12 +100,23 @@ def _every_other(t: Tensor) -> Tensor:
     return t[:, ::2]
 
 
-def _rotates_alike(
-    table: RotaryTable, cos: Tensor, sin: Tensor, apply: Callable[..., tuple[Tensor, Tensor]], dim: int
-) -> bool:
-    n = min(_PROBE_POSITIONS, cos.shape[0])
+def _all(t: Tensor) -> Tensor:
+    return t
+
+
+def _rotates_alike(table: RotaryTable, angles: Angles, apply: Callable[..., tuple[Tensor, ...]], dim: int) -> bool:
+    """Whether `apply` does to a query and a key (or to one tensor) what `rotate` does by this table."""
+    positions = (angles if isinstance(angles, Tensor) else angles[0]).shape[1]
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, 2, n, dim, generator=generator)
-    key = torch.randn(1, 1, n, dim, generator=generator)
-    theirs = apply(query, key, cos[None, :n], sin[None, :n])
-    return all(torch.allclose(t, rotate(x, table), atol=1e-5) for t, x in zip(theirs, (query, key), strict=True))
+    query, key = (
+        torch.randn(_BATCH, heads, positions, dim, generator=generator) for heads in (_QUERY_HEADS, _KEY_HEADS)
+    )
+    given = tuple(x.transpose(1, 2) if table.sequence_first else x for x in (query, key))
+    try:
+        theirs = apply(angles, *given)
+    except (RuntimeError, IndexError):  # the axes do not fit
+        return False
+    if table.sequence_first:
+        theirs = tuple(t.transpose(1, 2) for t in theirs)
+    expected = (rotate(x, table) for x in (query, key))
+    return all(t.shape == e.shape and torch.allclose(t, e, atol=1e-5) for t, e in zip(theirs, expected, strict=False))

@@ -9,17 +9,20 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from starling.engine.bundle.manifest import Architecture
 from starling.engine.errors import StarlingError, UnsupportedModelError
 from starling.engine.names import INPUT_IDS, LOGITS, LOGITS_TO_KEEP, PAST, PRESENT
+from starling.export.checkpoints.checkpoint import empty_model
 from starling.export.dialects import Dialect, StepInput
 from starling.export.graphs.rewrites import simplify
-from starling.export.tracing.architecture import check_supported, head_dim_of, kv_heads_of
-from starling.export.tracing.lowering import Lowering, Step, table_buffers
+from starling.export.tracing.architecture import check_supported
+from starling.export.tracing.lowering import Heads, Lowering, Step, table_buffers
+from starling.export.tracing.abstract_nodes import added_to_weights
 from starling.export.weights.weight_plan import Rows, Table, set_weight
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -64,22 +67,19 @@ class _Traced(nn.Module):
         lowering = self._lowering[0]
         pairs = list(zip(past[0::2], past[1::2], strict=True))
         inputs = dict(zip(self._names, step, strict=True))
-        lowering.step = Step(inputs, pairs)
+        positions = lowering.dialect.positions(inputs, input_ids.shape[1])
+        lowering.begin(Step(inputs, positions, pairs or None))
         kept = inputs.get(LOGITS_TO_KEEP)
         with _only(kept, self.model.get_output_embeddings()):  # type: ignore[no-untyped-call]
             output = self.model(
                 input_ids=input_ids,
+                position_ids=positions,
                 past_key_values=_TraceCache(),
                 use_cache=True,
                 logits_to_keep=1 if kept is None else 0,  # 0: all of them, less those that `_only` leaves out
                 return_dict=True,
             )
         present = lowering.step.present
-        missing = [i for i in range(len(pairs)) if i not in present]
-        if missing:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__}: layer {missing[0]} has no softmax attention with a KV cache of its own"
-            )
         cache = (tensor for i in range(len(pairs)) for tensor in present[i])
         return (output.logits, *cache, *lowering.dialect.further_outputs(output.logits, inputs, input_ids.shape[1]))
 
@@ -113,44 +113,78 @@ def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str) -> Trace:
         UnsupportedModelError: the model has no causal-LM class or does something that cannot be lowered faithfully.
     """
     check_supported(config)
+    real = empty_model(config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = _build(config, TORCH_DTYPES[dtype])
-        with unset_fake_temporarily():
-            lowering = Lowering(model, dialect)
-        for index, table in enumerate(lowering.tables.values()):
-            for name in table_buffers(index):
-                model.register_buffer(name, torch.empty(table.cos.shape, dtype=TORCH_DTYPES[dtype]))
-        architecture = _architecture(model)
-        tied = _tied_names(model)
+        lowering = Lowering(model, real, dialect, TORCH_DTYPES[dtype])
+        parameters, tied = sum(p.numel() for p in model.parameters()), _tied_names(model)
         with lowering.installed():
-            graph = _export(lowering, dialect, architecture, TORCH_DTYPES[dtype])
-    _plan_weights(graph, tied, lowering)
+            heads = _survey(lowering, TORCH_DTYPES[dtype])
+            architecture = _architecture(model, heads, parameters, tied=bool(tied))
+            lowering.register_tables()
+            graph = _export(lowering, architecture, TORCH_DTYPES[dtype])
+    _plan_weights(graph, tied, lowering, real)
     simplify(graph)
     return Trace(graph, architecture)
 
 
-def _plan_weights(graph: ir.Model, tied: dict[str, str], lowering: Lowering) -> None:
-    """Say of every initializer which checkpoint tensor, or which rotary table, it stands for."""
+def _survey(lowering: Lowering, dtype: torch.dtype) -> Heads:
+    """Run the model once, without a graph, to see how it attends and rotates; the heads that all of its layers have.
+
+    Raises:
+        UnsupportedModelError: it does something that cannot be lowered faithfully, or its layers are of several kinds.
+    """
+    ids, steps, _ = _example_inputs(lowering.dialect, dtype, 0, None)
+    name = type(lowering.model).__name__
+    try:
+        _Traced(lowering, lowering.dialect.step_inputs())(ids, steps, [])
+    except Exception as error:
+        raise _explain(error, name) from error
+    heads = lowering.step.heads
+    missing = [i for i in range(lowering.model.config.num_hidden_layers) if i not in heads]
+    if missing:
+        raise UnsupportedModelError(f"{name}: layer {missing[0]} has no softmax attention with a KV cache of its own")
+    first = heads[0]
+    for layer, other in sorted(heads.items()):
+        if other != first:
+            raise UnsupportedModelError(
+                f"{name}: the KV caches of layers 0 and {layer} differ ({_describe(first)}; {_describe(other)})"
+            )
+    if first.key_dim != first.value_dim:
+        raise UnsupportedModelError(f"{name}: keys and values have heads of {first.key_dim} and {first.value_dim}")
+    return first
+
+
+def _describe(heads: Heads) -> str:
+    return f"{heads.kv_heads} heads of {heads.key_dim} and {heads.value_dim}"
+
+
+def _plan_weights(graph: ir.Model, tied: dict[str, str], lowering: Lowering, real: PreTrainedModel) -> None:
+    """Say of every initializer which checkpoint tensor or rotary table it stands for; what is neither is a constant."""
     tables = {
         name: values
-        for index, table in enumerate(lowering.tables.values())
+        for index, table in enumerate(lowering.rotary.tables)
         for name, values in zip(table_buffers(index), (table.cos, table.sin), strict=True)
     }
+    plus, stored, buffers = added_to_weights(lowering.model), real.state_dict().keys(), dict(real.named_buffers())
     for name, value in list(graph.graph.initializers.items()):
         own = name.removeprefix("model.")
-        set_weight(value, Table(tables[own]) if own in tables else Rows((tied.get(own, own),)))
+        if own in tables:
+            set_weight(value, Table(tables[own]))
+        elif own in buffers and own not in stored:
+            assert value.dtype is not None
+            value.const_value = TorchTensor(buffers[own].to(to_torch_dtype(value.dtype)), name=own)
+        else:
+            set_weight(value, Rows((tied.get(own, own),), plus=plus.get(own, 0.0)))
         value.name = own
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    except ValueError as error:
-        raise UnsupportedModelError(f"{config.model_type}: transformers has no causal language model for it") from error
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _architecture(model: PreTrainedModel) -> Architecture:
+def _architecture(model: PreTrainedModel, heads: Heads, parameters: int, *, tied: bool) -> Architecture:
     config = model.config
     return Architecture(
         model_type=config.model_type,
@@ -159,12 +193,12 @@ def _architecture(model: PreTrainedModel) -> Architecture:
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
         query_heads=config.num_attention_heads,
-        kv_heads=kv_heads_of(config),
-        head_dim=head_dim_of(config),
+        kv_heads=heads.kv_heads,
+        head_dim=heads.key_dim,
         sliding_window=getattr(config, "sliding_window", None),
         max_positions=config.max_position_embeddings,
-        parameters=sum(p.numel() for p in model.parameters()),
-        tied_embeddings=bool(_tied_names(model)),
+        parameters=parameters,
+        tied_embeddings=tied,
     )
 
 
@@ -179,17 +213,24 @@ def _tied_names(model: PreTrainedModel) -> dict[str, str]:
     return tied
 
 
-def _export(lowering: Lowering, dialect: Dialect, arch: Architecture, dtype: torch.dtype) -> ir.Model:
+def _example_inputs(
+    dialect: Dialect, dtype: torch.dtype, layers: int, heads: Heads | None
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Token ids, the dialect's inputs and the KV cache of `layers`, all zeros."""
     sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "cache": _CACHE, "kept": _KEPT}
+    steps = [torch.zeros([sizes[axis] for axis in s.axes], dtype=s.dtype) for s in dialect.step_inputs()]
+    past = []
+    if heads is not None:
+        shape = (_BATCH, heads.kv_heads, _CACHE, heads.key_dim)
+        past = [torch.zeros(shape, dtype=dtype) for _ in range(2 * layers)]
+    return torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64), steps, past
+
+
+def _export(lowering: Lowering, arch: Architecture, dtype: torch.dtype) -> ir.Model:
+    dialect = lowering.dialect
     steps = dialect.step_inputs()
-    cache = (_BATCH, arch.kv_heads, _CACHE, arch.head_dim)
     names = [f"{i}.{side}" for i in range(arch.layers) for side in ("key", "value")]
-    past = [torch.zeros(cache, dtype=dtype) for _ in names]
-    inputs = (
-        torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64),
-        [torch.zeros([sizes[axis] for axis in s.axes], dtype=s.dtype) for s in steps],
-        past,
-    )
+    inputs = _example_inputs(dialect, dtype, arch.layers, Heads(arch.kv_heads, arch.head_dim, arch.head_dim))
     dynamic = {
         INPUT_IDS: {0: "batch", 1: "sequence"},
         "step": [dict(enumerate(s.axes)) for s in steps],
@@ -209,12 +250,12 @@ def _export(lowering: Lowering, dialect: Dialect, arch: Architecture, dtype: tor
                 verbose=False,
             )
     except Exception as error:
-        raise _explain(error, arch) from error
+        raise _explain(error, arch.class_name) from error
     assert program is not None
     return program.model
 
 
-def _explain(error: BaseException, arch: Architecture) -> StarlingError:
+def _explain(error: BaseException, name: str) -> StarlingError:
     """Our own refusal from inside the trace where there was one, else the tracer's failure in one line."""
     cause: BaseException | None = error
     while cause is not None:
@@ -222,9 +263,7 @@ def _explain(error: BaseException, arch: Architecture) -> StarlingError:
             return cause
         cause = cause.__cause__ or cause.__context__
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UnsupportedModelError(
-        f"{arch.class_name}: it could not be traced ({reason[:200]}); run with --debug for more"
-    )
+    return UnsupportedModelError(f"{name}: it could not be traced ({reason[:200]}); run with --debug for more")
 
 
 @contextmanager

@@ -175,6 +175,7 @@ def _assemble(weight: Rows | Table, tensors: TensorSource, value: ir.Value) -> T
     first = 0
     for name in weight.names:
         for start, rows in _chunks(tensors, name):
+            rows = rows.float() + weight.plus if weight.plus else rows
             by_row[first + start : first + start + len(rows)] = _narrow(rows, dtype, name)
         first += tensors.shape(name)[0]
     return stored

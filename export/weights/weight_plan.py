@@ -10,10 +10,14 @@ _META = "starling.weight"
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Checkpoint tensors [rows_i, columns] (or [rows_i]), one below another; `transposed` stores [columns, rows]."""
+    """Checkpoint tensors [rows_i, columns] (or [rows_i]), one below another; `transposed` stores [columns, rows].
+
+    `plus` is added to every value: the 1 of a norm that computes with 1 + weight.
+    """
 
     names: tuple[str, ...]
     transposed: bool = False
+    plus: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,10 @@ LLAMA3_ROPE = {
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+TWO_ROTARY_BASES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+}
 
 FAMILIES = [
     Family("llama", "llama"),
@@ -56,6 +60,26 @@ FAMILIES = [
     ),
     Family("olmo2-post-norm", "olmo2"),
     Family("cohere-interleaved-rotary", "cohere"),
+    Family("gemma-norms-of-one-plus-weight", "gemma"),
+    Family(
+        "gemma3-two-rotary-bases-one-kv-head",
+        "gemma3_text",
+        {
+            "num_key_value_heads": 1,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": TWO_ROTARY_BASES,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Family(
+        "olmo3-mixed-windows",
+        "olmo3",
+        {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    Family("phi-partial-rotary-split-before", "phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    Family("stablelm-partial-rotary", "stablelm", {"head_dim": 16, "partial_rotary_factor": 0.25}),
+    Family("hunyuan-norm-after-rotary", "hunyuan_v1_dense"),
 ]
 
 
@@ -154,7 +178,6 @@ def test_the_window_matters(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None
             ),
             "longrope",
         ),
-        (Family("hunyuan-norm-after-rotary", "hunyuan_v1_dense"), "between rotary embedding and attention"),
     ],
     ids=lambda value: value.name if isinstance(value, Family) else "",
 )
