@@ -9,7 +9,6 @@ import torch
 
 from starling.engine.errors import UnsupportedModelError
 
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

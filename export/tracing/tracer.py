@@ -20,9 +20,9 @@ from starling.engine.names import INPUT_IDS, LOGITS, LOGITS_TO_KEEP, PAST, PRESE
 from starling.export.checkpoints.checkpoint import empty_model
 from starling.export.dialects import Dialect, StepInput
 from starling.export.graphs.rewrites import simplify
+from starling.export.tracing.abstract_nodes import added_to_weights
 from starling.export.tracing.architecture import check_supported
 from starling.export.tracing.lowering import Heads, Lowering, Step, table_buffers
-from starling.export.tracing.abstract_nodes import added_to_weights
 from starling.export.weights.weight_plan import Rows, Table, set_weight
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
