@@ -85,7 +85,8 @@ class ServingLoop:
         submitted = perf_counter()
         deadline = NEVER if deadline_s is None else submitted + _checked_seconds(deadline_s)
         sequence = self.engine.prepare(prompt, params or SamplingParams(), reply=reply)
-        request = Request(sequence, submitted, ChunkQueue(on_chunk))
+        sequence.submitted = submitted
+        request = Request(sequence, ChunkQueue(on_chunk))
         if request_id is not None:
             request.id = request_id
         request.deadline = deadline

@@ -9,7 +9,7 @@ from starling.engine.backends.backend import Backend
 from starling.engine.batching.prefill_pacing import PromptsFirst
 from starling.engine.batching.request import Request
 from starling.engine.batching.scheduler import Handout, Scheduler
-from starling.engine.batching.serving_stats import Uncounted
+from starling.engine.batching.serving_stats import ServingCounters
 from starling.engine.errors import UserError
 from starling.engine.generation.results import GenerationChunk, GenerationResult
 from starling.engine.generation.sequence import GenerationSequence, interrupt, interrupted_chunk
@@ -26,14 +26,17 @@ def generate(backend: Backend, sequences: list[GenerationSequence], speculation:
     verifies. Ctrl-C ends every row with a last chunk ("interrupted") in place of the exception. Raises what a row
     failed with.
     """
-    scheduler = Scheduler(backend, Uncounted(), PromptsFirst(), speculation=speculation)
+    counters = ServingCounters(len(sequences), 0)
+    scheduler = Scheduler(backend, counters, PromptsFirst(), speculation=speculation)
     called = perf_counter() - sum(sequence.encode_s for sequence in sequences)
-    requests = [Request(sequence, submitted=called) for sequence in sequences]
+    requests = [Request(sequence) for sequence in sequences]
     for request in requests:
+        request.sequence.submitted = called
+        counters.enter()
         scheduler.add(request)
     try:
-        while not scheduler.idle:
-            for handout in scheduler.step():
+        while (handouts := scheduler.step()) is not None:
+            for handout in handouts:
                 error = handout[0].error
                 if error is not None:
                     raise error.__cause__ or error

@@ -21,8 +21,6 @@ class Request:
     """A sequence on its way through the scheduler. Times are of the scheduler's clock, in seconds."""
 
     sequence: GenerationSequence
-    #: When the caller came with it.
-    submitted: float
     #: Where a serving loop puts its chunks.
     queue: ChunkQueue = field(default_factory=ChunkQueue)
     deadline: float = NEVER
@@ -36,9 +34,6 @@ class Request:
     #: Where its drafts come from, once it decodes; None: it has none. `draft` is the newest, [] where none is known.
     lookup: PromptLookup | None = None
     draft: list[int] = field(default_factory=list)
-    #: When its newest token was there, and the backend's model seconds then.
-    newest: float = 0.0
-    newest_model_s: float = 0.0
     error: RequestFailed | None = None
 
 

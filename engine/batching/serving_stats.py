@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import Lock
 from types import MappingProxyType
-from typing import Protocol
 
 from starling.engine.generation.results import FinishReason
 
@@ -33,38 +32,6 @@ class ServingStats:
     generated_tokens: int
 
 
-class Counters(Protocol):
-    """What a scheduler counts."""
-
-    def admit(self) -> None:
-        """A waiting request got a row."""
-
-    def leave(self, reason: FinishReason, *, running: bool) -> None:
-        """A request that was running, or waiting, has ended."""
-
-    def count_prompt(self, tokens: int) -> None:
-        """Tokens that were prefilled."""
-
-    def count_token(self) -> None:
-        """A token was generated."""
-
-
-class Uncounted:
-    """Counts nothing: for a single call's own scheduler."""
-
-    def admit(self) -> None:
-        """Nothing to count."""
-
-    def leave(self, reason: FinishReason, *, running: bool) -> None:
-        """Nothing to count."""
-
-    def count_prompt(self, tokens: int) -> None:
-        """Nothing to count."""
-
-    def count_token(self) -> None:
-        """Nothing to count."""
-
-
 class ServingCounters:
     """Thread-safe counters behind `ServingStats`."""
 
@@ -73,7 +40,8 @@ class ServingCounters:
         self._lock = Lock()
         self._running = self._waiting = self._submitted = self._refused = 0
         self._ended: Counter[FinishReason] = Counter()
-        self._prompt_tokens = self._generated_tokens = 0
+        #: Tokens prefilled and generated: the scheduler's thread alone adds to them, without a call for each token.
+        self.prompt_tokens = self.generated_tokens = 0
 
     def enter(self) -> bool:
         """Count a request as waiting; False, and counted as refused, where the queue is full."""
@@ -99,16 +67,6 @@ class ServingCounters:
             self._waiting -= not running
             self._ended[reason] += 1
 
-    def count_prompt(self, tokens: int) -> None:
-        """Tokens that were prefilled."""
-        with self._lock:
-            self._prompt_tokens += tokens
-
-    def count_token(self) -> None:
-        """A token was generated."""
-        with self._lock:
-            self._generated_tokens += 1
-
     def snapshot(self) -> ServingStats:
         """The figures at this moment."""
         with self._lock:
@@ -119,6 +77,6 @@ class ServingCounters:
                 submitted=self._submitted,
                 refused=self._refused,
                 ended=MappingProxyType(dict(self._ended)),
-                prompt_tokens=self._prompt_tokens,
-                generated_tokens=self._generated_tokens,
+                prompt_tokens=self.prompt_tokens,
+                generated_tokens=self.generated_tokens,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from starling.engine.backends.backend import GREEDY, DeviceChoice
 from starling.engine.backends.logits import Logits
@@ -55,6 +56,10 @@ class GenerationSequence:
     closed: bool = False
     handed_out: int = 0
     prefilled: bool = False
+    #: When the caller came with it, when its newest token was there, and the backend's model seconds then.
+    submitted: float = 0.0
+    newest: float = 0.0
+    newest_model_s: float = 0.0
     queue_s: float = 0.0
     ttft_s: float = 0.0
     prefill_model_s: float = 0.0
@@ -135,17 +140,23 @@ def make_sequence(
     )
 
 
-def append_token(sequence: GenerationSequence, token: int, logits: Logits | None) -> int:
-    """Take the backend's choice `token`, or choose one from logits [vocab]; see whether it ends the sequence.
+def append_token(
+    sequence: GenerationSequence, token: int, logits: Logits | None, *, model_s: float, idle_s: float
+) -> GenerationChunk:
+    """Take the backend's choice `token`, or choose one from logits [vocab]; the chunk that it makes.
 
-    Returns the token taken. `logits` may be None where the sequence needs none.
+    `logits` may be None where the sequence needs none. Whether the token ends the sequence is decided here, and its
+    time is booked: `model_s` is the backend's model seconds, `idle_s` what the clock counts too much. The last chunk
+    carries the reason and the timings.
     """
+    logprob = None
     if logits is not None and sequence.needs_logits:
         if sequence.sample is not None:
             token = sequence.sample(logits)
         if sequence.top_logprobs is not None:
-            sequence.logprobs.append(logprobs(logits, token, sequence.top_logprobs))
-    text, reason = "", None
+            logprob = logprobs(logits, token, sequence.top_logprobs)
+            sequence.logprobs.append(logprob)
+    text, reason, count = "", None, len(sequence.tokens)
     if token in sequence.stop_ids:
         reason = _STOP
     else:
@@ -153,14 +164,25 @@ def append_token(sequence: GenerationSequence, token: int, logits: Logits | None
         if sequence.stops is not None:
             text, stopped = sequence.stops.push(text)
             reason = _STOP if stopped else None
-        if reason is None and len(sequence.tokens) + 1 >= sequence.limit:
+        if reason is None and count + 1 >= sequence.limit:
             reason = _LENGTH
     if reason is not None:
         text, reason = _with_held_back(sequence, text, reason)
     sequence.texts.append(text)
     sequence.tokens.append(token)
     sequence.finish_reason = reason
-    return token
+    now = perf_counter() - idle_s
+    if count:
+        gap = now - sequence.newest
+        sequence.itl_s.append(gap)
+        sequence.host_s.append(gap - (model_s - sequence.newest_model_s))
+    else:
+        sequence.ttft_s = now - sequence.submitted
+    sequence.newest, sequence.newest_model_s, sequence.handed_out = now, model_s, count + 1
+    if reason is None:
+        return GenerationChunk(text, token, logprob)
+    sequence.closed = True
+    return GenerationChunk(text, token, logprob, reason, sequence.timings())
 
 
 def _with_held_back(sequence: GenerationSequence, text: str, reason: FinishReason) -> tuple[str, FinishReason]:
@@ -170,17 +192,6 @@ def _with_held_back(sequence: GenerationSequence, text: str, reason: FinishReaso
         return text + tail, reason
     tail, stopped = sequence.stops.push(tail)
     return text + tail + sequence.stops.flush(), _STOP if stopped else reason
-
-
-def next_chunk(sequence: GenerationSequence) -> GenerationChunk:
-    """The newest token as a chunk; the last one carries the reason and the timings."""
-    sequence.handed_out = len(sequence.tokens)
-    logprob = None if sequence.top_logprobs is None else sequence.logprobs[-1]
-    if sequence.finish_reason is None:
-        return GenerationChunk(sequence.texts[-1], sequence.tokens[-1], logprob)
-    sequence.closed = True
-    timings = sequence.timings()
-    return GenerationChunk(sequence.texts[-1], sequence.tokens[-1], logprob, sequence.finish_reason, timings)
 
 
 def interrupted_chunk(sequence: GenerationSequence, reason: FinishReason = "interrupted") -> GenerationChunk:

@@ -48,8 +48,9 @@ class DetokenizerFactory:
         self._byte_level = config.get("type") == "ByteLevel"
         self._sentencepiece = steps[:3] == SENTENCEPIECE and steps[3:] in ([], [STRIP_FIRST_SPACE])
         self._strips = bool(steps[3:])
-        self._texts: list[str | None] = self._texts_by_id() if self._byte_level or self._sentencepiece else []
-        self._pieces = [None if text is None else _characters(text) for text in self._texts] if self._byte_level else []
+        texts = self._texts_by_id() if self._byte_level or self._sentencepiece else []
+        piece = _characters if self._byte_level else _text_or_byte
+        self._pieces = [None if text is None else piece(text) for text in texts]
 
     def make(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """A fresh detokenizer.
@@ -61,7 +62,7 @@ class DetokenizerFactory:
             return _ByteLevel(self._pieces, tail)
         if self._sentencepiece:
             started = bool(tail) or any(token_id not in self._special_ids for token_id in prompt_ids)
-            return _SentencePiece(self._texts, tail, strip=self._strips and not started)
+            return _SentencePiece(self._pieces, tail, strip=self._strips and not started)
         return _Window(self._core, tail)
 
     def _texts_by_id(self) -> list[str | None]:
@@ -118,11 +119,13 @@ class _SentencePiece:
     """A vocabulary with byte fallback, as in Llama 2, Mistral and Gemma.
 
     The library shows a run of byte tokens as its characters if the whole run is UTF-8, else as U+FFFD for each byte.
-    So a run is held until it ends.
+    So a run is held until it ends. `pieces` has byte tokens as bytes, others as str, None for special ids and gaps.
     """
 
-    def __init__(self, texts: Sequence[str | None], tail: Sequence[int], *, strip: bool) -> None:
-        self._texts = texts
+    __slots__ = ("_pieces", "_run", "_strip")
+
+    def __init__(self, pieces: Sequence[str | bytes | None], tail: Sequence[int], *, strip: bool) -> None:
+        self._pieces = pieces
         self._run = bytearray()
         self._strip = False
         for token_id in tail:
@@ -131,13 +134,17 @@ class _SentencePiece:
         self._strip = strip
 
     def push(self, token_id: int) -> str:
-        token = self._texts[token_id] if token_id < len(self._texts) else None
-        if token is None:
+        try:
+            piece = self._pieces[token_id]
+        except IndexError:
             return ""
-        byte = _fallback_byte(token)
-        if byte is None:
-            return self.flush() + self._first_space_stripped(token.replace(WORD_START, " "))
-        self._run.append(byte)
+        if piece is None:
+            return ""
+        if isinstance(piece, str):
+            if self._run or self._strip:
+                return self.flush() + self._first_space_stripped(piece)
+            return piece
+        self._run += piece
         return ""
 
     def flush(self) -> str:
@@ -210,13 +217,14 @@ def _char_of_byte() -> dict[str, str]:
     return {chr(byte): chr(byte) for byte in printable} | {chr(256 + i): chr(byte) for i, byte in enumerate(rest)}
 
 
-def _fallback_byte(token: str) -> int | None:
-    if len(token) != 6 or not token.startswith("<0x") or not token.endswith(">"):
-        return None
-    try:
-        return int(token[3:5], 16)
-    except ValueError:
-        return None
+def _text_or_byte(token: str) -> str | bytes:
+    """The byte of a byte-fallback token such as "<0x0A>", else the token's text."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes([int(token[3:5], 16)])
+        except ValueError:
+            pass
+    return token.replace(WORD_START, " ")
 
 
 def _incomplete_end(run: bytes | bytearray) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
-from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES
+from starling.engine.backends.onnxruntime.step_buffers import ONNX_TYPES
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
 from starling.engine.onnx_bytes import GRAPH, INPUT, NAME, NODE, OPERATOR, OUTPUT, field

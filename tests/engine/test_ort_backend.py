@@ -14,7 +14,7 @@ import onnxruntime  # type: ignore[import-untyped]
 import pytest
 
 from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend
-from starling.engine.backends.onnxruntime.step_outputs import StepOutputs
+from starling.engine.backends.onnxruntime.step_buffers import StepOutputs
 from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle, TensorSpec
 from starling.engine.errors import BackendError, UserError

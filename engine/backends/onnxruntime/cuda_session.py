@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.engine.backends.cuda.device_memory import DeviceMemory
-from starling.engine.backends.onnxruntime.step_outputs import first_line
+from starling.engine.backends.onnxruntime.step_buffers import first_line
 from starling.engine.bundle.manifest import CudaKernels
 from starling.engine.errors import BackendError
 from starling.engine.host import cache_folder

@@ -19,10 +19,12 @@ from starling.engine.backends.backend import (
     chunk_length,
 )
 from starling.engine.backends.onnxruntime.huge_pages import huge_pages
-from starling.engine.backends.onnxruntime.step_inputs import INPUTS, KeptPositions, StepWriter
-from starling.engine.backends.onnxruntime.step_outputs import (
+from starling.engine.backends.onnxruntime.step_buffers import (
+    INPUTS,
+    KeptPositions,
     OrtOutput,
     StepOutputs,
+    StepWriter,
     allocate_cache,
     first_line,
 )
@@ -151,7 +153,13 @@ class OrtBackend:
             check_room(self, rows - 1, longest)
         step = self._steps.get(rows) or self._new_step(rows)
         step.write(tokens, positions, longest)
-        self._run(step.binding)
+        begin = perf_counter()
+        try:  # as `_run`: a call takes 4 µs, with cold caches
+            self._session.run_with_iobinding(step.binding)
+        except Exception as error:
+            raise _failed_run(error) from error
+        finally:
+            self.model_seconds += perf_counter() - begin
         return step.output
 
     def check_verifies(self) -> None:
@@ -205,8 +213,8 @@ class OrtBackend:
         begin = perf_counter()
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}") from error
+        except Exception as error:
+            raise _failed_run(error) from error
         finally:
             self.model_seconds += perf_counter() - begin
 
@@ -251,6 +259,11 @@ class OrtBackend:
             self._kept.bind(binding, kept)
         self._outputs.bind(binding, rows, kept)
         return binding
+
+
+def _failed_run(error: Exception) -> BackendError:
+    """For any exception: ONNX Runtime's share no base class of their own."""
+    return BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}")
 
 
 def _why_no_verify(bundle: Bundle) -> str | None:

@@ -32,7 +32,7 @@ from starling.engine.backends.onnxruntime.cuda_session import (
     open_session,
     own_operators,
 )
-from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES, first_line
+from starling.engine.backends.onnxruntime.step_buffers import ONNX_TYPES, first_line
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.kernels import KernelsUnavailable

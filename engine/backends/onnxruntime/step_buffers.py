@@ -1,15 +1,98 @@
-"""The small inputs of a step for ONNX Runtime, in buffers that are allocated once: one class per dialect."""
+"""Memory that the ONNX Runtime backend allocates once: KV cache, the small inputs of each dialect, logits, choices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
 from starling.engine.backends.backend import Tokens
-from starling.engine.backends.onnxruntime.step_outputs import ONNX_TYPES
-from starling.engine.names import LOGITS_TO_KEEP, NOISE, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
+from starling.engine.backends.logits import FINITE_TESTS, HOST_TYPES, LogitsReader, logits_reader
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.errors import BackendError
+from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS, NOISE, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
+
+# TensorProto.DataType values, which IOBinding takes.
+ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def allocate_cache(ort: Any, bundle: Bundle, rows: int, positions: int) -> dict[str, Any]:
+    """OrtValues "{layer}.key" and "{layer}.value", each [max_batch, kv_heads, max_seq, head_dim]."""
+    shape = [rows, bundle.architecture.kv_heads, positions, bundle.architecture.head_dim]
+    kind = bundle.kv_cache.dtype
+
+    def allocate() -> Any:  # zeroed pages cost no memory until a token is written to them
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, HOST_TYPES[kind]), ONNX_TYPES[kind])
+
+    try:
+        return {f"{i}.{side}": allocate() for i in range(bundle.architecture.layers) for side in ("key", "value")}
+    except MemoryError as error:
+        raise BackendError(
+            f"no memory for a KV cache of {rows} row(s) of {positions} positions; lower --max-seq or the number of "
+            f"rows: {first_line(error)}"
+        ) from error
+
+
+@dataclass(slots=True, eq=False)
+class OrtOutput:
+    """Implements `starling.engine.backends.backend.StepOutput` over the buffers' first rows."""
+
+    tokens: Callable[[], list[int]]
+    logits: LogitsReader
+
+
+class StepOutputs:
+    """Logits [rows, vocab] and the greedy choice [rows] in host memory, where ONNX Runtime writes them.
+
+    A row is a row of the batch, or one of the positions kept of a single one. A graph without a choice of its own gets
+    one from the logits.
+    """
+
+    def __init__(self, bundle: Bundle, rows: int) -> None:
+        kinds = {spec.name: spec.dtype for spec in bundle.graph.outputs}
+        self._kind = kinds.get("logits", "")
+        if self._kind not in HOST_TYPES:
+            raise BackendError(f"{bundle.folder}: the graph has no logits output of a known type; export it again")
+        self._raw = np.zeros((rows, bundle.architecture.vocab_size), HOST_TYPES[self._kind])
+        self._float32 = self._raw if self._kind == "float32" else np.zeros(self._raw.shape, np.float32)
+        self._tokens = np.zeros((rows, 1), np.int64)
+        self._chosen_in_graph = NEXT_TOKENS in kinds
+
+    def bind(self, binding: Any, rows: int, kept: int = 1) -> None:
+        """Bind the first rows as the graph's outputs for `rows` rows of the batch, `kept` positions of each."""
+        shape = [rows, kept, self._raw.shape[1]]
+        binding.bind_output("logits", "cpu", 0, ONNX_TYPES[self._kind], shape, self._raw.ctypes.data)
+        if self._chosen_in_graph:
+            binding.bind_output(NEXT_TOKENS, "cpu", 0, ONNX_TYPES["int64"], [rows, kept], self._tokens.ctypes.data)
+
+    def output(self, rows: int) -> OrtOutput:
+        """What a step of the first `rows` rows leaves behind, made once.
+
+        It reads through memoryviews: after a run of the model the caches are cold, and NumPy's paths are long.
+        """
+        logits = logits_reader(self._raw[:rows], self._float32[:rows], self._kind)
+        values, vocab, is_finite = self._raw.reshape(-1).data, self._raw.shape[1], FINITE_TESTS[self._kind]
+        in_graph = self._tokens.reshape(-1)[:rows].data
+        likeliest: Callable[[], list[int]] = (
+            in_graph.tolist if self._chosen_in_graph else lambda: logits().argmax(axis=-1).tolist()
+        )
+
+        def tokens() -> list[int]:
+            chosen, start = likeliest(), 0
+            for row, token in enumerate(chosen):
+                if not is_finite(values[start + token]):
+                    chosen[row] = -1
+                start += vocab
+            return chosen
+
+        return OrtOutput(tokens, logits)
+
 
 #: Writes one decode step: tokens [rows], positions [rows], and their greatest.
 StepWriter: TypeAlias = Callable[[Sequence[int], Sequence[int], int], None]
@@ -57,19 +140,8 @@ class StepInputs:
         self._place_rows(starts, length)
 
     def step_writer(self, rows: int) -> StepWriter:
-        """The function that writes one decode step of `rows` rows.
-
-        It writes through memoryviews that it keeps: after a run of the model the caches are cold, and NumPy's paths
-        are long.
-        """
-        ids, place = self._ids.data, self._placer(rows)
-
-        def write(tokens: Sequence[int], positions: Sequence[int], longest: int) -> None:
-            for row, token in enumerate(tokens):
-                ids[row] = token
-            place(positions, longest)
-
-        return write
+        """The function that writes one decode step of `rows` rows, and says where its tokens go."""
+        raise NotImplementedError
 
     def _place_chunk(self, start: int, end: int) -> None:
         """Say that one row's new tokens go to positions start..end."""
@@ -77,10 +149,6 @@ class StepInputs:
 
     def _place_rows(self, starts: Sequence[int], length: int) -> None:
         """Say that `length` new tokens of each row go to starts[i] and on: where a graph can verify drafts."""
-        raise NotImplementedError
-
-    def _placer(self, rows: int) -> Callable[[Sequence[int], int], None]:
-        """A function (positions [rows], their greatest) that says where one new token of each row goes."""
         raise NotImplementedError
 
 
@@ -106,15 +174,17 @@ class OrtInputs(StepInputs):
         self._lengths[: len(starts)] = [start + length - 1 for start in starts]
         self._total.host[0] = max(starts) + length
 
-    def _placer(self, rows: int) -> Callable[[Sequence[int], int], None]:
-        lengths, total = self._lengths.data, self._total.host.data
+    def step_writer(self, rows: int) -> StepWriter:
+        """It writes through memoryviews: after a run of the model the caches are cold, and NumPy's paths are long."""
+        ids, lengths, total = self._ids.data, self._lengths.data, self._total.host.data
 
-        def place(positions: Sequence[int], longest: int) -> None:
-            for row, position in enumerate(positions):
-                lengths[row] = position
+        def write(tokens: Sequence[int], positions: Sequence[int], longest: int) -> None:
+            for row, token in enumerate(tokens):
+                ids[row] = token
+                lengths[row] = positions[row]
             total[0] = longest + 1
 
-        return place
+        return write
 
 
 class CanonicalInputs(StepInputs):
@@ -133,15 +203,17 @@ class CanonicalInputs(StepInputs):
         self._starts[0] = start
         self._lengths[0] = end
 
-    def _placer(self, rows: int) -> Callable[[Sequence[int], int], None]:
-        ids, starts, lengths = self._positions[:rows], self._starts[:rows], self._lengths[:rows]
+    def step_writer(self, rows: int) -> StepWriter:
+        ids, places = self._ids[:rows], self._positions[:rows]
+        starts, lengths = self._starts[:rows], self._lengths[:rows]
 
-        def place(positions: Sequence[int], longest: int) -> None:
-            ids[:] = positions
+        def write(tokens: Sequence[int], positions: Sequence[int], longest: int) -> None:
+            ids[:] = tokens
+            places[:] = positions
             starts[:] = positions
             np.add(starts, 1, out=lengths)
 
-        return place
+        return write
 
 
 class TensorrtInputs(StepInputs):
@@ -163,13 +235,14 @@ class TensorrtInputs(StepInputs):
     def _place_chunk(self, start: int, end: int) -> None:
         self._lengths[0] = start
 
-    def _placer(self, rows: int) -> Callable[[Sequence[int], int], None]:
-        lengths = self._lengths[:rows]
+    def step_writer(self, rows: int) -> StepWriter:
+        ids, lengths = self._ids[:rows], self._lengths[:rows]
 
-        def place(positions: Sequence[int], longest: int) -> None:
+        def write(tokens: Sequence[int], positions: Sequence[int], longest: int) -> None:
+            ids[:] = tokens
             lengths[:] = positions
 
-        return place
+        return write
 
 
 class KeptPositions:
