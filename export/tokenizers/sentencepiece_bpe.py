@@ -76,6 +76,20 @@ def template_post_processor(bos: tuple[str, int] | None, eos: tuple[str, int] | 
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """What happens to a text before it is cut into pieces.
+
+    `charsmap`: SentencePiece's own table, base64; `squeeze`: runs of spaces become one, and those at the ends none;
+    `prefix_space`: a word starts where a text does; `after_special`: and after each special token.
+    """
+
+    charsmap: str | None = None
+    squeeze: bool = False
+    prefix_space: bool = True
+    after_special: bool = True
+
+
 def sentencepiece_tokenizer_json(
     pieces: Sequence[Piece],
     *,
@@ -88,33 +102,49 @@ def sentencepiece_tokenizer_json(
 
     `extra` are special tokens whose ids follow the vocabulary; the post-processor adds the ids `bos` and `eos`.
     """
+    how = Normalization(prefix_space=prefix_space)
+    document = bpe_document(pieces, how, extra=extra, bos=bos, eos=eos)
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+def bpe_document(
+    pieces: Sequence[Piece],
+    how: Normalization,
+    *,
+    extra: Sequence[str] = (),
+    bos: int | None = None,
+    eos: int | None = None,
+) -> dict[str, Any]:
+    """The content of tokenizer.json, as `sentencepiece_tokenizer_json` describes it."""
     special = [
         (i, piece.text) for i, piece in enumerate(pieces) if piece.kind in (PieceKind.UNKNOWN, PieceKind.CONTROL)
     ]
-    user = [(i, piece.text) for i, piece in enumerate(pieces) if piece.kind is PieceKind.USER_DEFINED]
-    added = [added_token(i, text) for i, text in special] + [added_token(i, text, special=False) for i, text in user]
-    added += [added_token(len(pieces) + offset, text) for offset, text in enumerate(extra)]
-    unknown = next((piece.text for piece in pieces if piece.kind is PieceKind.UNKNOWN), None)
-    to_word_start = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}
-    prefix = [{"type": "Prepend", "prepend": WORD_START}] if prefix_space else []
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": WORD_START}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
+    # Taken out of the raw text, where a space is a space; or, as SentencePiece does, out of the normalized one, which
+    # the library can do where nothing is put before a text.
+    user = [
+        (i, piece.text.replace(WORD_START, " ") if how.prefix_space else piece.text)
+        for i, piece in enumerate(pieces)
+        if piece.kind is PieceKind.USER_DEFINED
     ]
-    if prefix_space:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    document = {
+    added = [added_token(i, text) for i, text in special]
+    added += [
+        added_token(i, text, special=False) | {"normalized": not how.prefix_space and " " not in text}
+        for i, text in user
+    ]
+    added += [added_token(len(pieces) + offset, text) for offset, text in enumerate(extra)]
+    renamed = dict(user)
+    unknown = next((piece.text for piece in pieces if piece.kind is PieceKind.UNKNOWN), None)
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "normalizer": {"type": "Sequence", "normalizers": [*prefix, to_word_start]},
-        "pre_tokenizer": None,
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(how)},
+        "pre_tokenizer": None if how.after_special else _metaspace(how),
         "post_processor": template_post_processor(
             None if bos is None else (pieces[bos].text, bos), None if eos is None else (pieces[eos].text, eos)
         ),
-        "decoder": {"type": "Sequence", "decoders": decoders},
+        "decoder": {"type": "Sequence", "decoders": _decoders(how)},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -124,8 +154,34 @@ def sentencepiece_tokenizer_json(
             "fuse_unk": True,
             "byte_fallback": any(piece.kind is PieceKind.BYTE for piece in pieces),
             "ignore_merges": False,
-            "vocab": {piece.text: i for i, piece in enumerate(pieces)},
+            "vocab": {renamed.get(i, piece.text): i for i, piece in enumerate(pieces)},
             "merges": merges_of(pieces),
         },
     }
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+def _normalizers(how: Normalization) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = []
+    if how.charsmap:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": how.charsmap})
+    if how.squeeze:
+        # Spaces alone (the library's own Strip takes every white character), and at the end what stands for one.
+        steps.append({"type": "Replace", "pattern": {"Regex": rf"\A +|[ {WORD_START}]+\z"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    if how.prefix_space and how.after_special:
+        steps.append({"type": "Prepend", "prepend": WORD_START})
+    return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}]
+
+
+def _metaspace(how: Normalization) -> dict[str, Any]:
+    scheme = "first" if how.prefix_space else "never"
+    return {"type": "Metaspace", "replacement": WORD_START, "prepend_scheme": scheme, "split": False}
+
+
+def _decoders(how: Normalization) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": WORD_START}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    return [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}] if how.prefix_space else steps

@@ -8,10 +8,10 @@ import importlib.util
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from starling.engine.errors import CheckpointError
-from starling.export.tokenizers.sentencepiece_bpe import Piece, PieceKind, sentencepiece_tokenizer_json
+from starling.export.tokenizers.sentencepiece_bpe import sentencepiece_tokenizer_json
+from starling.export.tokenizers.sentencepiece_model import read_pieces
 
 BOS, END_OF_TURN, PAD = 1, 32000, 32001
 EXTRA_TOKENS = ("<|end_of_turn|>", "<|pad_0|>")
@@ -42,33 +42,6 @@ def openchat_template(mode: str = "default") -> str:
 def openchat_extra_templates() -> dict[str, str]:
     """The templates that stand beside the default one: `code` and `math`."""
     return {mode: openchat_template(mode) for mode in OPENCHAT_MODES if mode != "default"}
-
-
-def read_pieces(model_file: Path) -> list[Piece]:
-    """The vocabulary of a SentencePiece BPE model file, in the order of the ids.
-
-    Raises CheckpointError where the file cannot be parsed.
-    """
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(model_file))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{model_file} is not a SentencePiece model: {error}") from error
-    return [
-        Piece(model.id_to_piece(i), model.get_score(i), _kind(model, i))
-        for i in range(model.get_piece_size())  # one id at a time: the batched forms copy the list per call
-    ]
-
-
-def _kind(model: Any, index: int) -> PieceKind:
-    tests = {
-        PieceKind.UNKNOWN: "is_unknown",
-        PieceKind.CONTROL: "is_control",
-        PieceKind.BYTE: "is_byte",
-        PieceKind.UNUSED: "is_unused",
-    }
-    return next((kind for kind, test in tests.items() if getattr(model, test)(index)), PieceKind.NORMAL)
 
 
 def mistral_model_file() -> Path:

@@ -8,8 +8,16 @@ from tokenizers import Tokenizer
 
 from starling.engine.errors import CheckpointError, one_line
 from starling.export.checkpoints.checkpoint import TokenizerFiles
+from starling.export.tokenizers.added_tokens import merge_added_tokens
+from starling.export.tokenizers.sentencepiece_model import (
+    compare_with_sentencepiece,
+    is_bpe,
+    sentencepiece_document,
+)
 from starling.export.tokenizers.starling_tokenizer import openchat_extra_templates
+from starling.export.tokenizers.tekken import tekken_document
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 OPENCHAT_MARK = "GPT4 Correct"
 SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 
@@ -22,14 +30,17 @@ def read_tokenizer_files(folder: Path, config: Any, generation: dict[str, Any]) 
     Raises CheckpointError where there is no tokenizer, a file is no JSON, or a base token is outside the vocabulary.
     """
     tokenizer_config = _read_tokens(folder / "tokenizer_config.json")
-    document = _tokenizer_document(folder)
-    notes = drop_outside(document, config.vocab_size, where=str(folder / "tokenizer.json"))
+    template, extra = templates_of(_named_templates(folder, tokenizer_config))
+    where = str(folder / "tokenizer.json")
+    document, notes = _tokenizer_document(folder, tokenizer_config)
+    check_document(document, where=where)
+    notes += merge_added_tokens(document, tokenizer_config, folder)
+    notes += drop_outside(document, config.vocab_size, where=where)
     ids = token_ids(document)
     special, without_id = _special_tokens(folder, tokenizer_config, ids)
     notes += [f"dropped {name} {text}: it has no id in the vocabulary" for name, text in without_id.items()]
     tokenizer_json = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    check_loads(tokenizer_json, where=str(folder / "tokenizer.json"))
-    template, extra = templates_of(_named_templates(folder, tokenizer_config))
+    check_loads(tokenizer_json, where=where)
     bos, pad = (_one_id(key, generation, config, tokenizer_config, ids) for key in ("bos", "pad"))
     return TokenizerFiles(
         tokenizer_json=tokenizer_json,
@@ -94,18 +105,14 @@ def drop_outside(document: dict[str, Any], vocab_size: int, *, where: str) -> li
 
     The embedding has no row for such an id, and a GPU reads past its end. Raises CheckpointError for a base token.
     """
-    try:
-        vocab = document["model"]["vocab"]
-        added = document.get("added_tokens") or []
-        outside = [token for token in added if token["id"] >= vocab_size]
-        base = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
-        dropped = {token["content"] for token in outside}
-        worst = max(((i, text) for text, i in base if i >= vocab_size and text not in dropped), default=None)
-        template = (document.get("post_processor") or {}).get("special_tokens") or {}
-        put_in = [text for text, token in template.items() if max(token["ids"], default=0) >= vocab_size]
-        token_ids(document)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{where} is no tokenizer of the tokenizers library ({error!r}): get it again") from error
+    vocab = document["model"]["vocab"]
+    added = document.get("added_tokens") or []
+    outside = [token for token in added if token["id"] >= vocab_size]
+    base = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
+    dropped = {token["content"] for token in outside}
+    worst = max(((i, text) for text, i in base if i >= vocab_size and text not in dropped), default=None)
+    template = (document.get("post_processor") or {}).get("special_tokens") or {}
+    put_in = [text for text, token in template.items() if max(token["ids"], default=0) >= vocab_size]
     if worst is not None:
         raise CheckpointError(
             f"{where}: token {worst[1]!r} has id {worst[0]}, outside the vocabulary of {vocab_size}: "
@@ -120,6 +127,18 @@ def drop_outside(document: dict[str, Any], vocab_size: int, *, where: str) -> li
     if isinstance(vocab, dict):
         document["model"]["vocab"] = {text: i for text, i in vocab.items() if i < vocab_size}
     return [f"dropped {t['content']} (id {t['id']}): outside the vocabulary of {vocab_size}" for t in outside]
+
+
+def check_document(document: dict[str, Any], *, where: str) -> None:
+    """Check that `document` is a tokenizer.json that the tokenizers library loads.
+
+    Raises CheckpointError naming the file `where` if it is not.
+    """
+    try:
+        token_ids(document)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{where} is no tokenizer of the tokenizers library ({error!r}): get it again") from error
+    check_loads(json.dumps(document, ensure_ascii=False), where=where)
 
 
 def check_loads(tokenizer_json: str, *, where: str) -> None:
@@ -168,14 +187,26 @@ def _read_template(path: Path) -> str:
 
 def check_has_tokenizer(folder: Path) -> None:
     """Raise CheckpointError where no file of the folder is a tokenizer."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise CheckpointError(f"{folder} has no tokenizer: it needs tokenizer.json, tokenizer.model or vocab.json")
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise CheckpointError(f"{folder} has no tokenizer: it needs one of {', '.join(_TOKENIZERS)}")
 
 
-def _tokenizer_document(folder: Path) -> dict[str, Any]:
+def _tokenizer_document(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The content of tokenizer.json, read or made; and notes on how it was made."""
     check_has_tokenizer(folder)
     if (folder / "tokenizer.json").is_file():
-        return read_json(folder / "tokenizer.json")
+        return read_json(folder / "tokenizer.json"), []
+    model_file = folder / "tokenizer.model"
+    if model_file.is_file() and is_bpe(model_file):
+        return sentencepiece_document(model_file, tokenizer_config)
+    if (folder / "tekken.json").is_file():
+        return tekken_document(folder / "tekken.json"), []
+    document = _converted(folder)
+    return document, compare_with_sentencepiece(model_file, document) if model_file.is_file() else []
+
+
+def _converted(folder: Path) -> dict[str, Any]:
+    """What transformers makes of the folder's tokenizer."""
     from transformers import AutoTokenizer
 
     try:

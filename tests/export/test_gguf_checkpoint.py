@@ -20,7 +20,8 @@ from starling.export.checkpoints.demo_model import demo_gguf
 from starling.export.checkpoints.gguf_checkpoint import open_gguf_checkpoint
 from starling.export.checkpoints.gguf_parts import open_gguf
 from starling.export.checkpoints.model_source import open_checkpoint
-from starling.export.tokenizers.starling_tokenizer import mistral_model_file, read_pieces
+from starling.export.tokenizers.sentencepiece_model import read_pieces
+from starling.export.tokenizers.starling_tokenizer import mistral_model_file
 
 pytestmark = pytest.mark.slow
 

@@ -9,11 +9,11 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from starling.engine.errors import CheckpointError
+from starling.export.tokenizers.sentencepiece_model import read_pieces
 from starling.export.tokenizers.starling_tokenizer import (
     OPENCHAT_MODES,
     mistral_model_file,
     openchat_template,
-    read_pieces,
     starling_tokenizer_json,
 )
 

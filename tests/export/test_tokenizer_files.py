@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import MistralConfig
+from transformers import AutoTokenizer, MistralConfig
 
 from starling.engine.errors import CheckpointError
 from starling.export.checkpoints.checkpoint import TokenizerFiles
@@ -80,7 +80,10 @@ def test_starlings_sep_token_is_dropped_with_a_note(folder: Path) -> None:
 def test_a_sep_token_that_only_the_special_tokens_map_names_is_dropped(folder: Path) -> None:
     write_json(folder / "special_tokens_map.json", {"bos_token": "<s>", "sep_token": "<sep>"})
     files = read(folder)
-    assert files.notes == ("dropped sep_token <sep>: it has no id in the vocabulary",)
+    assert files.notes == (
+        "dropped <sep> (id 32002): outside the vocabulary of 32002",
+        "dropped sep_token <sep>: it has no id in the vocabulary",
+    )
     assert files.special_tokens_map == {"bos_token": "<s>"}
 
 
@@ -156,6 +159,89 @@ def test_a_sentencepiece_model_alone_is_converted(tmp_path: Path) -> None:
     )
     tokenizer = Tokenizer.from_str(read(tmp_path).tokenizer_json)
     assert tokenizer.encode(SINGLE_TURN).ids == SINGLE_TURN_IDS
+
+
+TOOL = {"content": "<|tool|>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": FAST | {"added_tokens_decoder": {"32002": TOOL | {"special": True}}}},
+        {"tokenizer_config": FAST | {"added_tokens_decoder": {"32002": TOOL | {"special": False}}}},
+        {"tokenizer_config": FAST | {"additional_special_tokens": ["<|tool|>"]}},
+        {"tokenizer_config": FAST | {"pad_token": "<|tool|>"}},
+        {"tokenizer_config": FAST, "added_tokens": {"<|tool|>": 32002, "<think>": 32003}},
+        {"tokenizer_config": FAST, "special_tokens_map": {"additional_special_tokens": ["<|tool|>"]}},
+        {
+            "tokenizer_config": FAST,
+            "special_tokens_map": {"eos_token": "<|tool|>"},
+            "added_tokens": {"<|tool|>": 32002},
+        },
+        {"tokenizer_config": FAST | {"eos_token": "Hello"}},
+    ],
+    ids=["decoder", "decoder-shown", "additional", "named", "file", "map", "map-and-file", "word"],
+)
+def test_added_tokens_are_those_of_transformers_wherever_they_stand(
+    folder: Path, files: dict[str, dict[str, Any]]
+) -> None:
+    for name, content in files.items():
+        write_json(folder / f"{name}.json", content)
+    reference = AutoTokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_str(read(folder, vocab_size=32010).tokenizer_json)
+    text = "Hello a<|tool|>b<think> c</s> Hello"
+    ids = reference.encode(text)
+    assert tokenizer.encode(text).ids == ids
+    assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+def test_a_stated_id_that_transformers_does_not_give_is_noted(folder: Path) -> None:
+    write_json(folder / "tokenizer_config.json", FAST | {"added_tokens_decoder": {"32005": TOOL | {"special": True}}})
+    files = read(folder, vocab_size=32010)
+    assert files.notes == ("tokenizer_config.json gives <|tool|> the id 32005; it is 32002, as in transformers",)
+
+
+def test_files_that_do_not_go_together_are_refused(folder: Path) -> None:
+    write_json(folder / "tokenizer_config.json", FAST | {"added_tokens_decoder": {"32002": 5}})
+    with pytest.raises(CheckpointError, match=r"the tokenizer files of .* do not go together: Found a"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "ids"),
+    [
+        ({}, [1, 22557, 2, 22557]),
+        ({"add_bos_token": False}, [22557, 2, 22557]),
+        ({"add_eos_token": True}, [1, 22557, 2, 22557, 2]),
+        ({"legacy": False}, [1, 22557, 2, 16230]),
+        ({"add_prefix_space": False}, [1, 16230, 2, 16230]),
+    ],
+    ids=str,
+)
+def test_tokenizer_config_switches_what_stands_around_the_words_of_a_tokenizer_model(
+    tmp_path: Path, config: dict[str, Any], ids: list[int]
+) -> None:
+    shutil.copy(mistral_model_file(), tmp_path / "tokenizer.model")
+    write_json(tmp_path / "tokenizer_config.json", config)
+    tokenizer = Tokenizer.from_str(read(tmp_path).tokenizer_json)
+    assert tokenizer.encode("Hello</s>Hello").ids == ids
+
+
+def test_a_tokenizer_model_takes_added_tokens_from_the_files_beside_it(tmp_path: Path) -> None:
+    shutil.copy(mistral_model_file(), tmp_path / "tokenizer.model")
+    write_json(tmp_path / "added_tokens.json", {"<|im_start|>": 32000, "<|im_end|>": 32001})
+    special = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+    write_json(tmp_path / "tokenizer_config.json", special | {"tokenizer_class": "LlamaTokenizer"})
+    tokenizer = Tokenizer.from_str(read(tmp_path).tokenizer_json)
+    assert tokenizer.encode("<|im_start|>Hello<|im_end|>").ids == [1, 32000, 22557, 32001]
+    assert tokenizer.decode([32000, 22557, 32001]) == "Hello"
+
+
+def test_a_file_that_is_no_tekken_json_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "tekken.json", {"config": {"version": "v99"}})
+    with pytest.raises(CheckpointError, match=r"tekken\.json is no tekken\.json that mistral-common reads: .*v99"):
+        read(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
