@@ -12,6 +12,8 @@ ErrorCode = Literal["context_length_exceeded", "queue_full", "shutting_down", "d
 
 #: How alike two names must be (difflib's ratio) for one to be a slip of the other.
 _ALIKE = 0.6
+#: Characters of another library's message: some quote a whole configuration.
+_LONGEST_LINE = 600
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
@@ -29,8 +31,9 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of another library's exception, its line ends become spaces."""
-    return " ".join(str(error).split())
+    """The message of another library's exception, its line ends become spaces; of a very long one the beginning."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= _LONGEST_LINE else f"{words[:_LONGEST_LINE]}…"
 
 
 class StarlingError(Exception):

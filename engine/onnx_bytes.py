@@ -19,6 +19,19 @@ GRAPH, NODE = 7, 1
 #: Of a NodeProto.
 INPUT, OUTPUT, NAME, OPERATOR, ATTRIBUTE = 1, 2, 3, 4, 5
 
+# Where tensors are, by message: the fields to follow, and what each leads to.
+_MODEL, _GRAPH, _FUNCTION, _NODE = "model", "graph", "function", "node"
+_ATTRIBUTE, _SPARSE, _TENSOR = "attribute", "sparse tensor", "tensor"
+_EXTERNAL_DATA = 13
+_TENSORS_IN = {
+    _MODEL: {GRAPH: _GRAPH, 25: _FUNCTION},
+    _GRAPH: {NODE: _NODE, 5: _TENSOR, 15: _SPARSE},
+    _FUNCTION: {7: _NODE, 11: _ATTRIBUTE},
+    _NODE: {ATTRIBUTE: _ATTRIBUTE},
+    _ATTRIBUTE: {5: _TENSOR, 6: _GRAPH, 10: _TENSOR, 11: _GRAPH, 22: _SPARSE, 23: _SPARSE},
+    _SPARSE: {1: _TENSOR, 2: _TENSOR},
+}
+
 #: Gives the bytes that replace a message.
 Edit: TypeAlias = Callable[[memoryview], bytes]
 
@@ -53,6 +66,24 @@ def _node(message: memoryview) -> Node:
         if number in texts:
             texts[number].append(bytes(content).decode())
     return Node("".join(texts[NAME]), "".join(texts[OPERATOR]), tuple(texts[INPUT]), tuple(texts[OUTPUT]))
+
+
+def external_files(model: bytes) -> set[str]:
+    """The files that tensors of a ModelProto lie in, by name. Raises ValueError where the bytes are not protobuf."""
+    try:
+        return set(_locations(memoryview(model), _MODEL))
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _locations(message: memoryview, kind: str) -> Iterator[str]:
+    for number, _, content in fields(message):
+        if kind == _TENSOR:
+            entry = {key: bytes(text) for key, _, text in fields(content)} if number == _EXTERNAL_DATA else {}
+            if entry.get(1) == b"location":
+                yield entry.get(2, b"").decode()
+        elif number in _TENSORS_IN[kind]:
+            yield from _locations(content, _TENSORS_IN[kind][number])
 
 
 def rewrite(message: memoryview, path: tuple[tuple[int, ...], ...], edit: Edit) -> bytes:

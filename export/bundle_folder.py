@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starling.engine.errors import StarlingError, UserError
+from starling.engine.errors import CheckpointError, StarlingError, UserError
+from starling.engine.text.chat_template import EXTRA_TEMPLATES
+from starling.engine.untrusted_files import is_file_name
 from starling.engine.whole_files import new_folder
 
 if TYPE_CHECKING:
@@ -69,9 +71,11 @@ def write_tokenizer(folder: Path, files: "TokenizerFiles", generation: dict[str,
     if files.chat_template is not None:
         (folder / "chat_template.jinja").write_text(files.chat_template, encoding="utf-8")
     if files.additional_chat_templates:
-        (folder / "additional_chat_templates").mkdir()
+        (folder / EXTRA_TEMPLATES).mkdir()
     for name, template in files.additional_chat_templates.items():
-        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(template, encoding="utf-8")
+        if not is_file_name(name):
+            raise CheckpointError(f"a chat template is called {name[:80]!r}: use letters, digits and _ . + -")
+        (folder / EXTRA_TEMPLATES / f"{name}.jinja").write_text(template, encoding="utf-8")
 
 
 def file_entry(file: Path) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any, TypeVar, cast
 
 from starling.engine.errors import BundleError, UserError
 
 T = TypeVar("T")
 
+#: The largest whole number: what C++ code calls int64.
+MOST = 2**63 - 1
 _WORDS = {int: "a number >= 0", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -32,14 +35,26 @@ class JsonFields:
     def bad(self, name: str, got: object, wanted: str) -> UserError:
         return self.error(f"{self.where}: {name} is {str(got)[:60]!r}, not {wanted}; {self.remedy}")
 
+    def count(self, name: str, least: int, most: int) -> int:
+        """A whole number from `least` to `most`."""
+        got = self.get(name, int)
+        if not least <= got <= most:
+            raise self.bad(self.prefix + name, got, f"a number from {least} to {most}")
+        return got
+
     def get(self, name: str, kind: type[T]) -> T:
         """A field of one type; whole numbers, which must be at least 0, also pass for a float."""
         got = self.value.get(name)
         fits = isinstance(got, int | float if kind is float else kind)
         # bool is an int to Python, but a `true` where a size belongs is a broken file.
-        if not fits or (isinstance(got, bool) and kind is not bool) or (kind is int and cast(int, got) < 0):
+        is_number = fits and kind in (int, float)
+        if not fits or (isinstance(got, bool) and kind is not bool) or (is_number and not self._is_in_range(got, kind)):
             raise self.bad(self.prefix + name, got, _WORDS.get(kind, "a list"))
         return cast(T, got)
+
+    @staticmethod
+    def _is_in_range(got: Any, kind: type) -> bool:
+        return 0 <= got <= MOST if kind is int else isfinite(got) if isinstance(got, float) else abs(got) <= MOST
 
     def optional(self, name: str, kind: type[T]) -> T | None:
         return None if self.value.get(name) is None else self.get(name, kind)

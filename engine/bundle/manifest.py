@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal, cast, get_args
 
+from starling.engine.bundle.bounds import MOST_OF_ARCHITECTURE, check_sizes
 from starling.engine.bundle.json_fields import JsonFields
 from starling.engine.errors import BundleError
 from starling.engine.names import DIALECTS, DTYPES, Dialect, DType
+from starling.engine.untrusted_files import FileReader, is_inside
 
 Around = Literal["none", "residual", "gated"]
 
 FORMAT = "starling-bundle"
 FORMAT_VERSION = 1
+#: Reads of a bundle's files.
+FILES = FileReader(BundleError, "export the model again")
+#: The largest bundle.json; one of 126 layers has 90 kB.
+MOST_MANIFEST_BYTES = 16 * 2**20
 #: Files up to this size are hashed at every open: the graph and the tokenizer cost milliseconds, the weights seconds.
 ALWAYS_HASHED_BYTES = 64 * 2**20
 
@@ -169,6 +174,7 @@ class Bundle:
         """
         path = Path(folder)
         bundle = _parse(path, _read_json(path))
+        FILES.check_folder(path, path.rglob("*"))
         for name, record in bundle.files.items():
             _check_file(path / name, record, hashed=verify or record.bytes <= ALWAYS_HASHED_BYTES)
         return bundle
@@ -189,13 +195,8 @@ def _read_json(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{folder}: no such folder; make a bundle with: starling export MODEL {quote(str(folder))}")
     if not (folder / "bundle.json").is_file():
         raise BundleError(f"{folder} is not a bundle (no bundle.json); make one with: starling export MODEL OUT")
-    try:
-        raw = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{folder}/bundle.json is not JSON ({error}); export the model again") from error
-    except OSError as error:
-        raise BundleError(f"{folder}/bundle.json cannot be read ({error.strerror}); check its permissions") from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+    raw = FILES.json(folder / "bundle.json", most=MOST_MANIFEST_BYTES)
+    if raw.get("format") != FORMAT:
         raise BundleError(f'{folder}/bundle.json does not say "format": "{FORMAT}"; export the model again')
     version = raw.get("format_version")
     if type(version) is not int or version < 1:
@@ -237,19 +238,22 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
     for field, file in named.items():
         if file is not None and file not in files:
             raise top.bad(field, file, "one of the files that bundle.json lists")
+    architecture, tokens = _architecture(top.inside("architecture")), _tokens(top.inside("tokens"))
+    cache = KVCache(kv.choice("dtype", ("float32", "float16", "bfloat16")), kv.get("bytes_per_token", int))
+    check_sizes(top)
     return Bundle(
         folder=folder,
         source=top.mapping("source"),
-        architecture=_architecture(top.inside("architecture")),
+        architecture=architecture,
         dialect=cast(Dialect, top.choice("dialect", DIALECTS)),
         dtype=cast(DType, top.choice("dtype", DTYPES)),
         quantization=_quantization(top.inside("quantization")) if raw.get("quantization") is not None else None,
         graph=graph,
         **others,
         cuda_kernels=cuda_kernels,
-        kv_cache=KVCache(kv.choice("dtype", ("float32", "float16", "bfloat16")), kv.get("bytes_per_token", int)),
+        kv_cache=cache,
         weights=Weights(weights.get("bytes", int), weights.get("bytes_per_token", int)),
-        tokens=_tokens(top.inside("tokens")),
+        tokens=tokens,
         generation=top.mapping("generation"),
         files=files,
         parity=top.mapping("parity") or None,
@@ -258,10 +262,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
 
 
 def _architecture(fields: JsonFields) -> Architecture:
-    counts = {
-        name: fields.get(name, int)
-        for name in ("vocab_size", "hidden_size", "layers", "query_heads", "kv_heads", "head_dim", "max_positions")
-    }
+    counts = {name: fields.count(name, 1, most) for name, most in MOST_OF_ARCHITECTURE.items()}
     return Architecture(
         model_type=fields.get("model_type", str),
         class_name=fields.get("class", str),
@@ -301,7 +302,10 @@ def _graph(fields: JsonFields) -> Graph:
 
 
 def _tensor(fields: JsonFields) -> TensorSpec:
-    return TensorSpec(fields.get("name", str), fields.get("dtype", str), tuple(fields.get("shape", list)))
+    shape = fields.get("shape", list)
+    if not all(isinstance(dimension, str) or (type(dimension) is int and dimension >= 0) for dimension in shape):
+        raise fields.bad(f"{fields.prefix}shape", shape, "a list of numbers and names")
+    return TensorSpec(fields.get("name", str), fields.get("dtype", str), tuple(shape))
 
 
 def _tokens(fields: JsonFields) -> SpecialTokens:
@@ -314,7 +318,7 @@ def _tokens(fields: JsonFields) -> SpecialTokens:
 def _files(fields: JsonFields) -> dict[str, FileRecord]:
     records = {}
     for name in fields.value:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if not is_inside(name):
             raise fields.bad("files", name, "a name inside the bundle")
         entry = fields.inside(name)
         records[name] = FileRecord(entry.get("bytes", int), entry.get("sha256", str))

@@ -19,10 +19,15 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from starling.engine.bundle.manifest import FILES
 from starling.engine.errors import BundleError, PromptError, one_line
 from starling.engine.text.tokenizer import Literals, Tokenizer, literal_pattern, read_json_object
 
 DEFAULT = "default"
+#: The folder of a bundle or a checkpoint that holds the other templates.
+EXTRA_TEMPLATES = "additional_chat_templates"
+#: The largest template; the longest of real ones has 50 kB.
+MOST_BYTES = 2**20
 # What a template may raise on messages that it was not written for.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 
@@ -47,7 +52,7 @@ class ChatTemplates:
 
         A bundle without any is no error until one is used. Raises BundleError where a file cannot be read.
         """
-        files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+        files = {path.stem: path for path in sorted((folder / EXTRA_TEMPLATES).glob("*.jinja"))}
         if (folder / "chat_template.jinja").exists():
             files[DEFAULT] = folder / "chat_template.jinja"
         inline = _from_config(folder / "tokenizer_config.json")
@@ -200,10 +205,7 @@ def _from_config(path: Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {error}: export the model again") from error
+    return FILES.text(path, most=MOST_BYTES)
 
 
 def _compile(name: str, source: str) -> jinja2.Template:

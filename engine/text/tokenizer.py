@@ -1,6 +1,5 @@
 """The bundle's tokenizer: text to token ids and back, with user text that can be kept free of special tokens."""
 
-import json
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from starling.engine.bundle.manifest import FILES
 from starling.engine.errors import BundleError, PromptError, one_line
 from starling.engine.text.detokenizer import Detokenizer, DetokenizerFactory
 
@@ -42,11 +42,11 @@ class Tokenizer:
         """
         path = folder / "tokenizer.json"
         try:
-            core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            core = tokenizers.Tokenizer.from_str(FILES.text(path))
         except FileNotFoundError:
             raise BundleError(f"{path} is missing: export the model again") from None
-        except OSError as error:
-            raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
+        except BundleError:
+            raise
         except Exception as error:  # the library raises bare Exception for a bad file
             raise BundleError(f"{path} is not a tokenizer.json: {one_line(error)}: export the model again") from error
         tokenizer = cls(core, _special_token_names(folder))
@@ -207,14 +207,9 @@ def literal_pattern(literals: Iterable[str]) -> re.Pattern[str]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file's top-level object, {} where there is no such file. Raises BundleError where it is something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return FILES.json(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {one_line(error)}: export the model again") from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{path} is not a JSON object: export the model again")
-    return content
 
 
 def _special_token_names(folder: Path) -> dict[str, str]:

@@ -11,10 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
+from starling.engine.untrusted_files import FileReader
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+#: Reads of a checkpoint's files.
+FILES = FileReader(CheckpointError, "get the file again")
 
 
 class TensorSource(Protocol):
@@ -100,8 +105,8 @@ def skeleton_of(config: PreTrainedConfig) -> Skeleton:
         raise UnsupportedModelError(f"model_type {config.model_type!r} has no *ForCausalLM class: only decoders export")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except Exception as error:  # a class computes with the settings before it looks at them
         problem = f"transformers cannot build a {config.model_type!r} model: {one_line(error)}"
         raise UnsupportedModelError(problem) from error
     tied = getattr(model, "_tied_weights_keys", None) if config.tie_word_embeddings else None
@@ -121,7 +126,9 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
     with no_init_weights(), init_empty_weights(include_buffers=False):
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            )
         except ValueError as error:
             message = f"{config.model_type}: transformers has no causal language model for it"
             raise UnsupportedModelError(message) from error

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-from huggingface_hub.errors import StrictDataclassError
 
-from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
+from starling.engine.errors import CheckpointError, StarlingError, UnsupportedModelError, one_line
 from starling.export.checkpoints.checkpoint import Checkpoint, check_tensors, skeleton_of
 from starling.export.checkpoints.gguf_architectures import ARCHITECTURES
 from starling.export.checkpoints.gguf_config import architecture_name, gguf_config, other_metadata
@@ -30,8 +29,9 @@ def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
     try:
         config = gguf_config(file)
         tokenizer = gguf_tokenizer_files(file.metadata, config.vocab_size, where=str(file.path))
-    except (TypeError, ValueError, LookupError, AttributeError, StrictDataclassError) as error:
-        # A value of another type than its key's.
+    except StarlingError:
+        raise
+    except Exception as error:  # a value of another type than its key's, or out of range
         raise CheckpointError(f"{file.path}: its metadata cannot be used: {one_line(error)}") from error
     tensors = GgufTensors(file, config)
     config.architectures = [check_tensors(tensors, config, str(file.path)).class_name]

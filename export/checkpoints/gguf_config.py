@@ -8,6 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from starling.engine.errors import UnsupportedModelError
+from starling.export.checkpoints.config_bounds import check_config
 from starling.export.checkpoints.gguf_architectures import (
     ARCHITECTURES,
     COMMON_KEYS,
@@ -58,6 +59,7 @@ def gguf_config(file: GgufFile) -> "PreTrainedConfig":
     model_type = values.pop("model_type", how.model_type)
     if not hasattr(CONFIG_MAPPING[model_type](), "head_dim"):
         values.pop("head_dim", None)
+    check_config(values, str(file.path))
     config: PreTrainedConfig = AutoConfig.for_model(model_type, **values)
     return config
 

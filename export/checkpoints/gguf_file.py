@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
+from starling.export.checkpoints.checkpoint import FILES
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
+#: A vocabulary of 262,144 tokens with its merges takes 17 MB.
+MOST_HEADER_BYTES = 128 * 2**20
 # Types that hold values rather than blocks, and need no dequantizing; torch's names for them.
 PLAIN_TYPES = {
     GGMLQuantizationType.F32: "float32",
@@ -105,6 +108,7 @@ def read_gguf(path: Path) -> GgufFile:
 
     Raises CheckpointError where the file is missing, no GGUF file, of an unknown version, truncated, or altered.
     """
+    FILES.check_regular(path)
     try:
         with path.open("rb") as file:
             header = _Header(file, path, path.stat().st_size)
@@ -193,8 +197,10 @@ class _Header:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))
 
     def take(self, count: int) -> bytes:
-        left = self.size - self.file.tell()
-        # Checked before the read: an altered length could ask for terabytes.
-        if count > left:
-            raise ValueError(f"the header wants {count} bytes more where {left} are left")
+        begin = self.file.tell()
+        # Checked before the read: an altered length could ask for terabytes, and a sparse file has them.
+        if count > self.size - begin:
+            raise ValueError(f"the header wants {count} bytes more where {self.size - begin} are left")
+        if begin + count > MOST_HEADER_BYTES:
+            raise ValueError(f"the header has more than {MOST_HEADER_BYTES:,} bytes")
         return self.file.read(count)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
 from starling.export.checkpoints.checkpoint import Checkpoint, check_tensors
+from starling.export.checkpoints.config_bounds import check_config
 from starling.export.tokenizers.tokenizer_files import check_has_tokenizer, read_json, read_tokenizer_files
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
     Raises CheckpointError and UnsupportedModelError as `open_folder` does.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = _config_values(folder).get("model_type")
@@ -57,13 +57,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UnsupportedModelError(f"{folder}: model_type {model_type!r} is unknown to this transformers")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # a class computes with the settings before it looks at them
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
     return config
 
 
 def _config_values(folder: Path) -> dict[str, Any]:
     values = read_json(folder / "config.json")
+    check_config(values, str(folder / "config.json"))
     if values.get("quantization_config"):
         settings = values["quantization_config"]
         method = settings.get("quant_method", "some method") if isinstance(settings, dict) else settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,8 +82,11 @@ def _demo(before_fetch: Callable[[], None]) -> FoundModel:
 
 
 def _folder(folder: Path, kind: str, name: str) -> FoundModel:
+    from starling.engine.text.chat_template import EXTRA_TEMPLATES
+    from starling.export.checkpoints.checkpoint import FILES
     from starling.export.checkpoints.huggingface import check_folder
 
+    FILES.check_folder(folder, chain(folder.iterdir(), (folder / EXTRA_TEMPLATES).glob("*")))
     if not (folder / "config.json").exists():
         if (folder / "bundle.json").is_file():
             raise CheckpointError(f"{folder} is a bundle, which an export has made: give the checkpoint itself")

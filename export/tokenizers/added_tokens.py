@@ -60,7 +60,7 @@ def _read(scratch: Path, folder: Path) -> list[dict[str, Any]]:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(scratch, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower
         problem = one_line(error).replace(str(scratch), str(folder))
         raise CheckpointError(f"the tokenizer files of {folder} do not go together: {problem}") from error

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
+from starling.export.checkpoints.checkpoint import FILES
 from starling.export.tokenizers.sentencepiece_bpe import WORD_START, Normalization, Piece, PieceKind, bpe_document
 
 _BPE = 2  # TrainerSpec.ModelType
@@ -116,7 +117,7 @@ def _proto(model_file: Path) -> Any:
 
     proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
     try:
-        proto.ParseFromString(model_file.read_bytes())
+        proto.ParseFromString(FILES.bytes(model_file))
     except (OSError, DecodeError) as error:
         raise CheckpointError(f"{model_file} is not a SentencePiece model: {one_line(error)}") from error
     if not proto.pieces:

@@ -1,10 +1,10 @@
 """tekken.json, Mistral's file of a byte-level vocabulary with ranks, as tokenizer.json."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from starling.engine.errors import CheckpointError, StarlingError, one_line
+from starling.export.checkpoints.checkpoint import FILES
 from starling.export.tokenizers.sentencepiece_bpe import added_token, template_post_processor
 
 
@@ -17,10 +17,11 @@ def tekken_document(path: Path) -> dict[str, Any]:
         from mistral_common.tokens.tokenizers.tekken import Tekkenizer
     except ModuleNotFoundError as error:
         raise StarlingError(f"{path} takes the package mistral-common: pip install 'mistral-common>=1.8'") from error
+    stated = FILES.json(path)
     try:
         tekken = Tekkenizer.from_file(path)
-        pattern = json.loads(path.read_text(encoding="utf-8"))["config"]["pattern"]
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        pattern = stated["config"]["pattern"]
+    except Exception as error:  # it computes with the values before it looks at them
         raise CheckpointError(f"{path} is no tekken.json that mistral-common reads: {one_line(error)}") from error
     special = tekken.num_special_tokens
     tokens = [tekken.id_to_byte_piece(i) for i in range(special, tekken.n_words)]

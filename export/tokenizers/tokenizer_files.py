@@ -7,7 +7,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from starling.engine.errors import CheckpointError, one_line
-from starling.export.checkpoints.checkpoint import TokenizerFiles
+from starling.engine.text.chat_template import EXTRA_TEMPLATES, MOST_BYTES
+from starling.engine.untrusted_files import is_file_name
+from starling.export.checkpoints.checkpoint import FILES, TokenizerFiles
 from starling.export.tokenizers.added_tokens import merge_added_tokens
 from starling.export.tokenizers.sentencepiece_model import (
     compare_with_sentencepiece,
@@ -61,18 +63,11 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     Raises CheckpointError where the file is absent and must not be, or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return FILES.json(path)
     except FileNotFoundError as error:
         if missing is not None:
             return missing
         raise CheckpointError(f"{path} is missing: give the folder of a whole checkpoint") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON ({error}): get the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object: get the file again")
-    return value
 
 
 def _read_tokens(path: Path) -> dict[str, Any]:
@@ -152,8 +147,14 @@ def check_loads(tokenizer_json: str, *, where: str) -> None:
 def templates_of(named: dict[str, str]) -> tuple[str | None, dict[str, str]]:
     """Split named chat templates into the default one and the others.
 
+    A name becomes a file's in the bundle. Raises CheckpointError for one that cannot, and for a text that is too long.
     A default template of the OpenChat kind gets that family's `code` and `math` templates too, if it lacks them.
     """
+    for name, text in named.items():
+        if not is_file_name(name):
+            raise CheckpointError(f"a chat template is called {name[:80]!r}: use letters, digits and _ . + -")
+        if len(text) > MOST_BYTES:
+            raise CheckpointError(f"chat template {name!r} has {len(text):,} characters, more than {MOST_BYTES:,}")
     default = named.get("default")
     extra = {name: text for name, text in named.items() if name != "default"}
     if default is not None and OPENCHAT_MARK in default:
@@ -173,16 +174,16 @@ def _named_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str
         raise CheckpointError(f"{path}: chat_template is neither a text nor a list of named ones: get the file again")
     if (folder / "chat_template.jinja").is_file():
         named["default"] = _read_template(folder / "chat_template.jinja")
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+    for path in sorted((folder / EXTRA_TEMPLATES).glob("*.jinja")):
         named[path.stem] = _read_template(path)
     return named
 
 
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {one_line(error)}: get the file again") from error
+        return FILES.text(path, most=MOST_BYTES)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is a link to nothing: get the file again") from error
 
 
 def check_has_tokenizer(folder: Path) -> None:
@@ -210,9 +211,9 @@ def _converted(folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         document: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # readers of a dozen formats, each with exceptions of its own
         problem = f"the tokenizer of {folder} cannot be converted to tokenizer.json: {one_line(error)}"
         raise CheckpointError(problem) from error
     return document

@@ -180,7 +180,7 @@ def _plan_weights(graph: ir.Model, tied: dict[str, str], lowering: Lowering, rea
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
     return model.eval()  # type: ignore[no-any-return]
 
 

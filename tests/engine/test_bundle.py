@@ -85,10 +85,16 @@ def test_bundle_json_that_is_not_json(copied: Path, content: str) -> None:
     assert "bundle.json is not JSON" in refusal(copied)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"format": "other", "format_version": 1}'])
+@pytest.mark.parametrize("content", ["{}", '{"format": "other", "format_version": 1}'])
 def test_json_of_something_else(copied: Path, content: str) -> None:
     (copied / "bundle.json").write_text(content)
     assert 'does not say "format": "starling-bundle"' in refusal(copied)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"'])
+def test_json_of_no_object(copied: Path, content: str) -> None:
+    (copied / "bundle.json").write_text(content)
+    assert "bundle.json is not a JSON object" in refusal(copied)
 
 
 def test_newer_format_asks_for_an_upgrade(copied: Path) -> None:
@@ -158,8 +164,51 @@ def test_large_files_are_hashed_only_on_demand(copied: Path) -> None:
         (lambda raw: raw["tokens"].update(eos=[2, "x"]), "tokens.eos is"),
         (lambda raw: raw["files"].update({"../x": {"bytes": 0, "sha256": ""}}), "files is '../x', not a name inside"),
         (lambda raw: raw["files"].update({"x": 3}), "files.x is '3', not an object"),
+        (lambda raw: raw["files"].update({"/x": {"bytes": 0, "sha256": ""}}), "files is '/x', not a name inside"),
+        (lambda raw: raw["files"].update({"a\0b": {"bytes": 0, "sha256": ""}}), "not a name inside"),
+        (lambda raw: raw["architecture"].update(layers=10**7), "layers is '10000000', not a number from 1 to 4096"),
+        (lambda raw: raw["architecture"].update(layers=0), "architecture.layers is '0', not a number from 1"),
+        (lambda raw: raw["architecture"].update(layers=3), "layers is '3', not that of the graph, which has 4 past"),
+        (lambda raw: raw["architecture"].update(vocab_size=10**13), "vocab_size is '10000000000000', not a number"),
+        (lambda raw: raw["architecture"].update(vocab_size=100), "graph.outputs: logits is"),
+        (lambda raw: raw["architecture"].update(head_dim=16), "graph.inputs: past_key_values.0.key is"),
+        (lambda raw: raw["architecture"].update(kv_heads=10**9), "kv_heads is '1000000000', not a number from 1 to"),
+        (lambda raw: raw["architecture"].update(max_positions=2**31), "max_positions is '2147483648', not a number"),
+        (lambda raw: raw["kv_cache"].update(bytes_per_token=1), "kv_cache.bytes_per_token is '1', not 16384"),
+        (lambda raw: raw["kv_cache"].update(dtype="float16"), "is 'float32', not float16, as kv_cache says"),
+        (lambda raw: raw["tokens"].update(eos=[10**6]), "tokens is '1000000', not an id below 32002"),
+        (lambda raw: raw["weights"].update(bytes=2**64), "weights.bytes is '18446744073709551616', not a number"),
+        (lambda raw: raw["graph"]["inputs"][0].update(shape=[-1]), "graph.inputs[0].shape is '[-1]', not a list of"),
     ],
 )
 def test_bad_fields_are_named(copied: Path, change: Callable[[dict[str, Any]], object], said: str) -> None:
     edit(copied, change)
     assert said in refusal(copied)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "additional_chat_templates/x.jinja", "engines/a.plan"])
+def test_a_file_that_bundle_json_does_not_list_is_a_file(copied: Path, name: str) -> None:
+    file = copied / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("text")
+    Bundle.open(copied)
+    file.unlink()
+    os.mkfifo(file)
+    assert f"{file.name} is neither a file nor a folder: remove it" in refusal(copied)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    assert f"{file.name} is a link to /dev/zero, outside the folder" in refusal(copied)
+
+
+def test_a_listed_file_that_links_out_of_the_folder_is_refused(copied: Path, tmp_path: Path) -> None:
+    moved = (copied / "chat_template.jinja").rename(tmp_path / "outside.jinja")
+    (copied / "chat_template.jinja").symlink_to(moved)
+    assert "chat_template.jinja is a link to" in refusal(copied)
+
+
+def test_a_bundle_json_of_any_size_or_none_is_a_line(copied: Path) -> None:
+    file = copied / "bundle.json"
+    os.truncate(file, 2**40)
+    assert "bundle.json has 1,099,511,627,776 bytes, more than" in refusal(copied)
+    file.write_text('{"a":' * 200_000)
+    assert "nests deeper" in refusal(copied)

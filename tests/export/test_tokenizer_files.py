@@ -252,8 +252,8 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("{", "is no JSON"),
-        ("[]", "holds a list"),
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object, but a list"),
         ("{}", "is no tokenizer of the tokenizers library"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', "the tokenizer cannot be loaded"),
     ],

@@ -27,6 +27,7 @@ LAYERS = (
         "starling.engine.installation",
         "starling.engine.onnx_bytes",
         "starling.engine.progress",
+        "starling.engine.untrusted_files",
         "starling.engine.whole_files",
     ),
     Layer("starling.engine.cgroup", "starling.engine.file_locks"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from shlex import quote
 
@@ -15,11 +14,13 @@ from starling.engine.backends.tensorrt.plan_record import (
     parse_record,
 )
 from starling.engine.bundle.json_fields import JsonFields
-from starling.engine.bundle.manifest import ALWAYS_HASHED_BYTES, Bundle
+from starling.engine.bundle.manifest import ALWAYS_HASHED_BYTES, MOST_MANIFEST_BYTES, Bundle
 from starling.engine.errors import PlanError
+from starling.engine.untrusted_files import FileReader, is_file_name
 
 FOLDER = "engines"
 _REMEDY = "build it again: starling build … --force"
+_FILES = FileReader(PlanError, _REMEDY)
 
 
 def engine_names(bundle_folder: Path) -> tuple[str, ...]:
@@ -45,16 +46,13 @@ def read_record(bundle_folder: Path, name: str) -> EngineRecord:
     """Read the record of the engine called `name`; its plan is not looked at. Raises PlanError."""
     folder = bundle_folder / FOLDER
     file = folder / f"{name}.json"
-    if not file.is_file():
+    if not is_file_name(name) or not file.is_file():
         names = engine_names(bundle_folder)
         remedy = f"make one with: starling build {quote(str(bundle_folder))}"
         known = f"has {', '.join(names)}" if names else f"has none; {remedy}"
         raise PlanError(f"no engine {name!r}: {bundle_folder} {known}")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"{file} is not JSON ({error}); {_REMEDY}") from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+    raw = _FILES.json(file, most=MOST_MANIFEST_BYTES)
+    if raw.get("format") != FORMAT:
         raise PlanError(f'{file} does not say "format": "{FORMAT}"; {_REMEDY}')
     version = raw.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:

@@ -11,6 +11,8 @@ from starling.engine.backends.tensorrt.build.graph_edits import drop_window_mask
 from starling.engine.backends.tensorrt.runtimes import Library, inputs_of, layers_of, outputs_of
 from starling.engine.bundle.manifest import TensorSpec
 from starling.engine.errors import BuildError
+from starling.engine.onnx_bytes import external_files
+from starling.engine.untrusted_files import is_file_name
 
 _DTYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32"}
 
@@ -39,7 +41,11 @@ def parse_graph(library: Library, graph: Path, *, max_seq: int, window: int | No
     TensorRT cannot parse it.
     """
     try:
-        model = set_dimension(graph.read_bytes(), "cache", max_seq)
+        content = graph.read_bytes()
+        # ONNX Runtime refuses such a path itself.
+        if strange := sorted(name for name in external_files(content) if not is_file_name(name)):
+            raise BuildError(f"{graph} has weights in {strange[0]!r}, not in a file beside it; export the model again")
+        model = set_dimension(content, "cache", max_seq)
         if window is not None and max_seq <= window:
             model = drop_window_masks(model)
     except ValueError as error:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,13 +16,12 @@ from starling.engine.backends.tensorrt.plan_record import EngineRecord
 from starling.engine.bundle.manifest import FileRecord
 from starling.engine.errors import BuildError, UserError
 from starling.engine.file_locks import try_lock
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
+from starling.engine.untrusted_files import is_file_name
 
 
 def check_engine_name(bundle_folder: Path, name: str, *, force: bool) -> None:
     """Raise UserError where no engine called `name` may be written into the bundle."""
-    if not _NAME.fullmatch(name):
+    if not is_file_name(name):
         raise UserError(f"engine name {name!r}: use letters, digits and . _ + -, beginning with a letter or digit")
     for suffix in ("plan", "json"):
         file = bundle_folder / FOLDER / f"{name}.{suffix}"
