@@ -207,7 +207,7 @@ def _manifest(
         "files": {},
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
         "parity": None,
-        "notes": list(tokens.notes),
+        "notes": [*checkpoint.notes, *tokens.notes],
     }
 
 

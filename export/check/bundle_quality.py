@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from starling.engine.bundle.manifest import Architecture
 from starling.engine.errors import UserError
 from starling.engine.host import available_memory
 from starling.export.check.parity import Parity, bundle_logits, compare, compared_positions
+from starling.export.check.same_weights import require_same
 from starling.export.check.sample_texts import TextEncoder, held_out_rows
+from starling.export.check.source_model import load_source
 from starling.export.check.torch_reference import load_reference, reference_logits
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.quantization.blocks import BlockQuantization
@@ -26,12 +29,24 @@ def measure(checkpoint: Checkpoint, folder: Path, layers: int) -> Parity:
     texts = held_out_rows(TextEncoder(folder, config.vocab_size), longest + 1)
     rows = [text[:-1] for text in texts]
     positions = compared_positions(len(rows[0]))
-    model = load_reference(config, checkpoint.tensors)
+    model = _reference(checkpoint)
     reference = np.concatenate([reference_logits(model, row)[positions].numpy() for row in rows])
     del model  # the bundle is loaded next: the two need not fit at once
     next_ids = [text[p + 1] for text in texts for p in positions]
     logits, kernels = bundle_logits(folder, rows)
     return compare(reference, logits, next_ids, layers, kernels)
+
+
+def _reference(checkpoint: Checkpoint) -> PreTrainedModel:
+    """What transformers loads of the checkpoint's files, after comparison with what was exported of them.
+
+    Random weights have no files: their reference has the same numbers as the bundle.
+    """
+    source = load_source(checkpoint)
+    if source is None:
+        return load_reference(checkpoint.config, checkpoint.tensors)
+    require_same(checkpoint, source)
+    return source.model
 
 
 def memory_needed(arch: Architecture, layers: int) -> int:

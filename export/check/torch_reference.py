@@ -12,9 +12,10 @@ from starling.export.checkpoints.checkpoint import TensorSource, empty_model
 def cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The same configuration with only its first `layers` layers."""
     shorter = copy.deepcopy(config)
-    shorter.num_hidden_layers = layers
-    if getattr(shorter, "layer_types", None):
-        shorter.layer_types = shorter.layer_types[:layers]
+    text = shorter.get_text_config(decoder=True)
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
     return shorter
 
 

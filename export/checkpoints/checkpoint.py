@@ -14,6 +14,8 @@ from starling.engine.errors import CheckpointError, UnsupportedModelError, one_l
 from starling.engine.untrusted_files import FileReader
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -36,6 +38,13 @@ class TensorSource(Protocol):
 
         Raises CheckpointError where the file was cut off or changed since it was opened.
         """
+
+
+class StoredTensors(TensorSource, Protocol):
+    """A TensorSource under the names of the checkpoint, whatever it holds."""
+
+    def is_floating(self, name: str) -> bool:
+        """Whether the tensor holds floating-point numbers, which `rows` gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,11 @@ class TokenizerFiles:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint. `kind` is huggingface, hub, gguf or random; `generation` is its generation_config."""
+    """An opened checkpoint. `kind` is huggingface, hub, gguf or random; `generation` is its generation_config.
+
+    `path` is the folder or file that it was read from, None where there is none. `left_out` are the stored tensors that
+    the model has no place for; `notes` say so, and what else was decided.
+    """
 
     kind: str
     name: str
@@ -82,6 +95,9 @@ class Checkpoint:
     tensors: TensorSource
     tokenizer: TokenizerFiles
     generation: dict[str, Any]
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +162,9 @@ def check_tensors(source: TensorSource, config: PreTrainedConfig, where: str) ->
         if name not in present:
             if name in skeleton.tied:
                 continue
-            raise CheckpointError(f"{where} has no tensor {name}, which {skeleton.class_name} needs: get it again")
+            raise CheckpointError(
+                f"{where} has no tensor {name}, which {skeleton.class_name} needs: the checkpoint is not whole"
+            )
         if source.shape(name) != shape:
             raise CheckpointError(
                 f"{where}: tensor {name} is {list(source.shape(name))}, config.json wants {list(shape)}: no fit"

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from starling.engine.errors import CheckpointError, HubError, one_line
 
-WANTED = ("*.safetensors", "*.safetensors.index.json", "*.jinja", "config.json", "generation_config.json")
+WANTED = ("*.safetensors", "*.safetensors.index.json", "*.jinja")
+WANTED_CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
 WANTED_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json")
-# Second copies of the weights in other layouts, and adapters.
-UNWANTED = ("consolidated*", "original/*", "onnx/*", "adapter_*")
+# Second copies of the weights in other layouts, and the weights of adapters, which are refused by their configuration.
+UNWANTED = ("consolidated*", "original/*", "onnx/*", "adapter_model*")
 TIMEOUT_S = 10.0
 
 
@@ -30,7 +31,7 @@ def download(repository: str, revision: str | None = None) -> Path:
             snapshot_download(
                 repository,
                 revision=revision,
-                allow_patterns=[*WANTED, *WANTED_TOKENIZER],
+                allow_patterns=[*WANTED, *WANTED_CONFIG, *WANTED_TOKENIZER],
                 ignore_patterns=list(UNWANTED),
                 etag_timeout=TIMEOUT_S,
             )

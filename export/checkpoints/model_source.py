@@ -84,9 +84,10 @@ def _demo(before_fetch: Callable[[], None]) -> FoundModel:
 def _folder(folder: Path, kind: str, name: str) -> FoundModel:
     from starling.engine.text.chat_template import EXTRA_TEMPLATES
     from starling.export.checkpoints.checkpoint import FILES
-    from starling.export.checkpoints.huggingface import check_folder
+    from starling.export.checkpoints.huggingface import check_folder, check_no_adapter
 
     FILES.check_folder(folder, chain(folder.iterdir(), (folder / EXTRA_TEMPLATES).glob("*")))
+    check_no_adapter(folder)
     if not (folder / "config.json").exists():
         if (folder / "bundle.json").is_file():
             raise CheckpointError(f"{folder} is a bundle, which an export has made: give the checkpoint itself")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -122,21 +122,13 @@ def test_a_shard_that_shrinks_after_it_was_opened_is_named(folder: Path) -> None
         tensors.rows("model.norm.weight", 0, 4)
 
 
-def test_a_tensor_that_the_index_leaves_out_is_named(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    del weight_map["model.norm.weight"]
-    edit_json(index, weight_map=weight_map)
-    with pytest.raises(CheckpointError, match=r"index\.json has no tensor model\.norm\.weight"):
-        open_checkpoint(str(folder))
-
-
-def test_a_tensor_that_is_not_where_the_index_says_is_named(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    weight_map["model.norm.weight"] = weight_map["model.embed_tokens.weight"]
-    edit_json(index, weight_map=weight_map)
-    with pytest.raises(CheckpointError, match=r"has no tensor model\.norm\.weight, which .*index\.json puts there"):
+def test_a_tensor_that_no_file_has_is_named_with_the_file_that_should(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    shard = folder / index["weight_map"]["model.norm.weight"]
+    save_file({n: t for n, t in load_file(shard).items() if n != "model.norm.weight"}, shard)
+    with pytest.raises(
+        CheckpointError, match=r"has no tensor model\.norm\.weight, which .*index\.json puts there: get"
+    ):
         open_checkpoint(str(folder))
 
 
@@ -158,13 +150,6 @@ def test_a_pickle_alone_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"only pytorch_model\.bin.*save_pretrained"):
-        open_checkpoint(str(tmp_path))
-
-
-def test_weights_of_another_dtype_are_refused(tmp_path: Path) -> None:
-    save(tmp_path, CONFIGS["llama-tied"])
-    save_file({"model.norm.weight": torch.ones(64, dtype=torch.float64)}, tmp_path / "model.safetensors")
-    with pytest.raises(UnsupportedModelError, match=r"tensor model\.norm\.weight is F64"):
         open_checkpoint(str(tmp_path))
 
 

@@ -1,0 +1,68 @@
+"""The model that a checkpoint's files hold, as transformers itself loads it: nothing here goes through our reader.
+
+For a GGUF file, which transformers knows in part, the package gguf reads and dequantizes, and transformers says where
+the tensors go.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from starling.engine.errors import StarlingError, one_line
+from starling.export.check.torch_reference import cut
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_class import from_pretrained, model_classes, names_in_whole, without_weights
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceModel:
+    """A model in float32. `names` has for each tensor of its language model the name in `model`; `config` is that
+    language model's; `unexpected` are the stored tensors for which transformers has no place.
+    """
+
+    model: PreTrainedModel
+    names: dict[str, str]
+    config: PreTrainedConfig
+    unexpected: frozenset[str]
+
+
+def load_source(checkpoint: Checkpoint) -> SourceModel | None:
+    """The model of the checkpoint's files, cut to as many layers as its configuration has; None where it has no files.
+
+    Raises StarlingError where transformers cannot load them, or misses a tensor.
+    """
+    if checkpoint.path is None or checkpoint.kind not in ("huggingface", "hub"):
+        return None
+    layers = checkpoint.config.num_hidden_layers
+    config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    is_cut = layers < config.get_text_config(decoder=True).num_hidden_layers
+    model, report = _from_folder(checkpoint.path, cut(config, layers) if is_cut else config)
+    classes = model_classes(model.config)
+    names = names_in_whole(model, without_weights(classes.language_model, classes.text_config))
+    needed = set(names.values())
+    if missing := sorted(needed.intersection(report["missing_keys"])):
+        raise StarlingError(f"transformers finds no {missing[0]} in {checkpoint.path}, which was exported all the same")
+    beyond = {n for n in report["unexpected_keys"] if is_cut and any(int(i) >= layers for i in _LAYER.findall(n))}
+    return SourceModel(model, names, classes.text_config, frozenset(report["unexpected_keys"]) - beyond)
+
+
+def _from_folder(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    loader = AutoModelForCausalLM if known else model_classes(config).loaded
+    try:
+        model, report = from_pretrained(loader, folder, config=config, local_files_only=True)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StarlingError(f"transformers cannot load {folder} for the check: {one_line(error)}") from error
+    return model, report
