@@ -16,7 +16,7 @@ from starling.engine.errors import UserError
 from starling.engine.names import DTYPES
 from starling.engine.progress import Progress, Silent
 from starling.export.bundle_folder import check_space, file_entry, new_bundle_folder, write_json, write_tokenizer
-from starling.export.check.bundle_quality import CUT_LAYERS, fits, measure, require_quality
+from starling.export.check.bundle_quality import CUT_LAYERS, fits, load_compared, measure, require_quality
 from starling.export.check.parity import Parity, require_fp32
 from starling.export.check.torch_reference import cut
 from starling.export.checkpoints.checkpoint import Checkpoint, Shapes, TensorSource
@@ -238,18 +238,19 @@ def _check(
     checkpoint: Checkpoint, arch: Architecture, folder: Path, options: ExportOptions, progress: Progress
 ) -> tuple[Parity | None, str | None]:
     """Compare with PyTorch: the whole model where memory allows, else its first layers; the note says why not all."""
-    if options.dtype == "bf16":
-        return None, "not compared with PyTorch: ONNX Runtime's CPU provider does not run bfloat16"
-    if fits(arch, arch.layers):
-        progress.phase("comparing with PyTorch")
-        return measure(checkpoint, folder, arch.layers), None
-    if not fits(arch, CUT_LAYERS):
+    whole = fits(arch, arch.layers)
+    if not whole and not fits(arch, CUT_LAYERS):
         return None, "not compared with PyTorch: too little memory even for the first layers"
-    progress.phase(f"comparing the first {CUT_LAYERS} layers with PyTorch")
-    shorter = replace(checkpoint, config=cut(checkpoint.config, CUT_LAYERS))
+    compared = checkpoint if whole else replace(checkpoint, config=cut(checkpoint.config, CUT_LAYERS))
+    progress.phase("comparing with PyTorch" if whole else f"comparing the first {CUT_LAYERS} layers with PyTorch")
+    if options.dtype == "bf16":
+        load_compared(compared)
+        return None, "logits were not compared with PyTorch's: ONNX Runtime's CPU provider does not run bfloat16"
+    if whole:
+        return measure(checkpoint, folder, arch.layers), None
     with tempfile.TemporaryDirectory(dir=folder) as temporary:  # goes with the working folder where this is killed
-        _write_model(shorter, Path(temporary), options, Silent())
-        parity = measure(shorter, Path(temporary), CUT_LAYERS)
+        _write_model(compared, Path(temporary), options, Silent())
+        parity = measure(compared, Path(temporary), CUT_LAYERS)
     return (
         parity,
         f"compared with PyTorch on the first {CUT_LAYERS} of {arch.layers} layers: the whole needs more memory",

@@ -29,7 +29,7 @@ def measure(checkpoint: Checkpoint, folder: Path, layers: int) -> Parity:
     texts = held_out_rows(TextEncoder(folder, config.vocab_size), longest + 1)
     rows = [text[:-1] for text in texts]
     positions = compared_positions(len(rows[0]))
-    model = _reference(checkpoint)
+    model = load_compared(checkpoint)
     reference = np.concatenate([reference_logits(model, row)[positions].numpy() for row in rows])
     del model  # the bundle is loaded next: the two need not fit at once
     next_ids = [text[p + 1] for text in texts for p in positions]
@@ -37,14 +37,15 @@ def measure(checkpoint: Checkpoint, folder: Path, layers: int) -> Parity:
     return compare(reference, logits, next_ids, layers, kernels)
 
 
-def _reference(checkpoint: Checkpoint) -> PreTrainedModel:
-    """What transformers loads of the checkpoint's files, after comparison with what was exported of them.
+def load_compared(checkpoint: Checkpoint) -> PreTrainedModel:
+    """What transformers loads of the checkpoint's files, in float32, held against what was exported of them.
 
     Random weights have no files: their reference has the same numbers as the bundle.
+    Raises StarlingError where a weight or the configuration is not what was exported.
     """
-    source = load_source(checkpoint)
-    if source is None:
+    if checkpoint.path is None:
         return load_reference(checkpoint.config, checkpoint.tensors)
+    source = load_source(checkpoint, checkpoint.path)
     require_same(checkpoint, source)
     return source.model
 

@@ -38,22 +38,20 @@ class SourceModel:
     unexpected: frozenset[str]
 
 
-def load_source(checkpoint: Checkpoint) -> SourceModel | None:
-    """The model of the checkpoint's files, cut to as many layers as its configuration has; None where it has no files.
+def load_source(checkpoint: Checkpoint, path: Path) -> SourceModel:
+    """The model of the files at `path`, cut to as many layers as the checkpoint's configuration has.
 
     Raises StarlingError where transformers cannot load them, or misses a tensor.
     """
-    if checkpoint.path is None or checkpoint.kind not in ("huggingface", "hub"):
-        return None
     layers = checkpoint.config.num_hidden_layers
-    config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
     is_cut = layers < config.get_text_config(decoder=True).num_hidden_layers
-    model, report = _from_folder(checkpoint.path, cut(config, layers) if is_cut else config)
+    model, report = _from_folder(path, cut(config, layers) if is_cut else config)
     classes = model_classes(model.config)
     names = names_in_whole(model, without_weights(classes.language_model, classes.text_config))
     needed = set(names.values())
     if missing := sorted(needed.intersection(report["missing_keys"])):
-        raise StarlingError(f"transformers finds no {missing[0]} in {checkpoint.path}, which was exported all the same")
+        raise StarlingError(f"transformers finds no {missing[0]} in {path}, which was exported all the same")
     beyond = {n for n in report["unexpected_keys"] if is_cut and any(int(i) >= layers for i in _LAYER.findall(n))}
     return SourceModel(model, names, classes.text_config, frozenset(report["unexpected_keys"]) - beyond)
 
