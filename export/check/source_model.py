@@ -44,7 +44,7 @@ def load_source(checkpoint: Checkpoint, path: Path) -> SourceModel:
     Raises StarlingError where transformers cannot load them, or misses a tensor.
     """
     layers = checkpoint.config.num_hidden_layers
-    config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     is_cut = layers < config.get_text_config(decoder=True).num_hidden_layers
     model, report = _from_folder(path, cut(config, layers) if is_cut else config)
     classes = model_classes(model.config)
@@ -61,6 +61,6 @@ def _from_folder(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedMode
     loader = AutoModelForCausalLM if known else model_classes(config).loaded
     try:
         model, report = from_pretrained(loader, folder, config=config, local_files_only=True)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # our reader took the files: whatever it is, it is worth a line
         raise StarlingError(f"transformers cannot load {folder} for the check: {one_line(error)}") from error
     return model, report

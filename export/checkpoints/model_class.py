@@ -64,7 +64,7 @@ def without_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig
         with torch.device("meta"):
             build: Callable[..., PreTrainedModel] = model_class._from_config
             return build(config, dtype=torch.float32, attn_implementation="eager")
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:  # a class computes with the settings before it looks at them
         problem = f"transformers cannot build a {config.model_type!r} model: {one_line(error)}"
         raise UnsupportedModelError(problem) from error
 
@@ -109,6 +109,11 @@ def from_pretrained(model_class: Any, source: Path | None, **options: Any) -> tu
 
     with _quietly():
         model, report = model_class.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
+            source,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     return model, report
