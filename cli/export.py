@@ -36,6 +36,11 @@ _ACTIVATION_OPTIONS = ("calibration", "calibration_tokens", "smoothing", "accept
 @click.argument("out", type=BundlePath(path_type=Path))
 @click.option("--dialect", type=Choice(DIALECTS), default="ort", show_default=True, help="Operators of the graph.")
 @click.option("--dtype", type=Choice(DTYPES), default="fp32", show_default=True, help="Type of what is computed.")
+@click.option(
+    "--max-positions",
+    type=click.IntRange(64),
+    help="The longest sequence that OUT takes, in tokens.  [default: the model's, up to 131072]",
+)
 @click.option("--quant", type=Choice(SCHEMES), help="Quantize weights; w8a8 and fp8 (tensorrt) activations too.")
 @click.option(
     "--block-size", type=int, help="Weights that share a scale.  [default: 32; tensorrt: a channel, int4 128]"
@@ -107,6 +112,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
             check=options["check"],
             accept_quality=options["accept_quality"],
             force=options["force"],
+            max_positions=options["max_positions"],
         )
         progress.phase(f"opening {model}")
         manifest = export_bundle(open_checkpoint(found), out, how, progress)

@@ -51,6 +51,7 @@ _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class ExportOptions:
     """What the bundle shall be. `check` None: compare with PyTorch unless the weights are random.
 
+    `max_positions` is the longest sequence that it takes: see `positions_of`.
     `weights` False leaves them out: the weight file has its size and takes no space. The graphs are the same.
     """
 
@@ -62,6 +63,7 @@ class ExportOptions:
     accept_quality: bool = False
     force: bool = False
     weights: bool = True
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError where the settings do not go together."""
@@ -112,7 +114,7 @@ def _write_model(
     """Everything of a bundle but the check; its bundle.json and its architecture."""
     dialect = get_dialect(options.dialect)
     progress.phase(f"tracing {checkpoint.name}")
-    traced = trace(checkpoint.config, dialect, options.dtype)
+    traced = trace(checkpoint.config, dialect, options.dtype, options.max_positions)
     graph, arch = traced.model, traced.architecture
     dialect.optimize(graph)
     write_tokenizer(folder, checkpoint.tokenizer, checkpoint.generation)
@@ -207,8 +209,15 @@ def _manifest(
         "files": {},
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
         "parity": None,
-        "notes": [*checkpoint.notes, *tokens.notes],
+        "notes": [*_cut_positions(checkpoint, arch), *checkpoint.notes, *tokens.notes],
     }
+
+
+def _cut_positions(checkpoint: Checkpoint, arch: Architecture) -> list[str]:
+    most = checkpoint.config.max_position_embeddings
+    if arch.max_positions == most:
+        return []
+    return [f"takes sequences of up to {arch.max_positions:,} tokens, of the model's {most:,} (--max-positions)"]
 
 
 def _tensor_specs(values: Iterable[ir.Value]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from starling.engine.bundle.manifest import Architecture
+from starling.engine.bundle.manifest import Architecture, Bundle
 from starling.engine.errors import UserError
 from starling.engine.host import available_memory
 from starling.export.check.parity import Parity, bundle_logits, compare, compared_positions
@@ -25,7 +25,7 @@ CUT_LAYERS = 2
 def measure(checkpoint: Checkpoint, folder: Path, layers: int) -> Parity:
     """Compare the bundle in `folder` with the PyTorch model of `checkpoint`, which has `layers` layers."""
     config = checkpoint.config
-    longest = min(HELD_OUT_TOKENS, config.max_position_embeddings)
+    longest = min(HELD_OUT_TOKENS, Bundle.open(folder).architecture.max_positions)
     texts = held_out_rows(TextEncoder(folder, config.vocab_size), longest + 1)
     rows = [text[:-1] for text in texts]
     positions = compared_positions(len(rows[0]))

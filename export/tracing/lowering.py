@@ -53,10 +53,12 @@ class Step:
 class Lowering:
     """One model made ready to be traced in one dialect; `real` is the same model with real buffers."""
 
-    def __init__(self, model: PreTrainedModel, real: PreTrainedModel, dialect: Dialect, dtype: torch.dtype) -> None:
-        self.model, self.dialect, self._dtype = model, dialect, dtype
+    def __init__(
+        self, model: PreTrainedModel, real: PreTrainedModel, dialect: Dialect, dtype: torch.dtype, positions: int
+    ) -> None:
+        self.model, self.dialect, self._dtype, self._positions = model, dialect, dtype, positions
         self._step: Step | None = None
-        self.rotary = RotaryCalls(model, real, self._rotate)
+        self.rotary = RotaryCalls(model, real, self._rotate, positions)
 
     @property
     def step(self) -> Step:
@@ -88,7 +90,7 @@ class Lowering:
                 self.model.register_buffer(name, torch.empty(table.cos.shape, dtype=self._dtype))
 
     def _mask(self, *_: Any, mask_function: Callable[..., Any], **__: Any) -> CausalPattern:
-        return read_pattern(mask_function, self.model.config.max_position_embeddings)
+        return read_pattern(mask_function, self._positions)
 
     def _rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
         """Rotate x; where attention gets the result as it is, it takes x and rotates by itself."""

@@ -43,15 +43,19 @@ class Placeholders:
 class RotaryCalls:
     """The rotary embedding of one model; `real` is the same model with real buffers.
 
-    `rotate(x, table)` is what a swapped function does; `tables` are those that it was asked for.
+    `rotate(x, table)` is what a swapped function does; `tables` are those that it was asked for, of `positions` rows.
     """
 
     def __init__(
-        self, model: PreTrainedModel, real: PreTrainedModel, rotate: Callable[[Tensor, RotaryTable], Tensor]
+        self,
+        model: PreTrainedModel,
+        real: PreTrainedModel,
+        rotate: Callable[[Tensor, RotaryTable], Tensor],
+        positions: int,
     ) -> None:
         self.name, self.placeholders = type(model).__name__, Placeholders()
         self.tables: list[RotaryTable] = []
-        self._model, self._real, self._rotate = model, real, rotate
+        self._model, self._real, self._rotate, self._positions = model, real, rotate, positions
         self._angles: dict[Key, Angles] = {}
         self._found: dict[tuple[Any, ...], RotaryTable] = {}
 
@@ -73,10 +77,10 @@ class RotaryCalls:
                 setattr(code, name, function)
 
     def angles(self, key: Key) -> Angles:
-        """What the model's own module returns at every position of the context."""
+        """What the model's own module returns at every position that the bundle can take."""
         if key not in self._angles:
-            module, positions = self._real.get_submodule(key[0]), self._model.config.max_position_embeddings
-            self._angles[key] = untraced(_angles, module, positions, dict(key[1]))
+            module = self._real.get_submodule(key[0])
+            self._angles[key] = untraced(_angles, module, self._positions, dict(key[1]))
         return self._angles[key]
 
     def _swapped(self, function: Callable[..., Any]) -> Callable[..., Any]:

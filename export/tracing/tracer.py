@@ -21,7 +21,7 @@ from starling.export.checkpoints.checkpoint import empty_model
 from starling.export.dialects import Dialect, StepInput
 from starling.export.graphs.rewrites import simplify
 from starling.export.tracing.abstract_nodes import added_to_weights
-from starling.export.tracing.architecture import check_supported
+from starling.export.tracing.architecture import check_supported, positions_of
 from starling.export.tracing.lowering import Heads, Lowering, Step, table_buffers
 from starling.export.weights.weight_plan import Rows, Table, set_weight
 
@@ -106,21 +106,25 @@ def _gather(x: Tensor, kept: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic("Gather", (x, kept), attrs={"axis": 1}, dtype=x.dtype, shape=shape, version=13)
 
 
-def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str) -> Trace:
+def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str, positions: int | None = None) -> Trace:
     """Trace the model of `config` under fake tensors: no weight exists, so the memory taken is the graph's.
 
+    `positions` is the longest sequence that the graph takes, by default as `positions_of` says.
+
     Raises:
+        UserError: `positions` is more than the model has.
         UnsupportedModelError: the model has no causal-LM class or does something that cannot be lowered faithfully.
     """
     check_supported(config)
+    positions = positions_of(config, positions)
     real = empty_model(config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = _build(config, TORCH_DTYPES[dtype])
-        lowering = Lowering(model, real, dialect, TORCH_DTYPES[dtype])
+        lowering = Lowering(model, real, dialect, TORCH_DTYPES[dtype], positions)
         parameters, tied = sum(p.numel() for p in model.parameters()), _tied_names(model)
         with lowering.installed():
             heads = _survey(lowering, TORCH_DTYPES[dtype])
-            architecture = _architecture(model, heads, parameters, tied=bool(tied))
+            architecture = _architecture(model, heads, positions, parameters, tied=bool(tied))
             lowering.register_tables()
             graph = _export(lowering, architecture, TORCH_DTYPES[dtype])
     _plan_weights(graph, tied, lowering, real)
@@ -184,7 +188,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _architecture(model: PreTrainedModel, heads: Heads, parameters: int, *, tied: bool) -> Architecture:
+def _architecture(model: PreTrainedModel, heads: Heads, positions: int, parameters: int, *, tied: bool) -> Architecture:
     config = model.config
     return Architecture(
         model_type=config.model_type,
@@ -196,7 +200,7 @@ def _architecture(model: PreTrainedModel, heads: Heads, parameters: int, *, tied
         kv_heads=heads.kv_heads,
         head_dim=heads.key_dim,
         sliding_window=getattr(config, "sliding_window", None),
-        max_positions=config.max_position_embeddings,
+        max_positions=positions,
         parameters=parameters,
         tied_embeddings=tied,
     )
