@@ -20,7 +20,7 @@ from starling.engine.errors import did_you_mean
 
 COMMANDS = (
     *("export", "build", "generate", "chat", "serve", "batch", "triton"),
-    *("tokenize", "profile", "evaluate", "inspect", "doctor"),
+    *("tokenize", "verify", "profile", "evaluate", "inspect", "doctor"),
 )
 INTERRUPTED = 130
 

@@ -15,8 +15,9 @@ from starling.engine.bundle.manifest import FORMAT, FORMAT_VERSION, Architecture
 from starling.engine.errors import UserError
 from starling.engine.names import DTYPES
 from starling.engine.progress import Progress, Silent
+from starling.engine.verification import LOGITS_FILE
 from starling.export.bundle_folder import check_space, file_entry, new_bundle_folder, write_json, write_tokenizer
-from starling.export.check.bundle_quality import CUT_LAYERS, fits, load_compared, measure, require_quality
+from starling.export.check.bundle_quality import CUT_LAYERS, fits, keep_logits, load_compared, measure, require_quality
 from starling.export.check.parity import Parity, require_fp32
 from starling.export.check.torch_reference import cut
 from starling.export.checkpoints.checkpoint import Checkpoint, Shapes, TensorSource
@@ -40,6 +41,7 @@ from starling.export.weights.weight_file import WrittenFile, bytes_per_token, pl
 
 GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
 _SPARE_BYTES = 64 * 2**20  # graphs, tokenizer, JSON
+_NO_BF16 = "logits were not compared with PyTorch's: ONNX Runtime's CPU provider does not run bfloat16"
 _ORACLE_NOTE = (
     "compared by the reference graph on ONNX Runtime's CPU, which multiplies matrices in float32; "
     "TensorRT itself was not run"
@@ -95,8 +97,11 @@ def export_bundle(
         manifest, arch = _write_model(checkpoint, work, options, progress)
         wanted = options.check if options.check is not None else checkpoint.kind != "random"
         if wanted and options.weights:
-            parity, note = _check(checkpoint, arch, work, options, progress)
+            parity, verification, note = _check(checkpoint, arch, work, options, progress)
             manifest["parity"] = None if parity is None else parity.to_json()
+            if verification is not None:
+                manifest["verification"] = verification
+                manifest["files"][LOGITS_FILE] = file_entry(work / LOGITS_FILE)
             manifest["notes"] += [note] if note else []
             if parity is not None and options.dialect == "tensorrt":
                 manifest["notes"].append(_ORACLE_NOTE)
@@ -209,6 +214,7 @@ def _manifest(
         "files": {},
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
         "parity": None,
+        "verification": None,
         "notes": [*_cut_positions(checkpoint, arch), *checkpoint.notes, *tokens.notes],
     }
 
@@ -245,22 +251,26 @@ def _files(folder: Path, known: dict[str, WrittenFile]) -> dict[str, Any]:
 
 def _check(
     checkpoint: Checkpoint, arch: Architecture, folder: Path, options: ExportOptions, progress: Progress
-) -> tuple[Parity | None, str | None]:
-    """Compare with PyTorch: the whole model where memory allows, else its first layers; the note says why not all."""
+) -> tuple[Parity | None, dict[str, Any] | None, str | None]:
+    """Compare with PyTorch: the whole model where memory allows, else its first layers; the note says why not all.
+
+    Between the two is what bundle.json says of the logits that are kept, which are those of a whole model alone.
+    """
     whole = fits(arch, arch.layers)
     if not whole and not fits(arch, CUT_LAYERS):
-        return None, "not compared with PyTorch: too little memory even for the first layers"
+        return None, None, "not compared with PyTorch: too little memory even for the first layers"
     compared = checkpoint if whole else replace(checkpoint, config=cut(checkpoint.config, CUT_LAYERS))
     progress.phase("comparing with PyTorch" if whole else f"comparing the first {CUT_LAYERS} layers with PyTorch")
     if options.dtype == "bf16":
-        load_compared(compared)
-        return None, "logits were not compared with PyTorch's: ONNX Runtime's CPU provider does not run bfloat16"
+        model = load_compared(compared)
+        return None, keep_logits(model, checkpoint, folder) if whole else None, _NO_BF16
     if whole:
-        return measure(checkpoint, folder, arch.layers), None
+        return *measure(checkpoint, folder, arch.layers), None
     with tempfile.TemporaryDirectory(dir=folder) as temporary:  # goes with the working folder where this is killed
         _write_model(compared, Path(temporary), options, Silent())
-        parity = measure(compared, Path(temporary), CUT_LAYERS)
+        parity, _ = measure(compared, Path(temporary), CUT_LAYERS)
     return (
         parity,
+        None,
         f"compared with PyTorch on the first {CUT_LAYERS} of {arch.layers} layers: the whole needs more memory",
     )

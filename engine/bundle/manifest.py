@@ -138,12 +138,22 @@ class CudaKernels:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptReference:
+    """A text, as token ids, whose logits by PyTorch are in `file`; `mean_kl` is the bundle's own at export, in nats."""
+
+    file: str
+    tokens: tuple[int, ...]
+    mean_kl: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """Typed view of a bundle folder. `raw` is bundle.json as it was read; `parity` what the export measured.
 
     `reference_graph` is a second file with the same nodes, in which operators of the dialect's own have a meaning;
     `kernel_graph` one over the same weights for `starling.engine.kernels`, `cuda_graph` one for decode steps that stay
     on a GPU, `cuda_kernels` the same for kernels of `starling.engine.kernels.cuda`. None: there is none.
+    `verification` is for `starling.engine.verification`.
     """
 
     folder: Path
@@ -163,6 +173,7 @@ class Bundle:
     generation: Mapping[str, Any]
     files: Mapping[str, FileRecord]
     parity: Mapping[str, Any] | None
+    verification: KeptReference | None
     raw: Mapping[str, Any]
 
     @staticmethod
@@ -234,7 +245,11 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
     graph, files = _graph(top.inside("graph")), _files(top.inside("files"))
     others = {field: top.optional(field, str) for field in ("reference_graph", "kernel_graph", "cuda_graph")}
     cuda_kernels = _cuda_kernels(top.inside("cuda_kernels")) if raw.get("cuda_kernels") is not None else None
-    named = {"graph.file": graph.file, **others, "cuda_kernels.graph": cuda_kernels and cuda_kernels.graph}
+    kept = _kept_reference(top.inside("verification")) if raw.get("verification") is not None else None
+    named = {
+        **{"graph.file": graph.file, **others, "cuda_kernels.graph": cuda_kernels and cuda_kernels.graph},
+        "verification.file": kept and kept.file,
+    }
     for field, file in named.items():
         if file is not None and file not in files:
             raise top.bad(field, file, "one of the files that bundle.json lists")
@@ -257,6 +272,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
         generation=top.mapping("generation"),
         files=files,
         parity=top.mapping("parity") or None,
+        verification=kept,
         raw=raw,
     )
 
@@ -313,6 +329,13 @@ def _tokens(fields: JsonFields) -> SpecialTokens:
     if not all(type(token) is int and token >= 0 for token in eos):
         raise fields.bad("tokens.eos", eos, "a list of token ids")
     return SpecialTokens(fields.optional("bos", int), tuple(eos), fields.optional("pad", int))
+
+
+def _kept_reference(fields: JsonFields) -> KeptReference:
+    tokens = fields.get("tokens", list)
+    if not all(type(token) is int and token >= 0 for token in tokens):
+        raise fields.bad("verification.tokens", tokens, "a list of token ids")
+    return KeptReference(fields.get("file", str), tuple(tokens), fields.optional("mean_kl", float))
 
 
 def _files(fields: JsonFields) -> dict[str, FileRecord]:

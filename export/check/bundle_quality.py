@@ -1,6 +1,7 @@
 """The quality of a bundle against the PyTorch model in float32, on text that no calibration has seen."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -8,7 +9,8 @@ from transformers import PreTrainedModel
 from starling.engine.bundle.manifest import Architecture, Bundle
 from starling.engine.errors import UserError
 from starling.engine.host import available_memory
-from starling.export.check.parity import Parity, bundle_logits, compare, compared_positions
+from starling.engine.verification import REFERENCE_TOKENS, compared_positions, keep_reference
+from starling.export.check.parity import Parity, bundle_logits, compare
 from starling.export.check.same_weights import require_same
 from starling.export.check.sample_texts import TextEncoder, held_out_rows
 from starling.export.check.source_model import load_source
@@ -22,11 +24,12 @@ HELD_OUT_TOKENS = 128  # of each held-out text
 CUT_LAYERS = 2
 
 
-def measure(checkpoint: Checkpoint, folder: Path, layers: int) -> Parity:
-    """Compare the bundle in `folder` with the PyTorch model of `checkpoint`, which has `layers` layers."""
-    config = checkpoint.config
-    longest = min(HELD_OUT_TOKENS, Bundle.open(folder).architecture.max_positions)
-    texts = held_out_rows(TextEncoder(folder, config.vocab_size), longest + 1)
+def measure(checkpoint: Checkpoint, folder: Path, layers: int) -> tuple[Parity, dict[str, Any]]:
+    """Compare the bundle in `folder` with the PyTorch model of `checkpoint`, which has `layers` layers.
+
+    A few of PyTorch's logits stay in the folder; the second result is what bundle.json says of them.
+    """
+    texts = _texts(checkpoint, folder)
     rows = [text[:-1] for text in texts]
     positions = compared_positions(len(rows[0]))
     model = load_compared(checkpoint)
@@ -34,7 +37,22 @@ def measure(checkpoint: Checkpoint, folder: Path, layers: int) -> Parity:
     del model  # the bundle is loaded next: the two need not fit at once
     next_ids = [text[p + 1] for text in texts for p in positions]
     logits, kernels = bundle_logits(folder, rows)
-    return compare(reference, logits, next_ids, layers, kernels)
+    kept = rows[0][:REFERENCE_TOKENS]
+    count = len(compared_positions(len(kept)))
+    verification = keep_reference(folder, kept, reference[:count], logits[:count])
+    return compare(reference, logits, next_ids, layers, kernels), verification
+
+
+def keep_logits(model: PreTrainedModel, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+    """Keep PyTorch's logits as `measure` does, for a bundle that the CPU does not run."""
+    text = _texts(checkpoint, folder)[0][:-1][:REFERENCE_TOKENS]
+    return keep_reference(folder, text, reference_logits(model, text)[compared_positions(len(text))].numpy(), None)
+
+
+def _texts(checkpoint: Checkpoint, folder: Path) -> list[list[int]]:
+    """Held-out texts of one length, each with the token that follows."""
+    longest = min(HELD_OUT_TOKENS, Bundle.open(folder).architecture.max_positions)
+    return held_out_rows(TextEncoder(folder, checkpoint.config.vocab_size), longest + 1)
 
 
 def load_compared(checkpoint: Checkpoint) -> PreTrainedModel:

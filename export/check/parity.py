@@ -11,9 +11,9 @@ from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.divergence import QualityTotals
 from starling.engine.errors import StarlingError
+from starling.engine.verification import run_text
 
 FP32_TOLERANCE = 1e-3  # largest difference of a logit that a full-precision bundle may show
-_FIRST, _CHUNK = 16, 16  # tokens prefilled at once, then as a chunk after a non-empty cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +41,13 @@ class Parity:
 
 
 def bundle_logits(folder: Path, rows: list[list[int]]) -> tuple[NDArray[np.float32], str | None]:
-    """Logits [rows * positions, vocab] of the bundle after the tokens of `compared_positions` of each row; kernels.
-
-    `rows` are of one length. Each is prefilled on its own; then all are decoded together, token by token.
-    """
-    bundle, length = Bundle.open(folder), len(rows[0])
-    backend = open_backend(bundle, name="onnxruntime-cpu", max_seq=length, max_batch=len(rows))
-    tokens = np.asarray(rows, dtype=np.int64)
-    first, second = slice(0, _FIRST), slice(_FIRST, _FIRST + _CHUNK)
+    """Logits [rows * positions, vocab] of the bundle on the CPU after the tokens of `compared_positions`; kernels."""
+    backend = open_backend(Bundle.open(folder), name="onnxruntime-cpu", max_seq=len(rows[0]), max_batch=len(rows))
     try:
-        found = [
-            np.stack([backend.prefill(i, row[part], part.start).logits()[0].copy() for i, row in enumerate(tokens)])
-            for part in (first, second)
-        ]
-        for at in range(_FIRST + _CHUNK, length):
-            found.append(backend.decode([int(t) for t in tokens[:, at]], [at] * len(rows)).logits().copy())
+        logits, _ = run_text(backend, rows)
     finally:
         backend.close()
-    return np.stack(found, axis=1).reshape(-1, found[0].shape[-1]), backend.kernels
-
-
-def compared_positions(count: int) -> list[int]:
-    """The tokens of a row after which a bundle gives logits: the ends of the two prefills, then every one."""
-    return [_FIRST - 1, *range(_FIRST + _CHUNK - 1, count)]
+    return logits.reshape(-1, logits.shape[-1]), backend.kernels
 
 
 def compare(

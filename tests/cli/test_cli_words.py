@@ -26,7 +26,10 @@ def test_help_shows_one_name_for_rows_and_one_for_the_queue() -> None:
         name: [command for command in COMMANDS if f"  --{name} " in shown[command]]
         for name in ("max-batch", "max-queue")
     }
-    assert having == {"max-batch": ["build", "serve", "batch", "triton", "evaluate"], "max-queue": ["serve", "triton"]}
+    assert having == {
+        "max-batch": ["build", "serve", "batch", "triton", "verify", "evaluate"],
+        "max-queue": ["serve", "triton"],
+    }
     assert "Batch sizes to measure" in shown["profile"]
     assert "generate` is greedy" in " ".join(shown["serve"].split())
 

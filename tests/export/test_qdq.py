@@ -14,7 +14,8 @@ import torch
 from families import Family, random_folder
 
 from starling.engine.errors import UserError
-from starling.export.check.parity import bundle_logits, compared_positions
+from starling.engine.verification import compared_positions
+from starling.export.check.parity import bundle_logits
 from starling.export.check.torch_reference import load_reference, reference_logits
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint

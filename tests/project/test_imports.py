@@ -18,7 +18,7 @@ LAYERS = (
     Layer("starling.engine.chat_session"),
     Layer("starling.engine.batching"),
     Layer("starling.engine.generation"),
-    Layer("starling.engine.text"),
+    Layer("starling.engine.text", "starling.engine.verification"),
     Layer("starling.engine.backends"),
     Layer("starling.engine.bundle", "starling.engine.kernels"),
     Layer(

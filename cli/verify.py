@@ -1,0 +1,105 @@
+"""`starling verify`: whether a bundle computes on this machine's device what PyTorch computed at export."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from starling.cli.shared.options import backend_options, bundle_argument, check_backend, json_option, max_batch_option
+from starling.cli.shared.output import note, print_json, print_rows
+from starling.cli.shared.progress_bar import progress_on_stderr
+
+if TYPE_CHECKING:
+    from starling.engine.backends.backend import Backend
+    from starling.engine.verification import Verification
+
+FORMAT, FORMAT_VERSION = "starling-verification", 1
+
+
+@click.command()
+@bundle_argument
+@max_batch_option(4, "Rows of the KV cache that run the text together.")
+@backend_options
+@json_option
+@click.pass_context
+def command(context: click.Context, /, bundle: Path, as_json: bool, max_batch: int, **settings: Any) -> None:
+    """Check that a bundle computes here what PyTorch computed at export, on the CPU or GPU that runs it.
+
+    All files are hashed. Then a short text is run in one row and in --max-batch rows together: prefill, a chunk after
+    it, decode steps; its logits are compared with PyTorch's, which the export kept. Ends with status 1 where they are
+    wrong.
+
+    \b
+    Examples:
+      starling verify smollm2
+      starling verify smollm2 --backend onnxruntime-cuda
+      starling verify smollm2 --json
+    """
+    check_backend(settings)
+    from starling.engine.backends.open_backend import open_backend
+    from starling.engine.bundle.manifest import Bundle
+    from starling.engine.verification import kept_reference, verify
+
+    with progress_on_stderr() as progress:
+        progress.phase("hashing the files")
+        opened = Bundle.open(bundle, verify=True)
+        positions = len(kept_reference(opened).tokens)
+        progress.phase("opening the model")
+        backend = open_backend(
+            opened,
+            name=settings["backend"],
+            engine=settings["engine"],
+            threads=settings["threads"],
+            max_seq=positions,
+            max_batch=max_batch,
+        )
+        try:
+            if backend.note:
+                note(backend.note)
+            progress.phase("running the text")
+            found = [verify(opened, backend, rows) for rows in dict.fromkeys((1, max_batch))]
+        finally:
+            backend.close()
+    if as_json:
+        print_json(_document(opened.folder, backend, found))
+    else:
+        _print(backend, found)
+    if any(result.problem for result in found):
+        context.exit(1)
+
+
+def _document(folder: Path, backend: Backend, found: list[Verification]) -> dict[str, Any]:
+    from starling.profiling.machine.environment import describe_environment
+
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "environment": asdict(describe_environment()),
+        "bundle": str(folder),
+        "provider": backend.provider,
+        "kernels": backend.kernels,
+        "right": not any(result.problem for result in found),
+        "runs": [asdict(result) for result in found],
+    }
+
+
+def _print(backend: Backend, found: list[Verification]) -> None:
+    kernels = f" with {backend.kernels} kernels" if backend.kernels else ""
+    rows = [("device", f"{backend.provider}{kernels}"), ("files", "all as bundle.json says")]
+    for result in found:
+        title = "one row" if result.rows == 1 else f"{result.rows} rows"
+        rows.append((title, result.problem or _figures(result)))
+    wrong = any(result.problem for result in found)
+    rows.append(("verdict", "WRONG: do not use the bundle on this device" if wrong else "right"))
+    print_rows(rows)
+
+
+def _figures(result: Verification) -> str:
+    at_export = "" if result.export_mean_kl is None else f", {result.export_mean_kl:.3g} at export"
+    return (
+        f"mean KL {result.mean_kl:.3g} nats from PyTorch (limit {result.kl_limit:.3g}{at_export}), top-1 "
+        f"{result.top1_agreement:.1%}, max |Δlogit| {result.max_abs_logit_diff:.3g}, over {result.positions} positions"
+    )
