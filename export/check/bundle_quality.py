@@ -10,10 +10,11 @@ from starling.engine.bundle.manifest import Architecture, Bundle
 from starling.engine.errors import UserError
 from starling.engine.host import available_memory
 from starling.engine.verification import REFERENCE_TOKENS, compared_positions, keep_reference
+from starling.export.check.gguf_source import load_gguf_source
 from starling.export.check.parity import Parity, bundle_logits, compare
 from starling.export.check.same_weights import require_same
 from starling.export.check.sample_texts import TextEncoder, held_out_rows
-from starling.export.check.source_model import load_source
+from starling.export.check.source_model import load_folder_source
 from starling.export.check.torch_reference import load_reference, reference_logits
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.quantization.blocks import BlockQuantization
@@ -63,7 +64,8 @@ def load_compared(checkpoint: Checkpoint) -> PreTrainedModel:
     """
     if checkpoint.path is None:
         return load_reference(checkpoint.config, checkpoint.tensors)
-    source = load_source(checkpoint, checkpoint.path)
+    load = load_gguf_source if checkpoint.kind == "gguf" else load_folder_source
+    source = load(checkpoint, checkpoint.path)
     require_same(checkpoint, source)
     return source.model
 

@@ -24,6 +24,8 @@ def require_same(checkpoint: Checkpoint, source: SourceModel) -> None:
     """Raise StarlingError where the exporter was given another configuration or other weights than the files hold."""
     for key, (ours, theirs) in _differences(checkpoint.config, source.config).items():
         raise StarlingError(f"the export had {key} = {ours!r}, transformers reads {theirs!r}: {_REPORT}")
+    if absent := sorted(set(source.names.values()).intersection(source.missing)):
+        raise StarlingError(f"transformers finds no {absent[0]}, the export had one: {_REPORT}")
     if lost := sorted(name for name in source.unexpected if not _has_a_word(name, checkpoint.left_out)):
         raise StarlingError(f"transformers reports tensor {lost[0]} as unexpected, the export said nothing: {_REPORT}")
     whole = source.model.state_dict(keep_vars=True)

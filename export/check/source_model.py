@@ -1,12 +1,9 @@
-"""The model that a checkpoint's files hold, as transformers itself loads it: nothing here goes through our reader.
-
-For a GGUF file, which transformers knows in part, the package gguf reads and dequantizes, and transformers says where
-the tensors go.
-"""
+"""The model that a checkpoint's files hold, as transformers itself loads it: nothing here goes through our reader."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,19 +26,21 @@ _LAYER = re.compile(r"\.(\d+)\.")
 @dataclass(frozen=True, slots=True)
 class SourceModel:
     """A model in float32. `names` has for each tensor of its language model the name in `model`; `config` is that
-    language model's; `unexpected` are the stored tensors for which transformers has no place.
+    language model's. `unexpected` are the stored tensors for which transformers has no place, `missing` those of
+    `model` that it has not found.
     """
 
     model: PreTrainedModel
     names: dict[str, str]
     config: PreTrainedConfig
     unexpected: frozenset[str]
+    missing: Collection[str]
 
 
-def load_source(checkpoint: Checkpoint, path: Path) -> SourceModel:
-    """The model of the files at `path`, cut to as many layers as the checkpoint's configuration has.
+def load_folder_source(checkpoint: Checkpoint, path: Path) -> SourceModel:
+    """The model of the folder at `path`, cut to as many layers as the checkpoint's configuration has.
 
-    Raises StarlingError where transformers cannot load them, or misses a tensor.
+    Raises StarlingError where transformers cannot load it.
     """
     layers = checkpoint.config.num_hidden_layers
     config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -49,11 +48,10 @@ def load_source(checkpoint: Checkpoint, path: Path) -> SourceModel:
     model, report = _from_folder(path, cut(config, layers) if is_cut else config)
     classes = model_classes(model.config)
     names = names_in_whole(model, without_weights(classes.language_model, classes.text_config))
-    needed = set(names.values())
-    if missing := sorted(needed.intersection(report["missing_keys"])):
-        raise StarlingError(f"transformers finds no {missing[0]} in {path}, which was exported all the same")
     beyond = {n for n in report["unexpected_keys"] if is_cut and any(int(i) >= layers for i in _LAYER.findall(n))}
-    return SourceModel(model, names, classes.text_config, frozenset(report["unexpected_keys"]) - beyond)
+    return SourceModel(
+        model, names, classes.text_config, frozenset(report["unexpected_keys"]) - beyond, report["missing_keys"]
+    )
 
 
 def _from_folder(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, list[str]]]:

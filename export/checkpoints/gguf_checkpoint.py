@@ -1,7 +1,6 @@
 """GGUF files as checkpoints: llama.cpp's names, keys and row order turned back into transformers' own."""
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +36,7 @@ def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
     config.architectures = [check_tensors(tensors, config, str(file.path)).class_name]
     generation = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.pad}
     notes = [f"the file's {key} has no place in a bundle and was left out" for key in other_metadata(file)]
-    return Checkpoint("gguf", name, config, tensors, replace(tokenizer, notes=(*tokenizer.notes, *notes)), generation)
+    return Checkpoint("gguf", name, config, tensors, tokenizer, generation, path=file.path, notes=tuple(notes))
 
 
 class GgufTensors:
@@ -82,8 +81,9 @@ def _names_on_file(file: GgufFile, config: "PreTrainedConfig") -> dict[str, str]
     names = {}
     for wanted in skeleton_of(config).shapes:
         stem, dot, leaf = wanted.rpartition(".")
-        stored = f"{name_map.get_name(stem)}{dot}{leaf}"
-        if stored in file.tensors:
+        known = name_map.get_name(stem)
+        stored = f"{known}{dot}{leaf}"
+        if known is not None and stored in file.tensors:
             names[wanted] = stored
     unknown = sorted(set(file.tensors) - set(names.values()) - {ROPE_FACTORS})
     if unknown:

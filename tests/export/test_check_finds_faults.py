@@ -4,18 +4,23 @@ The faults are made by patching the reader; the check stays as it is.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import SMALL
+from gguf_models import VOCABULARY, write_gguf
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from starling.engine.errors import StarlingError
-from starling.export.checkpoints import huggingface, placement, stored_tensors
-from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.check.bundle_quality import load_compared
+from starling.export.checkpoints import gguf_checkpoint, huggingface, placement, stored_tensors
+from starling.export.checkpoints.checkpoint import Checkpoint, TensorSource
+from starling.export.checkpoints.gguf_checkpoint import GgufTensors
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.checkpoints.placement import PlacedTensors
 from starling.export.exporter import ExportOptions, export_bundle
@@ -25,8 +30,11 @@ from starling.export.weights import weight_file
 pytestmark = pytest.mark.slow
 
 CONFIG = LlamaConfig(**(SMALL | {"num_key_value_heads": 4, "head_dim": 16, "attention_bias": True}))
+GGUF_SHAPE = SMALL | {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "head_dim": 16}
+GEMMA = GGUF_SHAPE | {"sliding_window": 9, "tie_word_embeddings": True}
+GGUF_CONFIGS = {"llama": LlamaConfig(**GGUF_SHAPE), "gemma2": Gemma2Config(**GEMMA)}
 Patch = pytest.MonkeyPatch
-Rows = Callable[[PlacedTensors, str, int, int], torch.Tensor]
+Rows = Callable[[Any, str, int, int], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +60,14 @@ def export(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
     return export_bundle(open_checkpoint(str(folder)), out, ExportOptions(check=True, **options))
 
 
-def reads(patch: Patch, change: Callable[[Rows, PlacedTensors, str, int, int], torch.Tensor]) -> None:
+def reads(patch: Patch, change: Callable[[Rows, TensorSource, str, int, int], torch.Tensor]) -> None:
     """Every row that the exporter reads goes through `change`."""
-    original = PlacedTensors.rows
-    patch.setattr(PlacedTensors, "rows", lambda self, *where: change(original, self, *where))
+    for reader in (PlacedTensors, GgufTensors):
+        patch.setattr(reader, "rows", _through(reader.rows, change))
+
+
+def _through(original: Rows, change: Callable[[Rows, TensorSource, str, int, int], torch.Tensor]) -> Rows:
+    return lambda self, *where: change(original, self, *where)
 
 
 def renamed(wrong: dict[str, str]) -> Callable[[Patch], None]:
@@ -73,7 +85,7 @@ def renamed(wrong: dict[str, str]) -> Callable[[Patch], None]:
 def altered(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Patch], None]:
     """The reader changes the values of the tensors whose name has `part`."""
 
-    def rows_of(rows: Rows, self: PlacedTensors, name: str, start: int, stop: int) -> torch.Tensor:
+    def rows_of(rows: Rows, self: TensorSource, name: str, start: int, stop: int) -> torch.Tensor:
         found = rows(self, name, start, stop)
         return change(found) if part in name else found
 
@@ -81,7 +93,7 @@ def altered(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
 
 
 def transposed(patch: Patch) -> None:
-    def rows_of(rows: Rows, self: PlacedTensors, name: str, start: int, stop: int) -> torch.Tensor:
+    def rows_of(rows: Rows, self: TensorSource, name: str, start: int, stop: int) -> torch.Tensor:
         if "q_proj.weight" not in name:
             return rows(self, name, start, stop)
         return rows(self, name, 0, self.shape(name)[0]).T[start:stop].contiguous()
@@ -103,15 +115,17 @@ def rows_one_off(patch: Patch) -> None:
 def configured(change: Callable[[PreTrainedConfig], None]) -> Callable[[Patch], None]:
     """The reader reads another configuration than config.json has."""
 
-    def install(patch: Patch) -> None:
-        original = huggingface.read_config
-
-        def read_config(folder: Path) -> PreTrainedConfig:
-            config = original(folder)
+    def changed(original: Callable[[Any], PreTrainedConfig]) -> Callable[[Any], PreTrainedConfig]:
+        def read(source: Any) -> PreTrainedConfig:
+            config = original(source)
             change(config)
             return config
 
-        patch.setattr(huggingface, "read_config", read_config)
+        return read
+
+    def install(patch: Patch) -> None:
+        patch.setattr(huggingface, "read_config", changed(huggingface.read_config))
+        patch.setattr(gguf_checkpoint, "gguf_config", changed(gguf_checkpoint.gguf_config))
 
     return install
 
@@ -169,6 +183,45 @@ def test_a_fault_of_the_reader_is_found(fault: str, sharded: Path, tmp_path: Pat
     with pytest.raises(StarlingError, match="please report it") as caught:
         export(sharded, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+    print(f"{fault}: {caught.value}")
+
+
+def _in_pairs(self: GgufTensors, stored: str) -> Any:
+    return np.arange(self._file.tensors[stored].shape[0])
+
+
+def without_minus_one(patch: Patch) -> None:
+    found = replace(gguf_checkpoint.ARCHITECTURES["gemma2"], norm_plus_one=False)
+    patch.setattr(gguf_checkpoint, "ARCHITECTURES", dict(gguf_checkpoint.ARCHITECTURES) | {"gemma2": found})
+
+
+GGUF_FAULTS: dict[str, tuple[str, Callable[[Patch], None]]] = {
+    "query and key left in pairs": ("llama", lambda patch: patch.setattr(GgufTensors, "_order", _in_pairs)),
+    "norms left plus one": ("gemma2", without_minus_one),
+    "window of another width": ("gemma2", configured(lambda config: setattr(config, "sliding_window", 8))),
+} | {
+    name: ("llama", FAULTS[name])
+    for name in (
+        "key and value swapped",
+        "rotary base shifted",
+        "epsilon of the norms",
+        "one layer read twice",
+        "weights scaled by 1.01",
+    )
+}
+
+
+@pytest.mark.parametrize("fault", [None, *GGUF_FAULTS])
+def test_a_fault_of_the_gguf_reader_is_found(fault: str | None, tmp_path: Path, monkeypatch: Patch) -> None:
+    family, install = GGUF_FAULTS[fault] if fault is not None else ("llama", None)
+    write_gguf(tmp_path / "m.gguf", GGUF_CONFIGS[family])
+    if install is None:
+        manifest = export(tmp_path / "m.gguf", tmp_path / "bundle")
+        assert manifest["parity"]["max_abs_logit_diff"] < 1e-3
+        return
+    install(monkeypatch)
+    with pytest.raises(StarlingError, match="please report it") as caught:
+        load_compared(open_checkpoint(str(tmp_path / "m.gguf")))
     print(f"{fault}: {caught.value}")
 
 

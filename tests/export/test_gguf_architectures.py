@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, Gemma2TensorProcessor, LlamaTensorProcessor
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
+from starling.export.check.bundle_quality import load_compared
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.gguf_architectures import ARCHITECTURES
 from starling.export.checkpoints.gguf_file import PLAIN_TYPES, read_gguf
@@ -114,6 +115,15 @@ def test_weights_and_logits_of_each_family_come_back(tmp_path: Path, family: str
     torch.testing.assert_close(found, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_packages_own_reading_of_each_family_is_the_same(tmp_path: Path, family: str) -> None:
+    model = write_gguf(tmp_path / "m.gguf", FAMILIES[family])
+    ids = torch.randint(3, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found = load_compared(open_checkpoint(str(tmp_path / "m.gguf")))(ids).logits
+        torch.testing.assert_close(found, model(ids).logits)
+
+
 def _tied() -> set[str]:
     return {name for name, config in FAMILIES.items() if config.tie_word_embeddings}
 
@@ -185,7 +195,7 @@ def test_metadata_without_a_place_is_refused_by_name(tmp_path: Path, strings: di
 
 def test_metadata_of_something_else_is_noted_by_name(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", FAMILIES["llama"], strings={"clip.projector_type": "mlp", "general.author": "x"})
-    notes = open_checkpoint(str(tmp_path / "m.gguf")).tokenizer.notes
+    notes = open_checkpoint(str(tmp_path / "m.gguf")).notes
     assert notes == ("the file's clip.projector_type has no place in a bundle and was left out",)
 
 
