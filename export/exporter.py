@@ -21,16 +21,7 @@ from starling.export.check.bundle_quality import CUT_LAYERS, fits, keep_logits, 
 from starling.export.check.parity import Parity, require_fp32
 from starling.export.check.torch_reference import cut
 from starling.export.checkpoints.checkpoint import Checkpoint, Shapes, TensorSource
-from starling.export.dialects import get_dialect
-from starling.export.dialects.tensorrt_reference import GRAPH_FILE as REFERENCE_FILE
-from starling.export.dialects.tensorrt_reference import reference_graph
-from starling.export.graphs.cuda_graph import GRAPH_FILE as CUDA_GRAPH_FILE
-from starling.export.graphs.cuda_graph import KERNEL_GRAPH_FILE as CUDA_KERNEL_GRAPH_FILE
-from starling.export.graphs.cuda_graph import cuda_graph, cuda_kernel_graph
-from starling.export.graphs.genai import GRAPH_FILE as GENAI_GRAPH_FILE
-from starling.export.graphs.genai import genai_config, genai_graph
-from starling.export.graphs.kernel_graph import GRAPH_FILE as KERNEL_GRAPH_FILE
-from starling.export.graphs.kernel_graph import kernel_graph
+from starling.export.dialects import Dialect, get_dialect
 from starling.export.graphs.projections import write_projections
 from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.prepare_qdq import Calibration, prepare
@@ -42,10 +33,6 @@ from starling.export.weights.weight_file import WrittenFile, bytes_per_token, pl
 GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
 _SPARE_BYTES = 64 * 2**20  # graphs, tokenizer, JSON
 _NO_BF16 = "logits were not compared with PyTorch's: ONNX Runtime's CPU provider does not run bfloat16"
-_ORACLE_NOTE = (
-    "compared by the reference graph on ONNX Runtime's CPU, which multiplies matrices in float32; "
-    "TensorRT itself was not run"
-)
 _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -103,8 +90,8 @@ def export_bundle(
                 manifest["verification"] = verification
                 manifest["files"][LOGITS_FILE] = file_entry(work / LOGITS_FILE)
             manifest["notes"] += [note] if note else []
-            if parity is not None and options.dialect == "tensorrt":
-                manifest["notes"].append(_ORACLE_NOTE)
+            if parity is not None and (comparison_note := get_dialect(options.dialect).comparison_note):
+                manifest["notes"].append(comparison_note)
             if parity is not None and options.dtype == "fp32" and options.quantization is None:
                 require_fp32(parity)
             if parity is not None and note is None and not options.accept_quality:
@@ -136,10 +123,10 @@ def _write_model(
     data = write_weights(graph, tensors, folder / WEIGHT_FILE, blocks, progress.bytes)
     _clean(graph)
     ir.save(graph, folder / GRAPH_FILE)
-    if options.dialect == "ort":
-        ir.save(genai_graph(graph), folder / GENAI_GRAPH_FILE)
-        write_json(folder / "genai_config.json", genai_config(arch, checkpoint))
-    manifest = _manifest(checkpoint, arch, options, graph, total) | _write_companions(graph, blocks, options, folder)
+    companions = _write_companions(graph, blocks, dialect, folder)
+    for name, document in dialect.settings(arch, checkpoint).items():
+        write_json(folder / name, document)
+    manifest = _manifest(checkpoint, arch, options, graph, total) | companions
     if prepared is not None:
         manifest["quantization"] = prepared.report
         manifest["notes"] += prepared.notes
@@ -148,26 +135,13 @@ def _write_model(
     return manifest, arch
 
 
-def _write_companions(
-    graph: ir.Model, how: BlockQuantization | None, options: ExportOptions, folder: Path
-) -> dict[str, Any]:
+def _write_companions(graph: ir.Model, how: BlockQuantization | None, dialect: Dialect, folder: Path) -> dict[str, Any]:
     """Write the further graphs over the same weights; what bundle.json says of them."""
     said: dict[str, Any] = dict.fromkeys(("reference_graph", "kernel_graph", "cuda_graph", "cuda_kernels"))
-    if options.dialect == "tensorrt":
-        ir.save(reference_graph(graph), folder / REFERENCE_FILE)
-        said["reference_graph"] = REFERENCE_FILE
-    if options.dialect != "ort":
-        return said
-    for name, file, made in (
-        ("kernel_graph", KERNEL_GRAPH_FILE, kernel_graph(graph, how)),
-        ("cuda_graph", CUDA_GRAPH_FILE, cuda_graph(graph, how)),
-    ):
-        if made is not None:
-            ir.save(made, folder / file)
-            said[name] = file
-    if (found := cuda_kernel_graph(graph, how)) is not None:
-        ir.save(found[0], folder / CUDA_KERNEL_GRAPH_FILE)
-        said["cuda_kernels"] = {"graph": CUDA_KERNEL_GRAPH_FILE, "products": found[1]}
+    for companion in dialect.companions(graph, how):
+        ir.save(companion.model, folder / companion.file)
+        if companion.field is not None:
+            said[companion.field] = companion.record
     return said
 
 

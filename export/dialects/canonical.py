@@ -1,13 +1,17 @@
 """The portable dialect: standard opset 24 only. The oracle that the others are checked against."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from starling.engine.bundle.manifest import Architecture
 from starling.engine.names import SCHEMES_OF
-from starling.export.dialects.dialect import AttentionCall, Attributes, Rotary, StepInput
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.dialects.dialect import AttentionCall, Attributes, Companion, Rotary, StepInput
+from starling.export.quantization.blocks import BlockQuantization
 
 
 class CanonicalDialect:
@@ -17,6 +21,7 @@ class CanonicalDialect:
     opset = 24
     schemes: tuple[str, ...] = SCHEMES_OF["canonical"]
     outputs: tuple[str, ...] = ()
+    comparison_note: str | None = None
 
     def step_inputs(self) -> list[StepInput]:
         """`position_ids` of the new tokens, `write_indices` where they go, `nonpad_kv_seqlen` valid after the step."""
@@ -62,6 +67,14 @@ class CanonicalDialect:
 
     def optimize(self, model: ir.Model) -> None:
         """Nothing: the oracle stays as the model was written."""
+
+    def companions(self, model: ir.Model, how: BlockQuantization | None) -> list[Companion]:
+        """None: every reader of the standard runs the graph itself."""
+        return []
+
+    def settings(self, architecture: Architecture, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+        """None."""
+        return {}
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

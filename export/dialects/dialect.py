@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
+
+from starling.engine.bundle.manifest import Architecture
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.quantization.blocks import BlockQuantization
 
 #: Attributes of an ONNX node, as torch.onnx.ops takes them.
 Attributes = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]]
@@ -58,6 +62,19 @@ class AttentionCall:
     rotary: Rotary | None
 
 
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A further graph over the same weights, written to `file`; bundle.json says `record` of it under `field`.
+
+    Nothing is said of it where `field` is None.
+    """
+
+    file: str
+    model: ir.Model
+    field: str | None = None
+    record: Any = None
+
+
 class Dialect(Protocol):
     """How norm, rotary embedding, KV cache and attention are written, and what is done to the finished graph."""
 
@@ -67,6 +84,8 @@ class Dialect(Protocol):
     schemes: tuple[str, ...]
     #: Names of `further_outputs`.
     outputs: tuple[str, ...]
+    #: What has to be said of a comparison with PyTorch that ONNX Runtime's CPU made; None: nothing.
+    comparison_note: str | None
 
     def step_inputs(self) -> list[StepInput]:
         """The inputs that this dialect needs beside `input_ids` and the KV cache."""
@@ -97,4 +116,12 @@ class Dialect(Protocol):
 
     def optimize(self, model: ir.Model) -> None:
         """Rewrite the traced graph in place; it still holds the abstract `starling::Linear` and `Embedding` nodes."""
+        ...
+
+    def companions(self, model: ir.Model, how: BlockQuantization | None) -> list[Companion]:
+        """The further graphs of a finished one, whose weights have been written; it is left as it is."""
+        ...
+
+    def settings(self, architecture: Architecture, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+        """JSON files that other runtimes want beside the graphs, by name."""
         ...

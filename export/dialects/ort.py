@@ -1,14 +1,21 @@
 """The serving dialect for ONNX Runtime: GroupQueryAttention, rotary inside, past and present in one buffer."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from starling.engine.bundle.manifest import Architecture
 from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS, SCHEMES_OF, SEQLENS_K, TOTAL_SEQUENCE_LENGTH
-from starling.export.dialects.dialect import AttentionCall, Attributes, Rotary, StepInput
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.dialects.dialect import AttentionCall, Attributes, Companion, Rotary, StepInput
+from starling.export.graphs import cuda_graph, genai
+from starling.export.graphs.kernel_graph import GRAPH_FILE as KERNEL_GRAPH_FILE
+from starling.export.graphs.kernel_graph import kernel_graph
 from starling.export.graphs.rewrites import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
+from starling.export.quantization.blocks import BlockQuantization
 
 
 class OrtDialect:
@@ -18,6 +25,7 @@ class OrtDialect:
     opset = 21
     schemes: tuple[str, ...] = SCHEMES_OF["ort"]
     outputs: tuple[str, ...] = (NEXT_TOKENS,)
+    comparison_note: str | None = None
 
     def step_inputs(self) -> list[StepInput]:
         """`seqlens_k`: valid tokens per row after the step, minus one; `total_sequence_length`: the longest row's.
@@ -86,3 +94,21 @@ class OrtDialect:
         pack_sibling_linears(model)
         pack_attention_inputs(model)
         fuse_residual_norms(model)
+
+    def companions(self, model: ir.Model, how: BlockQuantization | None) -> list[Companion]:
+        """For onnxruntime-genai, the engine's CPU kernels, CUDA, and the engine's CUDA kernels, where they fit."""
+        found = [Companion(genai.GRAPH_FILE, genai.genai_graph(model))]
+        for field, file, made in (
+            ("kernel_graph", KERNEL_GRAPH_FILE, kernel_graph(model, how)),
+            ("cuda_graph", cuda_graph.GRAPH_FILE, cuda_graph.cuda_graph(model, how)),
+        ):
+            if made is not None:
+                found.append(Companion(file, made, field, file))
+        if (kernels := cuda_graph.cuda_kernel_graph(model, how)) is not None:
+            file = cuda_graph.KERNEL_GRAPH_FILE
+            found.append(Companion(file, kernels[0], "cuda_kernels", {"graph": file, "products": kernels[1]}))
+        return found
+
+    def settings(self, architecture: Architecture, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+        """Those of onnxruntime-genai."""
+        return {"genai_config.json": genai.genai_config(architecture, checkpoint)}

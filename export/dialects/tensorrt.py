@@ -5,20 +5,22 @@ TensorRT drops the lengths of the standard Attention and reads its causal rule f
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from starling.engine.bundle.manifest import Architecture
 from starling.engine.names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, SCHEMES_OF, TEMPERATURE, TOP_K, TOP_P
+from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.dialects.canonical import merge_heads, rms_norm, rotate, scatter, window_mask
 from starling.export.dialects.device_sampling import choose_tokens
-from starling.export.dialects.dialect import AttentionCall, Rotary, StepInput
+from starling.export.dialects.dialect import AttentionCall, Companion, Rotary, StepInput
+from starling.export.dialects.tensorrt_reference import ATTENTION, CAUSAL, MASKED, reference_graph
+from starling.export.dialects.tensorrt_reference import GRAPH_FILE as REFERENCE_FILE
 from starling.export.graphs.rewrites import insert_constant, is_embedding, pack_sibling_linears
-
-ATTENTION = "TRT_Attention"
-#: TensorRT takes the operator in any domain; these two say which of its forms a node has.
-CAUSAL, MASKED = "trt.causal", "trt.masked"
+from starling.export.quantization.blocks import BlockQuantization
 
 
 class TensorrtDialect:
@@ -28,6 +30,10 @@ class TensorrtDialect:
     opset = 24
     schemes: tuple[str, ...] = SCHEMES_OF["tensorrt"]
     outputs: tuple[str, ...] = (NEXT_TOKENS, NEXT_LENGTHS)
+    comparison_note: str | None = (
+        "compared by the reference graph on ONNX Runtime's CPU, which multiplies matrices in float32; "
+        "TensorRT itself was not run"
+    )
 
     def step_inputs(self) -> list[StepInput]:
         """`past_lengths`: valid positions before the step; the rest is for `device_sampling.choose_tokens`."""
@@ -93,3 +99,11 @@ class TensorrtDialect:
             lookup = ir.node("Max", [ids, insert_constant(model.graph, node, [0])])
             model.graph.insert_before(node, lookup)
             node.replace_input_with(0, lookup.outputs[0])
+
+    def companions(self, model: ir.Model, how: BlockQuantization | None) -> list[Companion]:
+        """The reference graph, in which `TRT_Attention` has a meaning."""
+        return [Companion(REFERENCE_FILE, reference_graph(model), "reference_graph", REFERENCE_FILE)]
+
+    def settings(self, architecture: Architecture, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+        """None."""
+        return {}

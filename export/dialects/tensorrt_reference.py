@@ -5,9 +5,10 @@ ONNX Runtime and every other reader of the standard run this one. It is what Ten
 
 import onnx_ir as ir
 
-from starling.export.dialects.tensorrt import ATTENTION, CAUSAL, MASKED
-
 GRAPH_FILE = "model_reference.onnx"
+ATTENTION = "TRT_Attention"
+#: TensorRT takes the operator in any domain; these two say which of its forms a node has.
+CAUSAL, MASKED = "trt.causal", "trt.masked"
 _OPSET = 24
 
 
