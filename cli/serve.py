@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,26 @@ LOGGER = logging.getLogger("starling.serve")
 @click.option(
     "--max-body", type=click.IntRange(1), default=2**20, show_default=True, help="Bytes of a request at most."
 )
+@click.option(
+    "--allowed-host",
+    multiple=True,
+    metavar="NAME",
+    help="Name in URLs that is answered beside IP addresses and localhost, *.example.com too; repeatable.  [default: "
+    "the --host; any where other machines can connect]",
+)
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Web site whose pages may use the server, as https://app.example.com; * is any; repeatable.  [default: none]",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Connections at the same time; further ones get 503.",
+)
 @click.option("--max-prompt", type=click.IntRange(1), help="Tokens of a prompt at most.  [default: as --max-seq]")
 @click.option(
     "--grace",
@@ -65,10 +86,14 @@ LOGGER = logging.getLogger("starling.serve")
 def command(bundle: Path, **options: Any) -> None:
     """Serve BUNDLE by OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics.
 
-    Up to --max-batch requests run together, --max-queue more wait, and further ones are refused with 429. SIGTERM or
-    Ctrl-C takes no more requests and finishes what runs within --grace seconds; a second one ends at once. Each request
-    leaves a line in the log (stderr) under the id that the response bears as x-request-id. Fields that are taken,
-    refused and ignored: docs/http.md.
+    Up to --max-batch requests run together, --max-queue more wait, and further ones are refused with 429. SIGTERM,
+    SIGHUP or Ctrl-C takes no more requests and finishes what runs within --grace seconds; a second one ends at once.
+    Each request leaves a line in the log (stderr) under the id that the response bears as x-request-id. Fields that are
+    taken, refused and ignored: docs/http.md.
+
+    Further limits: 10 s for a request's headers, 30 s for its body, 30 s for an idle connection, 60 s for a client that
+    reads nothing, 10 s and 1 GiB for the chat template, 64 stop strings of 1,024 characters (4 by this API), 20
+    alternatives of logprobs; deadline_s of a request limits its whole time.
 
     A request that names no temperature is sampled at the bundle's own, else at 1, as OpenAI does; `generate` is greedy.
 
@@ -82,25 +107,29 @@ def command(bundle: Path, **options: Any) -> None:
     """
     from starling.serving.http.api_keys import read_api_keys
     from starling.serving.http.app import make_app
-    from starling.serving.http.server import bind, serve
+    from starling.serving.http.server import listen, serve
 
+    configure_logging(options["log_level"], options["log_format"])
     settings = {**engine_settings(options), "speculation": options["speculation"]}
     keys = read_api_keys(options["api_key_file"], os.environ)
+    hosts, origins = _allowed_hosts(options), _allowed_origins(options["allow_origin"])
     # Before the model is loaded: a port that is taken is known at once.
-    listener = bind(options["host"], options["port"])
+    listener = listen(options["host"], options["port"])
     from starling.engine.engine import Engine
     from starling.engine.serving_loop import ServingLoop
     from starling.serving.http.service import Service
 
-    configure_logging(options["log_level"], options["log_format"])
     with listener, Engine(bundle, max_batch=options["max_batch"], **settings) as engine:
         for text in (engine.backend.note, engine.backend.kernels_note):
             if text is not None:
                 LOGGER.warning(text)
         loop = ServingLoop(engine, queue_limit=options["max_queue"], prefill_chunk=options["prefill_chunk"])
+        service = None
         try:
             service = Service(engine, loop, _limits(engine, options))
-            app = make_app(service, api_keys=keys, max_body=options["max_body"])
+            app = make_app(
+                service, api_keys=keys, max_body=options["max_body"], allowed_hosts=hosts, allowed_origins=origins
+            )
             host, port = listener.getsockname()[:2]
             serve(
                 app,
@@ -108,10 +137,44 @@ def command(bundle: Path, **options: Any) -> None:
                 listener,
                 grace_s=options["grace"],
                 on_ready=lambda: _announce(engine, service.limits, options, host, port, with_keys=bool(keys)),
+                max_connections=options["max_connections"],
                 log_level=options["log_level"],
             )
         finally:
             loop.close(drain=False)
+            if service is not None:
+                service.close()
+
+
+def _allowed_hosts(options: dict[str, Any]) -> tuple[str, ...]:
+    """The names that are answered to. A server for this machine alone has its own: else any name could be pointed at it
+    from a web page. Raises UserError for a pattern that is none."""
+    from starling.serving.http.host_guard import ANY, is_address
+
+    given: tuple[str, ...] = options["allowed_host"]
+    for name in given:
+        if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9._-]+", name) and not is_address(name):
+            raise UserError(f"--allowed-host {name!r} is no name of a host: give for example starling.example.com")
+    host = options["host"]
+    if given:
+        return given if is_address(host) else (*given, host)
+    return (host,) if _is_loopback(host) else (ANY,)
+
+
+def _allowed_origins(given: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in given:
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9._:\[\]-]+", origin):
+            raise UserError(
+                f"--allow-origin {origin!r} is no origin: give for example https://app.example.com, without a path"
+            )
+    return given
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _limits(engine: Engine, options: dict[str, Any]) -> Limits:

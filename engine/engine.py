@@ -180,12 +180,28 @@ class Engine:
         """A multi-turn chat with an optional system message, by the bundle's template or the one named `template`."""
         return ChatSession(self, system=system, template=template)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> list[int]:
+    def encode(self, text: str, *, limit: int | None = None) -> list[int]:
+        """Token ids of a prompt, with what the checkpoint puts around it (BOS).
+
+        Raises PromptError for an empty text, and before any work for one that `limit` tokens (default: `max_seq`)
+        cannot hold. It lets other threads run meanwhile.
+        """
+        if not text:
+            raise PromptError("the prompt is empty", detail="give it at least one character")
+        self.tokenizer.check_fits(len(text), limit or self.max_seq)
+        return self.tokenizer.encode(text)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], template: str | None = None, *, limit: int | None = None
+    ) -> list[int]:
         """Token ids of `messages` ({"role", "content"}) up to where the assistant's answer begins.
 
-        Raises PromptError where the bundle has no such template, or the template refuses the messages.
+        Raises PromptError where the bundle has no such template, the template refuses the messages, or they are longer
+        than `limit` tokens can hold, as `encode` does.
         """
-        return self.chat_templates.encode(messages, self.tokenizer, name=template, add_generation_prompt=True)
+        return self.chat_templates.encode(
+            messages, self.tokenizer, name=template, add_generation_prompt=True, limit=limit or self.max_seq
+        )
 
     @cached_property
     def chat_templates(self) -> ChatTemplates:
@@ -197,9 +213,7 @@ class Engine:
     def prepare(self, prompt: Prompt, params: SamplingParams, *, reply: bool = False) -> GenerationSequence:
         """A sequence ready to run; any thread may ask for one. Raises PromptError or SamplingError."""
         begin = perf_counter()
-        if isinstance(prompt, str) and not prompt:
-            raise PromptError("the prompt is empty", detail="give it at least one character")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         checked = checked_ids(ids, self.bundle, self.max_seq)
         return self._sequence(checked, params, reply=reply, encode_s=perf_counter() - begin)
 

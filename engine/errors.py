@@ -14,6 +14,8 @@ ErrorCode = Literal["context_length_exceeded", "queue_full", "shutting_down", "d
 _ALIKE = 0.6
 #: Characters of another library's message: some quote a whole configuration.
 _LONGEST_LINE = 600
+#: Most characters of a value in a message.
+_MOST_SHOWN = 60
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
@@ -34,6 +36,18 @@ def one_line(error: BaseException) -> str:
     """The message of another library's exception, its line ends become spaces; of a very long one the beginning."""
     words = " ".join(str(error).split())
     return words if len(words) <= _LONGEST_LINE else f"{words[:_LONGEST_LINE]}…"
+
+
+def shown(value: object) -> str:
+    """A value that a stranger may have chosen, for a message: short whatever it is, a list or mapping by its kind."""
+    if isinstance(value, list | tuple | dict):
+        # Its own text may be as long as the request, and takes a nesting that Python's stack does not.
+        return {"list": "a list", "tuple": "a tuple"}.get(type(value).__name__, "an object")
+    try:
+        text = repr(value[:_MOST_SHOWN] if isinstance(value, str | bytes) else value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
 
 
 class StarlingError(Exception):

@@ -21,6 +21,8 @@ from starling.engine.generation.sampler import SamplingParams
 
 LOGGER = logging.getLogger(__name__)
 
+_ELSEWHERE = "try again: another replica, or the restarted server, will answer"
+
 
 class ServingLoop:
     """One engine on a thread of its own; many requests share its rows. Thread-safe.
@@ -58,6 +60,7 @@ class ServingLoop:
         self._arrived: list[Request] = []
         self._changed = Condition()
         self._closing = self._drains = False
+        self._failure: BaseException | None = None
         self._ended = Event()
         self._thread = Thread(target=self._serve, name="starling-serving-loop", daemon=True)
         engine.reserve(self, lambda: self.close(drain=False))
@@ -91,8 +94,18 @@ class ServingLoop:
             request.id = request_id
         request.deadline = deadline
         with self._changed:
+            if self._failure is not None:
+                raise ClosedError(
+                    "the serving loop has ended by a failure",
+                    detail=f"{self._failure!r}; open the engine again",
+                    client_detail=_ELSEWHERE,
+                )
             if self._closing:
-                raise ClosedError("the serving loop is closed and takes no more requests")
+                raise ClosedError(
+                    "the serving loop is closed and takes no more requests",
+                    detail="open another",
+                    client_detail=_ELSEWHERE,
+                )
             if not self._counters.enter():
                 raise QueueFullError(
                     f"{self._queue_limit} request(s) already wait beside the {self.engine.max_batch} that run",
@@ -102,6 +115,11 @@ class ServingLoop:
             self._arrived.append(request)
             self._changed.notify_all()
         return RequestHandle(request)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the loop's thread, which no request may do; None while it runs, and after `close`."""
+        return self._failure
 
     def stats(self) -> ServingStats:
         """What runs and waits now, and the totals since the start."""
@@ -141,8 +159,20 @@ class ServingLoop:
                 except Exception as error:  # a bug here: no request may wait for ever because of it
                     LOGGER.exception("a step of the serving loop failed")
                     self._scheduler.fail_all(error)
+        except BaseException as error:
+            self._end_by(error)
         finally:
             self._ended.set()
+
+    def _end_by(self, error: BaseException) -> None:
+        """The thread ends, whatever it was that ended it: take nothing more, and let nobody wait."""
+        LOGGER.critical("the serving loop has ended and answers nobody any more: %r", error, exc_info=error)
+        with self._changed:
+            self._failure, self._closing = error, True
+            arrived, self._arrived = self._arrived, []
+        for request in arrived:
+            self._scheduler.add(request)
+        self._scheduler.fail_all(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
     def _take_arrived(self) -> bool:
         """Wait for work, and queue what has come; False when there is none and no more may come."""

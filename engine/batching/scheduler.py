@@ -132,10 +132,15 @@ class Scheduler:
         return GenerationChunk("", None, None, "failed", sequence.timings())
 
     def fail_all(self, error: Exception) -> None:
-        """End all that runs or waits."""
+        """End all that runs or waits. Whatever state a failure left this object in, nobody is left waiting."""
         self._launched.clear()
         for request in [*self._rows.requests, *self._waiting]:
-            self._hand_out(request, self._fail(request, error))
+            try:
+                chunk = self._fail(request, error)
+            except Exception as further:
+                LOGGER.error("request %s could not be taken out of the batch", request.id, exc_info=further)
+                chunk = GenerationChunk("", None, None, "failed", request.sequence.timings())
+            self._hand_out(request, chunk)
 
     def cancel_all(self) -> None:
         """Have the next step end all that runs or waits."""
@@ -154,9 +159,10 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and self._rows.has_free:
-            request = self._waiting.popleft()
+            request = self._waiting[0]
             request.written = request.sequence.reused
             self._rows.take(request)
+            self._waiting.popleft()
             self._prefilling.append(request)
             self._counters.admit()
 

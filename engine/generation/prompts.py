@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from operator import index
 from typing import TypeAlias
 
@@ -22,6 +22,8 @@ def is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
 
 def checked_ids(ids: Iterable[int], bundle: Bundle, max_seq: int) -> tuple[int, ...]:
     """The prompt as a tuple of ids. Raises PromptError for an empty one, ids outside the vocabulary, or too many."""
+    if isinstance(ids, Sized):
+        _check_count(len(ids), bundle, max_seq)
     try:
         checked = tuple(index(token) for token in ids)
     except TypeError as error:
@@ -35,14 +37,18 @@ def checked_ids(ids: Iterable[int], bundle: Bundle, max_seq: int) -> tuple[int, 
                 f"token id {token} at position {position} is outside the model's vocabulary (0 to {vocabulary - 1})",
                 detail="use this bundle's own tokenizer",
             )
-    if len(checked) > max_seq:
+    _check_count(len(checked), bundle, max_seq)
+    return checked
+
+
+def _check_count(count: int, bundle: Bundle, max_seq: int) -> None:
+    if count > max_seq:
         raise PromptError(
-            f"the prompt has {len(checked)} tokens, but the KV cache holds {max_seq}",
+            f"the prompt has {count} tokens, but the KV cache holds {max_seq}",
             detail=f"shorten it, or raise --max-seq (this model: up to {bundle.architecture.max_positions})",
             client_detail="shorten it",
             code="context_length_exceeded",
         )
-    return checked
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

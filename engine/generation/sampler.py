@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from starling.engine.backends.backend import GREEDY, DeviceChoice
 from starling.engine.backends.logits import Logits, check_finite
-from starling.engine.errors import SamplingError
+from starling.engine.errors import SamplingError, shown
 from starling.engine.names import TOP_K_LIMIT
 
 Indices: TypeAlias = NDArray[np.int64]
@@ -27,6 +27,8 @@ BLOCK = 256
 SMALLEST_TEMPERATURE = 1e-30
 # Of a repetition penalty: beyond, a logit times or divided by it is no float32.
 PENALTIES = (1e-6, 1e6)
+# Of `stop`: each token's text is compared with every one of them, whatever else runs meanwhile.
+MOST_STOP_STRINGS, LONGEST_STOP = 64, 1024
 
 
 class SamplingOverrides(TypedDict, total=False):
@@ -56,7 +58,8 @@ class SamplingParams:
     repetition_penalty: above 1 makes tokens of the prompt and the answer less likely; 1 is off; 1e-6 to 1e6.
     seed: the same seed gives the same choices for the same logits; None draws a fresh one.
     max_tokens: the most tokens to generate.
-    stop: strings that end the text, not shown themselves. stop_token_ids: tokens that do, beside the bundle's own.
+    stop: up to 64 strings that end the text, not shown themselves.
+    stop_token_ids: tokens that end it, beside the bundle's own.
     ignore_eos: go on after the bundle's end tokens.
     logprobs: how many of the likeliest tokens to report beside the chosen one's log-probability; None reports nothing.
     """
@@ -88,13 +91,11 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for index, text in enumerate(_checked_tuple(self, "stop")):
-            if not isinstance(text, str) or not text:
-                raise SamplingError(f"stop[{index}] is {text!r}: give a string that is not empty", field="stop")
+        _check_stops(_checked_tuple(self, "stop"))
         for index, token in enumerate(_checked_tuple(self, "stop_token_ids")):
             _check_int("stop_token_ids", token, "a token id", at=f"[{index}]")
         if not isinstance(self.ignore_eos, bool):
-            raise SamplingError(f"ignore_eos is {self.ignore_eos!r}: give True or False", field="ignore_eos")
+            raise SamplingError(f"ignore_eos is {shown(self.ignore_eos)}: give True or False", field="ignore_eos")
 
     @property
     def is_greedy(self) -> bool:
@@ -264,7 +265,7 @@ def _draw(weights: Logits, uniform: float) -> int:
 def _check_number(name: str, value: Any, wanted: str, test: Callable[[float], bool]) -> None:
     number = isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
     if not number or not _is_finite(value) or not test(value):
-        raise SamplingError(f"{name} is {_shown(value)}: give a number {wanted}", field=name)
+        raise SamplingError(f"{name} is {shown(value)}: give a number {wanted}", field=name)
 
 
 def _is_finite(value: float) -> bool:
@@ -274,21 +275,24 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:59]}…"
+def _check_stops(stops: tuple[Any, ...]) -> None:
+    if len(stops) > MOST_STOP_STRINGS:
+        raise SamplingError(f"stop has {len(stops)} strings: give at most {MOST_STOP_STRINGS}", field="stop")
+    for index, text in enumerate(stops):
+        if not isinstance(text, str) or not text:
+            raise SamplingError(f"stop[{index}] is {shown(text)}: give a string that is not empty", field="stop")
+        if len(text) > LONGEST_STOP:
+            problem = f"stop[{index}] has {len(text)} characters: give at most {LONGEST_STOP}"
+            raise SamplingError(problem, field="stop")
 
 
 def _check_int(name: str, value: Any, wanted: str, *, least: int = 0, at: str = "") -> None:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise SamplingError(f"{name}{at} is {_shown(value)}: give a whole number, {wanted}", field=name)
+        raise SamplingError(f"{name}{at} is {shown(value)}: give a whole number, {wanted}", field=name)
 
 
 def _checked_tuple(params: SamplingParams, name: str) -> tuple[Any, ...]:
     value: Any = getattr(params, name)
     if not isinstance(value, tuple):
-        raise SamplingError(f"{name} is {_shown(value)}: give a tuple, even for a single value", field=name)
+        raise SamplingError(f"{name} is {shown(value)}: give a tuple, even for a single value", field=name)
     return value

@@ -4,23 +4,15 @@ What a message says is plain text: a literal `<|end_of_turn|>` in it never becom
 such literals the ids are those of transformers' `apply_chat_template(tokenize=True)`.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
-from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from starling.engine.bundle.manifest import FILES
-from starling.engine.errors import BundleError, PromptError, one_line
+from starling.engine.errors import BundleError, PromptError, one_line, shown
+from starling.engine.text.template_renderer import SHARED, TemplateRefused
 from starling.engine.text.tokenizer import Literals, Tokenizer, literal_pattern, read_json_object
 
 DEFAULT = "default"
@@ -28,8 +20,8 @@ DEFAULT = "default"
 EXTRA_TEMPLATES = "additional_chat_templates"
 #: The largest template; the longest of real ones has 50 kB.
 MOST_BYTES = 2**20
-# What a template may raise on messages that it was not written for.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+#: Tokens that a chat may have where its caller sets no limit.
+MOST_TOKENS = 2**20
 
 
 #: What must stay text in the words of users and tools, and in those of the model.
@@ -42,7 +34,8 @@ class ChatTemplates:
     def __init__(self, sources: Mapping[str, str]) -> None:
         """Compile the Jinja sources. Raises BundleError for one that is not Jinja."""
         self._sources = dict(sources)
-        self._templates = {name: _compile(name, source) for name, source in sources.items()}
+        for name, source in sources.items():
+            _compile(name, source)
         #: `_protected` of each tokenizer and template name; a tokenizer that is gone takes its patterns along.
         self._patterns: WeakKeyDictionary[Tokenizer, dict[str, Patterns]] = WeakKeyDictionary()
 
@@ -76,7 +69,7 @@ class ChatTemplates:
 
         Raises PromptError as `encode` does.
         """
-        literals, text = self._render_hidden(messages, tokenizer, name, add_generation_prompt, variables)
+        literals, text = self._render_hidden(messages, tokenizer, name, add_generation_prompt, variables, MOST_TOKENS)
         return literals.reveal(text)
 
     def encode(
@@ -86,14 +79,16 @@ class ChatTemplates:
         *,
         name: str | None = None,
         add_generation_prompt: bool = True,
+        limit: int = MOST_TOKENS,
         **variables: Any,
     ) -> list[int]:
         """Token ids of a chat, BOS and the like only where the template writes them.
 
         Each message has a `role` and a `content`, both strings; `variables` go to the template. Raises PromptError for
-        messages of another form, an unknown template name, a bundle without a template, and what the template refuses.
+        messages of another form, an unknown template name, a bundle without a template, what the template refuses, a
+        template that takes more time or memory than it may, and for texts that `limit` tokens cannot hold.
         """
-        literals, text = self._render_hidden(messages, tokenizer, name, add_generation_prompt, variables)
+        literals, text = self._render_hidden(messages, tokenizer, name, add_generation_prompt, variables, limit)
         return tokenizer.encode_with_literals(text, literals)
 
     def _render_hidden(
@@ -103,9 +98,11 @@ class ChatTemplates:
         name: str | None,
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
+        limit: int,
     ) -> tuple[Literals, str]:
         name = self._resolve(name)
         _check_messages(messages)
+        tokenizer.check_fits(sum(map(len, _strings([messages, variables], keys=False))), limit)
         source = self._sources[name]
         literals = Literals([source, *tokenizer.added_tokens.values(), *_strings([messages, variables])])
         from_user, from_model = self._protected(tokenizer, name)
@@ -114,9 +111,10 @@ class ChatTemplates:
             for message in messages
         ]
         scope = {"tools": None, "documents": None, **tokenizer.special_tokens, **_hide(variables, literals, from_user)}
+        scope |= {"messages": hidden, "add_generation_prompt": add_generation_prompt}
         try:
-            text = self._templates[name].render(scope, messages=hidden, add_generation_prompt=add_generation_prompt)
-        except TEMPLATE_ERRORS as error:
+            text = SHARED.render(source, scope, most=limit * tokenizer.longest_token)
+        except TemplateRefused as error:
             problem, reason = f"the chat template {name!r} refuses these messages", literals.reveal(one_line(error))
             raise PromptError(problem, detail=reason, field="messages") from error
         return literals, text
@@ -134,7 +132,7 @@ class ChatTemplates:
         wanted = DEFAULT if name is None else name
         if wanted not in self._sources:
             names = f"choose one of {', '.join(self.names)}"
-            raise PromptError(f"there is no chat template {wanted!r}", detail=names, field="template")
+            raise PromptError(f"there is no chat template {shown(wanted)}", detail=names, field="template")
         return wanted
 
 
@@ -158,18 +156,19 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             raise PromptError(problem, detail="give a mapping of role and content", field="messages")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                problem = f"message {index} has the {key} {message.get(key)!r}"
+                problem = f"message {index} has the {key} {shown(message.get(key))}"
                 raise PromptError(problem, detail="give a string", field="messages")
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: Any, *, keys: bool = True) -> Iterator[str]:
+    """All strings in lists and mappings, those that are keys too unless told otherwise."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from _strings([*value, *value.values()])
+        yield from _strings([*value, *value.values()] if keys else [*value.values()], keys=keys)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _strings(item)
+            yield from _strings(item, keys=keys)
 
 
 def _hide(value: Any, literals: Literals, pattern: re.Pattern[str]) -> Any:
@@ -208,45 +207,9 @@ def _read(path: Path) -> str:
     return FILES.text(path, most=MOST_BYTES)
 
 
-def _compile(name: str, source: str) -> jinja2.Template:
+def _compile(name: str, source: str) -> None:
     try:
-        return _environment().from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise BundleError(f"chat template {name!r}, line {error.lineno}: {error.message}: mend the template") from error
-
-
-@cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks what to train on; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Unlike Jinja's own filter it does not escape HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+        SHARED.compile(source)
+    except TemplateRefused as error:
+        where = "" if error.line is None else f", line {error.line}"
+        raise BundleError(f"chat template {name!r}{where}: {one_line(error)}: mend the template") from error

@@ -59,11 +59,11 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, f"the request body is larger than {limit} bytes: send less", code="request_too_large")
 
 
-def shutting_down() -> ApiError:
-    """The server ends."""
+def shutting_down(problem: str = "the server is shutting down") -> ApiError:
+    """The server ends, or its model has."""
     return ApiError(
         503,
-        "the server is shutting down: try again, another replica or the restarted server will answer",
+        f"{problem}: try again, another replica or the restarted server will answer",
         kind="service_unavailable_error",
         code="shutting_down",
         headers={"Retry-After": str(RETRY_AFTER_S), "Connection": "close"},
@@ -92,7 +92,7 @@ def from_engine(error: StarlingError, prompt_field: str) -> ApiError:
         retry = {"Retry-After": str(RETRY_AFTER_S)}
         return ApiError(429, message, kind="rate_limit_error", code=error.code, headers=retry)
     if isinstance(error, ClosedError):
-        return shutting_down()
+        return shutting_down(error.problem)
     if not isinstance(error, UserError) or error.field is None:
         return internal(message)
     param = prompt_field if error.field == "prompt" else error.field

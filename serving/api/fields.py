@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from starling.engine.errors import did_you_mean, one_line
+from starling.engine.errors import did_you_mean, one_line, shown
 from starling.serving.api.api_errors import ApiError, bad_field
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def _checked(name: str, value: Any, kind: type[T]) -> T:
 
 
 def _shown(name: str, value: Any) -> str:
-    if name in _TEXTS:
+    """The value as JSON has it; those of text fields and lists only by their kind."""
+    if name in _TEXTS or isinstance(value, list | dict):
         return _WORDS[type(value)]
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    return json.dumps(value) if isinstance(value, bool) else shown(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from starling.engine.errors import shown
 from starling.serving.api.api_errors import bad_field
 from starling.serving.api.fields import Fields
 
@@ -25,10 +26,11 @@ def _message(where: str, value: Any) -> dict[str, Any]:
         raise bad_field(where, f"{where} is no object: give role and content")
     role, content = value.get("role"), value.get("content")
     if not isinstance(role, str) or role not in _ROLES:
-        raise bad_field(f"{where}.role", f"{where}.role is {str(role)[:20]!r}: give one of {', '.join(_ROLES)}")
+        raise bad_field(f"{where}.role", f"{where}.role is {shown(role)}: give one of {', '.join(_ROLES)}")
     for name, item in value.items():
         if name not in _KEYS and item not in (None, [], {}):
-            raise bad_field(f"{where}.{name}", f"{where}.{name} is not supported: send text only")
+            place = f"{where}.{name[:60]}"  # a name may be as long as the body
+            raise bad_field(place, f"{place} is not supported: send text only")
     message = {"role": _ROLES[role], "content": _content(f"{where}.content", content)}
     if isinstance(value.get("name"), str):
         message["name"] = value["name"]
@@ -47,7 +49,7 @@ def _content(where: str, content: Any) -> str:
 def _part(where: str, part: Any) -> str:
     if not isinstance(part, dict) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, dict) else None
-        raise bad_field(where, f"{where} is of the type {str(kind)[:20]!r}: only text is understood")
+        raise bad_field(where, f"{where} is of the type {shown(kind)}: only text is understood")
     text = part.get("text")
     if not isinstance(text, str):
         raise bad_field(f"{where}.text", f"{where}.text is no string")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from starling.engine.errors import UserError, one_line
+from starling.engine.errors import UserError, one_line, shown
 from starling.engine.generation.sampler import SamplingParams
 from starling.serving.api.api_errors import ApiError, bad_field
 from starling.serving.api.fields import Fields
@@ -128,7 +128,7 @@ def _id(fields: Fields, name: str, number: int) -> str | int:
     """The line's own id, or its number."""
     value = fields.values.get(name, number)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise bad_field(name, f"{name} is {str(value)[:60]!r}: give a string or a whole number")
+        raise bad_field(name, f"{name} is {shown(value)}: give a string or a whole number")
     return value
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from starling.engine.batching.request import RequestHandle
@@ -63,8 +64,10 @@ class Answer:
             return
         assert timings is not None
         logprobs = None if self._request.params.logprobs is None else entries
-        body = self._reply.whole("".join(texts), logprobs, reason, timings)
-        await JSONResponse(body)(scope, receive, send)
+        whole = partial(self._reply.whole, "".join(texts), logprobs, reason, timings)
+        # Twenty alternatives of each of thousands of tokens take a second to write, in which streams go on.
+        content = await self._service.work(lambda: _in_pieces(whole())) if entries else _json(whole())
+        await Response(content, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, trace: RequestTrace, scope: Scope, receive: Receive, send: Send) -> None:
         events = self._events(trace)
@@ -146,7 +149,7 @@ class Refusal(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         """The body. Half a surrogate pair, which JSON can bring in and UTF-8 cannot hold, becomes a question mark."""
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        return _json(content)
 
 
 async def _cancel_on_disconnect(receive: Receive, handle: RequestHandle) -> None:
@@ -160,7 +163,20 @@ async def _send_body(send: Send, body: bytes) -> None:
 
 
 def _event(document: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _json(document) + b"\n\n"
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def _json(document: Any) -> bytes:
+    """The document in UTF-8, which cannot hold half a surrogate pair: that becomes a question mark."""
+    return _ENCODER.encode(document).encode("utf-8", "replace")
+
+
+def _in_pieces(document: Any) -> bytes:
+    """The same; the interpreter can turn to other threads in between."""
+    return "".join(_ENCODER.iterencode(document)).encode("utf-8", "replace")
 
 
 def _end_tokens(service: Service, request: ApiRequest) -> frozenset[int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -20,18 +21,42 @@ from starling.serving.api.replies import ChatReply, CompletionReply, Reply
 from starling.serving.http.answer import Answer, Refusal
 from starling.serving.http.api_keys import ApiKeyGuard
 from starling.serving.http.body import read_body
-from starling.serving.http.request_bodies import ApiRequest, chat_request, completion_request
+from starling.serving.http.host_guard import ANY, HostGuard
+from starling.serving.http.request_bodies import ApiRequest, Limits, chat_request, completion_request
 from starling.serving.http.request_log import RequestLog, request_trace
 from starling.serving.http.service import Service
 from starling.serving.metrics.prometheus import CONTENT_TYPE
 
+_FAILED = "the serving loop has ended by a failure, which is in the log: start the server again\n"
+_CORS: dict[str, Any] = {
+    "allow_methods": ("GET", "POST"),
+    "allow_headers": ("*",),
+    "expose_headers": ("x-request-id", "Retry-After"),
+}
 
-def make_app(service: Service, *, api_keys: Sequence[str] = (), max_body: int) -> ASGIApp:
-    """The application. `max_body` is the largest request body in bytes; without keys nobody is asked for one."""
+
+def make_app(
+    service: Service,
+    *,
+    api_keys: Sequence[str] = (),
+    max_body: int,
+    allowed_hosts: Sequence[str] = (ANY,),
+    allowed_origins: Sequence[str] = (),
+) -> ASGIApp:
+    """The application. `max_body` is the largest request body in bytes; without keys nobody is asked for one.
+
+    `allowed_hosts` are the names that it answers to (see HostGuard), `allowed_origins` the web sites whose pages may
+    read its answers ("*": all).
+    """
     endpoints = _Endpoints(service, max_body)
+    middleware = [Middleware(HostGuard, names=tuple(allowed_hosts))]
+    if allowed_origins:  # before the keys: a browser asks without one whether it may send one
+        middleware.append(Middleware(CORSMiddleware, allow_origins=tuple(allowed_origins), **_CORS))
+    if api_keys:
+        middleware.append(Middleware(ApiKeyGuard, keys=tuple(api_keys)))
     app = Starlette(
         routes=endpoints.routes(),
-        middleware=[Middleware(ApiKeyGuard, keys=tuple(api_keys))] if api_keys else [],
+        middleware=middleware,
         exception_handlers={ApiError: _refused, HTTPException: _http_error, Exception: _failed},
     )
     return RequestLog(app)
@@ -58,13 +83,11 @@ class _Endpoints:
 
     async def completions(self, request: Request) -> Answer:
         """POST /v1/completions."""
-        wanted = completion_request(await self._document(request), self._service.limits)
-        return await self._answer(request, wanted, CompletionReply)
+        return await self._answer(request, completion_request, CompletionReply)
 
     async def chat(self, request: Request) -> Answer:
         """POST /v1/chat/completions."""
-        wanted = chat_request(await self._document(request), self._service.limits)
-        return await self._answer(request, wanted, ChatReply)
+        return await self._answer(request, chat_request, ChatReply)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -78,11 +101,13 @@ class _Endpoints:
         return JSONResponse(self._model(name))
 
     async def health(self, request: Request) -> Response:
-        """GET /health: the process answers."""
-        return PlainTextResponse("ok\n")
+        """GET /health: the process answers, and so does the engine's thread."""
+        return PlainTextResponse(_FAILED, 503) if self._service.failed else PlainTextResponse("ok\n")
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: new requests are taken."""
+        if self._service.failed:
+            return PlainTextResponse(_FAILED, 503)
         if self._service.draining:
             return PlainTextResponse("not taking requests\n", 503)
         return PlainTextResponse("ready\n")
@@ -91,13 +116,15 @@ class _Endpoints:
         """GET /metrics."""
         return Response(self._service.metrics.export(), media_type=CONTENT_TYPE)
 
-    async def _document(self, request: Request) -> dict[str, Any]:
+    async def _answer(
+        self, request: Request, read: Callable[[Mapping[str, Any], Limits], ApiRequest], form: type[Reply]
+    ) -> Answer:
         if self._service.draining:
             raise shutting_down()
-        return json_object(await read_body(request, self._max_body))
-
-    async def _answer(self, request: Request, wanted: ApiRequest, form: type[Reply]) -> Answer:
-        handle = await self._service.start(wanted, request_trace(request.scope).id)
+        body = await read_body(request, self._max_body)
+        wanted, handle = await self._service.start(
+            lambda: read(json_object(body), self._service.limits), request_trace(request.scope).id
+        )
         reply = form(wanted.model, self._service.texts, stream=wanted.stream, with_usage=wanted.include_usage)
         return Answer(self._service, handle, wanted, reply)
 

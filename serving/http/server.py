@@ -14,16 +14,20 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from starling.engine.errors import StarlingError
+from starling.serving.http.connections import IDLE_TIMEOUT_S, bounded_protocol
 from starling.serving.http.logs import numeric
 from starling.serving.http.service import Service
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: SIGHUP comes where the terminal is closed; Windows has none.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 #: Seconds that cancelled requests have to say so to their clients.
 _FAREWELL_S = 5
+#: Connections that wait to be taken, those too that come while the model is loaded.
+BACKLOG = 2048
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one. Raises StarlingError where the address cannot be had."""
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises StarlingError where the address cannot be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -33,6 +37,8 @@ def bind(host: str, port: int) -> socket.socket:
         # A server that was killed leaves connections behind for a minute; its successor may have the port at once.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # At once: until one of them listens, any number of sockets may be bound to a port.
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise StarlingError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from None
@@ -46,21 +52,26 @@ def serve(
     *,
     grace_s: float,
     on_ready: Callable[[], None],
+    max_connections: int,
     log_level: str = "info",
 ) -> None:
-    """Serve until SIGINT or SIGTERM; then finish what runs within `grace_s` seconds. A second signal ends at once.
+    """Serve until SIGINT, SIGTERM or SIGHUP; then finish what runs within `grace_s` seconds.
 
-    `log_level` is one of logs.LEVELS; where the lines go is for `configure_logging`.
+    A second SIGINT or SIGTERM ends at once. `max_connections` may be open at the same time. `log_level` is one of
+    logs.LEVELS; where the lines go is for `configure_logging`.
     """
     config = uvicorn.Config(
         app,
+        http=bounded_protocol(max_connections),
+        ws="none",
+        backlog=BACKLOG,
         # Without it uvicorn sets up loggers of its own; without a level it looks closely at every message.
         log_config=None,
         log_level=numeric(log_level),
         access_log=False,
         lifespan="off",
         server_header=False,
-        timeout_keep_alive=30,
+        timeout_keep_alive=IDLE_TIMEOUT_S,
         timeout_graceful_shutdown=int(grace_s) + _FAREWELL_S,
     )
     _Server(config, service, grace_s, on_ready).run(sockets=[listener])
@@ -83,7 +94,9 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        # `nohup` has SIGHUP ignored, which is respected.
+        taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self.handle_exit) for number in taken}
         try:
             yield
         finally:
@@ -91,6 +104,8 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig not in (signal.SIGINT, signal.SIGTERM) and self.should_exit:
+            return  # a terminal that is closed may say so more than once
         if self.should_exit:
             os._exit(128 + sig)  # asked twice: nothing on disk is half written
         self._service.draining = True

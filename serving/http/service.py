@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from starling.engine.batching.request import RequestHandle
 from starling.engine.engine import Engine
@@ -12,6 +15,11 @@ from starling.serving.api.api_errors import bad_field, from_engine, shutting_dow
 from starling.serving.api.token_texts import TokenTexts
 from starling.serving.http.request_bodies import ApiRequest, Limits
 from starling.serving.metrics.prometheus import PrometheusMetrics
+
+T = TypeVar("T")
+
+#: Threads that read requests. They take turns with the event loop's: the fewer, the sooner it has its own.
+WORKERS = 2
 
 
 class Service:
@@ -25,21 +33,30 @@ class Service:
         self.draining = False
         self._loop = loop
         self._running: set[RequestHandle] = set()
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="starling-request")
+        engine.chat_templates  # noqa: B018 (a template that is none ends the start, not the first chat)
 
-    async def start(self, request: ApiRequest, request_id: str) -> RequestHandle:
-        """Queue a request, under the id of its HTTP request.
+    @property
+    def failed(self) -> bool:
+        """Whether the serving loop has ended by a failure: nothing is answered until the process starts anew."""
+        return self._loop.failure is not None
 
-        Raises ApiError: 400 for a bad prompt, 429 where the queue is full, 503 at the end.
+    async def start(self, read: Callable[[], ApiRequest], request_id: str) -> tuple[ApiRequest, RequestHandle]:
+        """Read a request and queue it, under the id of its HTTP request.
+
+        All that takes the longer the longer the request is (JSON, template, tokenizer) runs on a worker; streams go on
+        meanwhile. Raises ApiError: what `read` raises, 400 for a bad prompt, 429 where the queue is full, 503 at the
+        end.
         """
         if self.draining:
             raise shutting_down()
-        try:
-            # Templates and tokenizing take milliseconds, in which streams go on.
-            handle = await asyncio.to_thread(self._submit, request, request_id)
-        except StarlingError as error:
-            raise from_engine(error, request.prompt_field) from None
+        request, handle = await self.work(lambda: self._read_and_submit(read, request_id))
         self._running.add(handle)
-        return handle
+        return request, handle
+
+    async def work(self, task: Callable[[], T]) -> T:
+        """What a task returns that takes long, for the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, task)
 
     def finish(self, handle: RequestHandle) -> None:
         """Forget a request; where it still runs, it is cancelled."""
@@ -50,6 +67,17 @@ class Service:
         """End every request where it is."""
         for handle in tuple(self._running):
             handle.cancel()
+
+    def close(self) -> None:
+        """End the workers; what they have not begun is dropped."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _read_and_submit(self, read: Callable[[], ApiRequest], request_id: str) -> tuple[ApiRequest, RequestHandle]:
+        request = read()
+        try:
+            return request, self._submit(request, request_id)
+        except StarlingError as error:
+            raise from_engine(error, request.prompt_field) from None
 
     def _submit(self, request: ApiRequest, request_id: str) -> RequestHandle:
         ids = self._encoded(request)
@@ -66,9 +94,7 @@ class Service:
 
     def _encoded(self, request: ApiRequest) -> list[int]:
         if request.messages is not None:
-            return self.engine.apply_chat_template(request.messages, request.template)
+            return self.engine.apply_chat_template(request.messages, request.template, limit=self.limits.max_prompt)
         if isinstance(request.prompt, list):
             return request.prompt
-        if not request.prompt:
-            raise bad_field("prompt", "prompt is empty: give at least one character")
-        return self.engine.tokenizer.encode(request.prompt)
+        return self.engine.encode(request.prompt, limit=self.limits.max_prompt)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from starling.engine.errors import shown
 from starling.serving.triton.socket_messages import RequestError
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -90,9 +91,3 @@ def _plain(name: str, value: Any) -> Any:
         return value.decode()
     except UnicodeDecodeError as error:
         raise RequestError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
-
-
-def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from command_line import document, end, install_hint, read_until, running, starling, succeed
 
-from starling.cli.main import COMMANDS
+from starling.cli.command_group import COMMANDS
 from starling.engine.names import DIALECTS, DTYPES, SCHEMES_OF
 from starling.export import dialects
 from starling.export.tracing import tracer

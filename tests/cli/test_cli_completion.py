@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_cli import HEAVY
 
-from starling.cli.main import COMMANDS
+from starling.cli.command_group import COMMANDS
 from starling.engine.names import DIALECTS, SCHEMES
 
 pytestmark = pytest.mark.slow

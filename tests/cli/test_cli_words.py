@@ -7,7 +7,7 @@ import pytest
 from command_line import refusal, starling, succeed
 from http_server import serving
 
-from starling.cli.main import COMMANDS
+from starling.cli.command_group import COMMANDS
 
 QUESTIONS = '{"prompt": "Hello"}\n{"prompt": "Goodbye"}\n'
 

@@ -14,8 +14,8 @@ from typing import Any
 import click
 from document_blocks import ROOT, Block, blocks_of, documents
 
-from starling.cli.main import COMMANDS
-from starling.cli.main import starling as main_command
+from starling.cli.command_group import COMMANDS
+from starling.cli.command_group import starling as main_command
 
 #: Files beside the documents that show prompts.
 OTHERS = ("Makefile", "serving/triton/templates/README.md")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from starling.cli.main import COMMANDS
+from starling.cli.command_group import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "command-line.md"

@@ -44,7 +44,7 @@ def refused(engine: Engine, request: ApiRequest, **limits: Any) -> ApiError:
     with ServingLoop(engine) as loop:
         service = Service(engine, loop, Limits(("tiny",), **{"max_seq": MAX_SEQ, "max_prompt": MAX_SEQ, **limits}))
         with pytest.raises(ApiError) as caught:
-            asyncio.run(service.start(request, "id"))
+            asyncio.run(service.start(lambda: request, "id"))
     return caught.value
 
 
