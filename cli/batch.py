@@ -91,10 +91,12 @@ def command(bundle: Path, source: str, output: Path, **options: Any) -> None:
         if not ids:
             raise UserError(_nothing_to_do(lines, skipped))
         with Journal(output) as journal:
-            if journal.repaired_bytes:
-                note(f"{output} ended in the middle of a line: {journal.repaired_bytes} bytes cut off")
             journal.check_known(ids)
             already = sum(journal.has(entry) for entry in _quiet(reader).read(lines))
+            # Not before all else in the file was found to be this batch's.
+            if torn := len(journal.torn):
+                journal.repair(entry for entry in _quiet(reader).read(lines) if not journal.has(entry))
+                note(f"{output} ended in the middle of a line: {torn} bytes cut off")
             if already:
                 note(f"{already} of {len(ids)} results are there already")
             if already < len(ids):

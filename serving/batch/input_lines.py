@@ -14,7 +14,7 @@ from starling.serving.api.api_errors import ApiError, bad_field
 from starling.serving.api.fields import Fields
 from starling.serving.api.messages import read_messages
 from starling.serving.api.sampling_fields import MOST_LOGPROBS, SAMPLING_FIELDS, read_deadline, read_sampling
-from starling.serving.batch.input_source import Source
+from starling.serving.batch.input_source import LONGEST_LINE, Source
 
 _OWN = SAMPLING_FIELDS | {"id", "prompt", "messages", "template", "logprobs"}
 _OPENAI = frozenset({"custom_id", "method", "url", "body"})
@@ -115,6 +115,8 @@ class EntryReader:
 
 
 def _object(line: bytes | str) -> dict[str, Any]:
+    if len(line) > LONGEST_LINE:
+        raise ApiError(400, f"it is longer than {LONGEST_LINE:,} bytes: split it")
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -16,6 +16,8 @@ from starling.engine.errors import StarlingError, UserError
 
 #: Means stdin, as in most commands; `./-` is a file of that name.
 STDIN = "-"
+#: Bytes of a line: what is longer is no request.
+LONGEST_LINE = 2**24
 _COPIED_AT_ONCE = 2**20
 
 
@@ -28,10 +30,16 @@ class Source:
         self._file = file
 
     def lines(self) -> Iterator[bytes]:
-        """The lines from the first one on. Raises UserError where they cannot be read."""
+        """The lines from the first one on; of one that is longer than LONGEST_LINE, a byte more than that.
+
+        Raises UserError where they cannot be read.
+        """
         try:
             self._file.seek(0)
-            yield from self._file
+            while line := self._file.readline(LONGEST_LINE + 1):
+                yield line
+                while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+                    line = self._file.readline(LONGEST_LINE + 1)
         except OSError as error:
             raise _unreadable(self.name, error) from None
 

@@ -9,12 +9,17 @@ from starling.serving.api.replies import usage
 from starling.serving.batch.input_lines import Entry
 
 
+def record_id(entry: Entry) -> str | int:
+    """The `id` that an entry's record begins with."""
+    return f"batch_req_{entry.fingerprint}" if entry.openai else entry.id
+
+
 def result_record(entry: Entry, result: GenerationResult) -> dict[str, Any]:
     """A finished generation, in the form in which the entry came."""
     if entry.openai:
         return _openai_record(entry, 200, _openai_body(entry, result))
     record: dict[str, Any] = {
-        "id": entry.id,
+        "id": record_id(entry),
         "text": result.text,
         "finish_reason": result.finish_reason,
         "usage": usage(result.timings),
@@ -31,12 +36,12 @@ def failure_record(entry: Entry, message: str) -> dict[str, Any]:
     """A request that ended without an answer: its deadline passed, or the engine failed on it."""
     if entry.openai:
         return _openai_record(entry, 500, {"error": {"message": message, "type": "server_error"}})
-    return {"id": entry.id, "error": message}
+    return {"id": record_id(entry), "error": message}
 
 
 def _openai_record(entry: Entry, status: int, body: dict[str, Any]) -> dict[str, Any]:
     response = {"status_code": status, "request_id": f"line-{entry.line}", "body": body}
-    return {"id": f"batch_req_{entry.fingerprint}", "custom_id": entry.id, "response": response, "error": None}
+    return {"id": record_id(entry), "custom_id": entry.id, "response": response, "error": None}
 
 
 def _openai_body(entry: Entry, result: GenerationResult) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def read_api_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[st
         return () if key is None else (_key(os.fsencode(key)).decode(errors="surrogateescape"),)
     try:
         with file.open("rb") as opened:
-            _check_mode(file, os.fstat(opened.fileno()).st_mode)
+            mode = os.fstat(opened.fileno()).st_mode
             content = opened.read(_MOST_BYTES + 1)
         content.decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -50,6 +50,7 @@ def read_api_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[st
     keys = tuple(_key(line).decode() for line in content.split(b"\n") if _key(line).strip())
     if not keys:
         raise UserError(f"--api-key-file {file} has no key: write one on each line")
+    _check_mode(file, mode)
     return keys
 
 

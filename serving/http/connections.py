@@ -31,6 +31,8 @@ class BoundedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 within those limits."""
 
     most_connections: ClassVar[int]
+    headers_timeout_s: ClassVar[float] = HEADERS_TIMEOUT_S
+    unread_timeout_s: ClassVar[float] = UNREAD_TIMEOUT_S
     _last_said: ClassVar[float] = -_QUIET_S
 
     _headers_due: asyncio.TimerHandle | None = None
@@ -64,7 +66,7 @@ class BoundedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The client does not read what it asked for."""
         super().pause_writing()
-        self._unread_due = self.loop.call_later(UNREAD_TIMEOUT_S, self.transport.abort)
+        self._unread_due = self.loop.call_later(self.unread_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         """It reads again."""
@@ -76,7 +78,7 @@ class BoundedProtocol(H11Protocol):
 
     def _watch_headers(self) -> None:
         if self._headers_due is None:
-            self._headers_due = self.loop.call_later(HEADERS_TIMEOUT_S, self._headers_are_late)
+            self._headers_due = self.loop.call_later(self.headers_timeout_s, self._headers_are_late)
 
     def _cancel_headers(self) -> None:
         if self._headers_due is not None:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from starling.serving.triton.entry_inputs import Tensor, text_array
+from starling.engine.errors import shown
+from starling.serving.triton.entry_inputs import Inputs, Tensor, text_array
+from starling.serving.triton.socket_messages import RequestError
 
 if TYPE_CHECKING:
     from starling.engine.generation.results import Timings
@@ -47,8 +49,8 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer commands."""
-        return [self._answer(request) for request in requests]
+        """Answer commands; any client may send one, and what is wrong with it is no other request's matter."""
+        return [self._answered(request) for request in requests]
 
     def finalize(self) -> None:
         """End running requests as cancelled, and free the engine."""
@@ -58,18 +60,33 @@ class TritonPythonModel:
             self._metrics.close()
         self._engine.close()
 
+    def _answered(self, request: Any) -> Any:
+        try:
+            return self._answer(request)
+        except Exception as error:
+            self._pb_utils.Logger.log_error(f"starling: {type(error).__name__}: {error}")
+            refused = self._pb_utils.TritonError(
+                f"{type(error).__name__}: {error}", self._pb_utils.TritonError.INTERNAL
+            )
+            return self._pb_utils.InferenceResponse(error=refused)
+
     def _answer(self, request: Any) -> Any:
         from starling.serving.triton.engine_socket import stats_json
 
         pb_utils = self._pb_utils
-        command = bytes(pb_utils.get_input_tensor_by_name(request, "command").as_numpy().ravel()[0]).decode()
+        inputs = Inputs({"command": pb_utils.get_input_tensor_by_name(request, "command").as_numpy()}, batched=False)
+        try:
+            command = inputs.one("command")
+        except RequestError as error:
+            invalid = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=invalid)
         if command == "address":
             answer = self._socket.address
         elif command == "stats":
             answer = stats_json(self._serving)
         else:
             error = pb_utils.TritonError(
-                f"command is {command!r}: give address or stats", pb_utils.TritonError.INVALID_ARG
+                f"command is {shown(command)}: give address or stats", pb_utils.TritonError.INVALID_ARG
             )
             return pb_utils.InferenceResponse(error=error)
         output = pb_utils.Tensor("answer", text_array(answer, batched=False).astype(np.object_))

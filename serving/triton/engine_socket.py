@@ -75,8 +75,7 @@ class EngineSocket:
 
     async def _answer(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            job = Job.from_line(line)
-            handle = await asyncio.to_thread(self._serving.submit, job.prompt, job.params)
+            handle = await asyncio.to_thread(self._submit, line)
             gone = asyncio.ensure_future(reader.read(1))
             gone.add_done_callback(lambda _: handle.cancel())
             try:
@@ -91,6 +90,11 @@ class EngineSocket:
         except StarlingError as error:
             writer.write(error_line(refusal(error)))
             await writer.drain()
+
+    def _submit(self, line: bytes) -> RequestHandle:
+        """On another thread: a long line takes long to read."""
+        job = Job.from_line(line)
+        return self._serving.submit(job.prompt, job.params)
 
     async def _tell(self, writer: asyncio.StreamWriter, delta: Delta, handle: RequestHandle) -> None:
         try:

@@ -224,7 +224,7 @@ def test_errors_are_those_of_the_table(server: Server) -> None:
     next(iter(streams[0]))
     with socket.create_connection(("127.0.0.1", server.port)) as waiting:
         content = json.dumps(BASE["completions"]).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer key"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAuthorization: Bearer key"
         waiting.sendall(f"{head}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
         while server.metric("vllm:num_requests_waiting") == 0:
             pass

@@ -215,6 +215,33 @@ def test_a_callback_that_would_end_a_thread_ends_its_own_request_only(
     assert len(loop.submit("Hello", some(4)).result(PATIENCE).tokens) == 4
 
 
+@pytest.mark.parametrize("end", [SystemExit(3), asyncio.CancelledError(), GeneratorExit()], ids=repr)
+def test_whatever_ends_the_thread_fails_all_requests_and_closes_the_loop(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    def ends(*_: object) -> None:
+        raise end
+
+    loop = ServingLoop(engine, queue_limit=2 * ROWS)
+    go, held = blocked(loop)
+    handles = [loop.submit("Hello", some(6)) for _ in range(2 * ROWS)]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.backend, "decode", ends)
+        go.set()
+        for handle in [held, *handles]:
+            with pytest.raises(RequestFailed, match=type(end).__name__):
+                handle.result(PATIENCE)
+    assert loop.failure is end
+    with pytest.raises(ClosedError, match="ended by a failure"):
+        loop.submit("Hello", some(2))
+    stats = loop.stats()
+    assert (stats.running, stats.waiting, stats.ended["failed"]) == (0, 0, len(handles) + 1)
+    loop.close()
+    with ServingLoop(engine) as after:
+        assert len(after.submit("Hello", some(4)).result(PATIENCE).tokens) == 4
+        assert after.failure is None
+
+
 def test_a_callback_that_fails_hears_of_it_and_hurts_nobody(loop: ServingLoop) -> None:
     reasons: list[str | None] = []
 

@@ -2,12 +2,14 @@
 
 import json
 import random
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from text_fixtures import (
+    HARMLESS,
     MODELS,
     SMOLLM2,
     STARLING,
@@ -49,6 +51,36 @@ def test_ids_are_those_of_the_tokenizers_library(model: str) -> None:
         for special in (True, False):
             expected = raw(model).encode(text, add_special_tokens=special).ids
             assert tokenizer(model).encode(text, add_special_tokens=special) == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_other_threads_run_while_a_long_text_is_encoded(model: str) -> None:
+    text, turns, ended = "hello world " * 40_000, 0, threading.Event()
+    tokenizer(model).encode("a warm start")
+
+    def encode() -> None:
+        for allow_special in (True, False):
+            tokenizer(model).encode(text + "<|im_end|></s>", allow_special=allow_special)
+        ended.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    # Two calls of the library that held Python's lock all the while would leave a turn before, between and after them.
+    while not ended.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 5
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_text_has_fewer_tokens_than_its_length_says(model: str) -> None:
+    known = tokenizer(model)
+    vocabulary = [known.decode([token_id]) for token_id in range(0, VOCAB_SIZES[model], 7)]
+    for text in (*vocabulary, *HARMLESS, " " * 999, "\n" * 999, "=" * 999, "a" * 999):
+        known.check_fits(len(text), max(1, len(known.encode(text))))
+    with pytest.raises(PromptError, match="more than 3 tokens can hold") as caught:
+        known.check_fits(3 * known.longest_token + 1, 3)
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_bos_is_added_where_the_checkpoint_adds_it() -> None:
