@@ -77,8 +77,8 @@ class TritonPythonModel:
         inputs = Inputs({"command": pb_utils.get_input_tensor_by_name(request, "command").as_numpy()}, batched=False)
         try:
             command = inputs.one("command")
-        except RequestError as error:
-            invalid = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+        except RequestError as wrong:
+            invalid = pb_utils.TritonError(str(wrong), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=invalid)
         if command == "address":
             answer = self._socket.address

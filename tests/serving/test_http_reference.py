@@ -12,11 +12,13 @@ from click.testing import CliRunner
 from http_server import MODEL, Server, serving
 
 from starling.cli.serve import command as serve_command
+from starling.engine.generation import sampler
 from starling.engine.generation.sampler import SamplingParams
+from starling.engine.text import template_renderer
 from starling.serving.api import api_errors as errors
 from starling.serving.api import sampling_fields
 from starling.serving.api.fields import Unsupported
-from starling.serving.http import body, logs, request_log
+from starling.serving.http import body, connections, logs, request_log
 from starling.serving.http import request_bodies as requests
 from starling.serving.http.app import _Endpoints
 from starling.serving.metrics.metric_table import REQUEST_METRICS, STATE_METRICS
@@ -89,9 +91,24 @@ def test_limits_endpoints_metrics_and_the_logs_fields_are_those_of_the_code() ->
     assert limits["strings in `stop`"] == str(sampling_fields.MOST_STOPS)
     assert limits["alternatives of `logprobs`"] == str(sampling_fields.MOST_LOGPROBS)
     assert limits["time for the body to arrive"] == f"{body.BODY_TIMEOUT_S} s"
+    assert limits["characters of one of them"] == str(sampler.LONGEST_STOP)
+    assert limits["time for the request line and headers to arrive"] == f"{connections.HEADERS_TIMEOUT_S:g} s"
+    assert limits["client that does not read its answer"] == f"{connections.UNREAD_TIMEOUT_S:g} s"
+    assert limits["idle connection"] == f"{connections.IDLE_TIMEOUT_S} s"
+    template = f"{template_renderer.TIME_LIMIT_S:g} s, {template_renderer.MEMORY_LIMIT / 2**30:g} GiB"
+    assert limits["chat template"] == template
     options = {option.name: option.default for option in serve_command.params}
     assert limits["body"] == "`--max-body`, 1 MiB"
     assert options["max_body"] == 2**20
+    assert limits["connections"] == f"`--max-connections`, {options['max_connections']}"
+    help_text = " ".join(CliRunner().invoke(serve_command, ["--help"]).output.split())
+    assert (
+        f"Further limits: {connections.HEADERS_TIMEOUT_S:g} s for a request's headers, {body.BODY_TIMEOUT_S} s for "
+        f"its body, {connections.IDLE_TIMEOUT_S} s for an idle connection, {connections.UNREAD_TIMEOUT_S:g} s for a client "
+        f"that reads nothing, {template.replace(', ', ' and ')} for the chat template, {sampler.MOST_STOP_STRINGS} stop "
+        f"strings of {sampler.LONGEST_STOP:,} characters ({sampling_fields.MOST_STOPS} by this API), "
+        f"{sampling_fields.MOST_LOGPROBS} alternatives of logprobs"
+    ) in help_text
     assert f"within `--grace` seconds ({options['grace']})" in PAGE
     assert f"{errors.RETRY_AFTER_S} (second), with 429 and 503" in PAGE
     for option in set(re.findall(r"--[a-z][a-z-]+", PAGE)):
@@ -159,6 +176,7 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
     "0 or more": ([0, 10**9], [-1]),
     "above 0": ([60], [0, -1]),
     "above 0 to 1": ([0.01, 1], [0, 1.01]),
+    "1e-6 to 1e6": ([1e-6, 2, 1e6], [0, 1e-7, 2e6]),
     "0 to 1": ([0, 1], [-0.1, 1.1]),
     "0 to 20": ([0, 20], [-1, 21]),
 }
@@ -216,6 +234,7 @@ def test_errors_are_those_of_the_table(server: Server) -> None:
     ):
         note(*ask(server, "completions", change))
     note(*ask(server, "completions", {}, Authorization="Bearer wrong"))
+    note(*ask(server, "completions", {}, Host="evil.example"))
     note(*ask(server, "completions", {}, **{"Content-Type": "text/plain"}))
     for method, path in (("GET", "/nothing"), ("GET", "/v1/completions")):
         status, headers, content = server.request(method, path, headers={"Authorization": "Bearer key"})
@@ -224,7 +243,7 @@ def test_errors_are_those_of_the_table(server: Server) -> None:
     next(iter(streams[0]))
     with socket.create_connection(("127.0.0.1", server.port)) as waiting:
         content = json.dumps(BASE["completions"]).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAuthorization: Bearer key"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nAuthorization: Bearer key"
         waiting.sendall(f"{head}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
         while server.metric("vllm:num_requests_waiting") == 0:
             pass

@@ -121,7 +121,9 @@ def test_a_stream_is_logged_when_it_has_ended(server: Server) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_is_logged_as_such(server: Server, stream: bool) -> None:
     body = json.dumps(ENDLESS | {"stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nX-Request-ID: gone-{stream}"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nX-Request-ID: gone-{stream}"
+    )
     with socket.create_connection(("127.0.0.1", server.port)) as plain:
         plain.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         assert wait_until(lambda: server.metric("vllm:num_requests_running") == 1, 10)
@@ -132,7 +134,7 @@ def test_a_client_that_goes_away_is_logged_as_such(server: Server, stream: bool)
 
 
 def test_a_body_that_breaks_off_is_a_client_that_went_away(server: Server) -> None:
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nX-Request-ID: torn"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nX-Request-ID: torn"
     with socket.create_connection(("127.0.0.1", server.port)) as plain:
         plain.sendall(f"{head}\r\nContent-Length: 100\r\n\r\n{{".encode())
     assert line_of(server, "torn")["status"] == 499
@@ -170,7 +172,7 @@ def test_a_header_that_tries_to_break_out_gets_nowhere(texts: Server, value: byt
     with socket.create_connection(("127.0.0.1", texts.port), timeout=10) as plain:
         try:
             plain.sendall(
-                b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-Request-ID: " + value + b"\r\n\r\n"
+                b"GET /health HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\nX-Request-ID: " + value + b"\r\n\r\n"
             )
             answer = plain.makefile("rb").read()
         except ConnectionError:  # closed on it while it still sent

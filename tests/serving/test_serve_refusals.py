@@ -157,7 +157,9 @@ def test_a_client_that_goes_away_frees_its_row(server: Server) -> None:
     assert server.metric("vllm:request_success_total", finished_reason="abort") == aborted + 1
 
     body = json.dumps(BASE | {"max_tokens": 4000, "ignore_eos": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
     with socket.create_connection(("127.0.0.1", server.port)) as plain:
         plain.sendall(head.encode() + b"\r\n\r\n" + body)
         assert wait_until(lambda: server.metric("vllm:num_requests_running") == 1, 5)

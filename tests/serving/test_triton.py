@@ -260,7 +260,7 @@ def _raw_stream(server: TritonServer, **fields: Any) -> socket.socket:
     host, _, port = server.http.rpartition(":")
     body = json.dumps({"text_input": PROMPT, "stream": True, "end_id": -1, **fields}).encode()
     connection = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
-    head = f"POST /v2/models/ensemble/generate_stream HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v2/models/ensemble/generate_stream HTTP/1.1\r\nHost: [::1]\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection
 
