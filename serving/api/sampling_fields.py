@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from starling.engine.errors import SamplingError
+from starling.engine.errors import SamplingError, shown
 from starling.engine.generation.sampler import SamplingParams, check_max_tokens
 from starling.serving.api.api_errors import bad_field, from_engine
 from starling.serving.api.fields import Fields, Unsupported
@@ -61,7 +61,7 @@ def read_deadline(fields: Fields) -> float | None:
     """Seconds that the whole request may take, None for no limit."""
     seconds = fields.optional("deadline_s", float)
     if seconds is not None and not 0 < seconds < float("inf"):
-        raise bad_field("deadline_s", f"deadline_s is {seconds}: give seconds above 0", "invalid_value")
+        raise bad_field("deadline_s", f"deadline_s is {shown(seconds)}: give seconds above 0", "invalid_value")
     return seconds
 
 

@@ -65,7 +65,7 @@ class EntryReader:
             entry = self.parse(line, number)
             first = seen.setdefault(str(entry.id), number)
             if first != number:
-                raise bad_field("id", f"the id {entry.id!r} is that of line {first}: ids must differ")
+                raise bad_field("id", f"the id {shown(entry.id)} is that of line {first}: ids must differ")
         except ApiError as error:
             self.on_bad_line(BadLine(f"{name}, line {number}: {error.message}"))
             return
@@ -82,7 +82,7 @@ class EntryReader:
         fields.refuse_unknown(_OPENAI)
         url = fields.required("url", str)
         if url not in ("/v1/completions", "/v1/chat/completions"):
-            raise bad_field("url", f"url is {url[:60]!r}: give /v1/completions or /v1/chat/completions")
+            raise bad_field("url", f"url is {shown(url)}: give /v1/completions or /v1/chat/completions")
         body = Fields(fields.required("body", dict))
         body.refuse_unknown(_BODY)
         body.only("stream", False, why="a batch does not stream")
@@ -96,7 +96,7 @@ class EntryReader:
         prompt = "" if chat else _prompt(fields)
         logprobs = None if openai else fields.optional("logprobs", int)
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
-            raise bad_field("logprobs", f"logprobs is {logprobs}: give 0 to {MOST_LOGPROBS}")
+            raise bad_field("logprobs", f"logprobs is {shown(logprobs)}: give 0 to {MOST_LOGPROBS}")
         defaults = dict(self.defaults)
         params = read_sampling(fields, defaults, max_tokens=defaults.pop("max_tokens"), logprobs=logprobs)
         template = fields.optional("template", str)

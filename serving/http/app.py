@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from starling.engine.errors import shown
 from starling.serving.api.api_errors import ApiError, shutting_down, unexpected
 from starling.serving.api.fields import json_object
 from starling.serving.api.replies import ChatReply, CompletionReply, Reply
@@ -97,7 +98,7 @@ class _Endpoints:
         """GET /v1/models/NAME."""
         name = request.path_params["model"]
         if name not in self._service.limits.models:
-            raise ApiError(404, f"there is no model {name[:60]!r} here", param="model", code="model_not_found")
+            raise ApiError(404, f"there is no model {shown(name)} here", param="model", code="model_not_found")
         return JSONResponse(self._model(name))
 
     async def health(self, request: Request) -> Response:

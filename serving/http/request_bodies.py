@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from starling.engine.errors import shown
 from starling.engine.generation.sampler import SamplingParams
 from starling.serving.api.api_errors import ApiError, bad_field
 from starling.serving.api.fields import Fields, Unsupported
@@ -116,7 +117,7 @@ def _model(fields: Fields, limits: Limits) -> str:
     if model not in limits.models:
         raise ApiError(
             404,
-            f"there is no model {model[:60]!r} here: use {' or '.join(limits.models)}",
+            f"there is no model {shown(model)} here: use {' or '.join(limits.models)}",
             param="model",
             code="model_not_found",
         )
@@ -159,5 +160,5 @@ def _chat_logprobs(fields: Fields) -> int | None:
 
 def _count(name: str, value: int | None) -> int | None:
     if value is not None and not 0 <= value <= MOST_LOGPROBS:
-        raise bad_field(name, f"{name} is {value}: give 0 to {MOST_LOGPROBS}", "invalid_value")
+        raise bad_field(name, f"{name} is {shown(value)}: give 0 to {MOST_LOGPROBS}", "invalid_value")
     return value

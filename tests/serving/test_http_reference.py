@@ -104,9 +104,10 @@ def test_limits_endpoints_metrics_and_the_logs_fields_are_those_of_the_code() ->
     help_text = " ".join(CliRunner().invoke(serve_command, ["--help"]).output.split())
     assert (
         f"Further limits: {connections.HEADERS_TIMEOUT_S:g} s for a request's headers, {body.BODY_TIMEOUT_S} s for "
-        f"its body, {connections.IDLE_TIMEOUT_S} s for an idle connection, {connections.UNREAD_TIMEOUT_S:g} s for a client "
-        f"that reads nothing, {template.replace(', ', ' and ')} for the chat template, {sampler.MOST_STOP_STRINGS} stop "
-        f"strings of {sampler.LONGEST_STOP:,} characters ({sampling_fields.MOST_STOPS} by this API), "
+        f"its body, {connections.IDLE_TIMEOUT_S} s for an idle connection, {connections.UNREAD_TIMEOUT_S:g} s for a "
+        f"client that reads nothing, {template.replace(', ', ' and ')} for the chat template, "
+        f"{sampler.MOST_STOP_STRINGS} stop strings of {sampler.LONGEST_STOP:,} characters "
+        f"({sampling_fields.MOST_STOPS} by this API), "
         f"{sampling_fields.MOST_LOGPROBS} alternatives of logprobs"
     ) in help_text
     assert f"within `--grace` seconds ({options['grace']})" in PAGE
@@ -243,8 +244,8 @@ def test_errors_are_those_of_the_table(server: Server) -> None:
     next(iter(streams[0]))
     with socket.create_connection(("127.0.0.1", server.port)) as waiting:
         content = json.dumps(BASE["completions"]).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nAuthorization: Bearer key"
-        waiting.sendall(f"{head}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
+        waiting.sendall(f"{head}Authorization: Bearer key\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
         while server.metric("vllm:num_requests_waiting") == 0:
             pass
         note(*ask(server, "completions", {}))
