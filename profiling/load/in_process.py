@@ -90,6 +90,14 @@ class _Stream:
     def _note(self, chunk: GenerationChunk) -> None:
         self.moments.append(perf_counter())
 
+    def wait(self, tokens: int) -> None:
+        """Until so many tokens have come. Raises what the request failed with, StarlingError where it ended early."""
+        while len(self.moments) < tokens:
+            if self.handle.done:
+                reason = self.handle.result().finish_reason
+                raise StarlingError(f"a stream ended ({reason}) after {len(self.moments)} tokens, before {tokens}")
+            sleep(0.002)
+
     def gaps(self, begin: float, end: float) -> list[float]:
         """Times between tokens that came within the two moments, in ms."""
         moments = [moment for moment in self.moments if begin <= moment <= end]
@@ -101,11 +109,9 @@ def measure_interference(
 ) -> Interference:
     """Streams of `prompts` decode; after `quiet_tokens` tokens of the last one the long prompt comes."""
     streams = [_Stream(loop, prompt, loop.engine.max_seq - len(prompt)) for prompt in prompts]
-    while not streams[-1].moments:
-        sleep(0.002)
+    streams[-1].wait(1)
     quiet_begin = perf_counter()
-    while len(streams[-1].moments) < quiet_tokens:
-        sleep(0.002)
+    streams[-1].wait(quiet_tokens)
     begin = perf_counter()
     timings = loop.submit(long, _params(1)).result().timings
     end = perf_counter()

@@ -36,6 +36,7 @@ class Answer:
         self._ends = _end_tokens(service, request)
         #: Characters sent so far.
         self._offset = 0
+        self._recorded = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer. A client that goes away cancels its request, which frees the row within a step."""
@@ -48,7 +49,7 @@ class Answer:
                 await self._whole(trace, scope, receive, send)
         finally:
             watcher.cancel()
-            self._service.finish(self._handle)
+            self._service.finish(self._handle, recorded=self._recorded)
 
     async def _whole(self, trace: RequestTrace, scope: Scope, receive: Receive, send: Send) -> None:
         texts: list[str] = []
@@ -122,6 +123,7 @@ class Answer:
 
     def _record_end(self, trace: RequestTrace, timings: Timings, reason: FinishReason) -> None:
         """The one place where a generation's end enters the metrics and the log."""
+        self._recorded = True
         self._service.metrics.record(timings)
         trace.note_end(timings, reason)
 

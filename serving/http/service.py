@@ -18,6 +18,8 @@ from starling.serving.metrics.prometheus import PrometheusMetrics
 
 T = TypeVar("T")
 
+#: Seconds between two looks at a request that nobody reads any more; a step takes as long.
+SETTLE_POLL_S = 0.02
 #: Threads that read requests. They take turns with the event loop's: the fewer, the sooner it has its own.
 WORKERS = 2
 
@@ -33,6 +35,7 @@ class Service:
         self.draining = False
         self._loop = loop
         self._running: set[RequestHandle] = set()
+        self._settling: set[asyncio.Task[None]] = set()
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="starling-request")
         engine.chat_templates  # noqa: B018 (a template that is none ends the start, not the first chat)
 
@@ -58,10 +61,21 @@ class Service:
         """What a task returns that takes long, for the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, task)
 
-    def finish(self, handle: RequestHandle) -> None:
-        """Forget a request; where it still runs, it is cancelled."""
-        self._running.discard(handle)
+    def finish(self, handle: RequestHandle, *, recorded: bool) -> None:
+        """Forget a request whose end its reader has `recorded`; another one is cancelled, and recorded when it ends."""
         handle.cancel()
+        if recorded:
+            self._running.discard(handle)
+        else:
+            settling = asyncio.create_task(self._settle(handle))
+            self._settling.add(settling)  # the event loop alone would let go of it
+            settling.add_done_callback(self._settling.discard)
+
+    async def _settle(self, handle: RequestHandle) -> None:
+        while not handle.done:
+            await asyncio.sleep(SETTLE_POLL_S)
+        self._running.discard(handle)
+        self.metrics.record(handle.partial.timings)
 
     def cancel_all(self) -> None:
         """End every request where it is."""

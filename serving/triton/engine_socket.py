@@ -32,6 +32,8 @@ from starling.serving.triton.socket_messages import (
     error_line,
 )
 
+#: Seconds between two looks at a request that nobody reads any more; a step takes as long.
+SETTLE_POLL_S = 0.02
 #: Called with each request that ended, on the socket's thread.
 Ended = Callable[[Timings], None]
 
@@ -85,8 +87,10 @@ class EngineSocket:
                         await self._tell(writer, self._delta(chunk), handle)
             finally:
                 gone.cancel()
-                if handle.done:
-                    self._ended(handle.partial.timings)
+                handle.cancel()
+                while not handle.done:  # a delta that could not be made, an entry that is gone: it ends with a step
+                    await asyncio.sleep(SETTLE_POLL_S)
+                self._ended(handle.partial.timings)
         except StarlingError as error:
             writer.write(error_line(refusal(error)))
             await writer.drain()

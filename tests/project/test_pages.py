@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from document_blocks import ROOT, documents
 
-PAGES = [*documents(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*documents(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 MAP = ROOT / "docs" / "architecture.md"
 #: In backticks: a path that begins with one of our top-level folders.
 FOLDERS = ("cli", "deploy", "docs", "engine", "export", "profiling", "serving", "starling", "tests", ".ci")

@@ -327,6 +327,8 @@ def call(app: Any, path: str, body: bytes = b"") -> list[dict[str, Any]]:
             sent.append(message)
 
         await app(scope, receive, send)
+        while len(asyncio.all_tasks()) > 1:  # what goes on after the answer, as in a server
+            await asyncio.sleep(0.01)
 
     asyncio.run(run())
     return sent
@@ -366,8 +368,11 @@ def test_an_unforeseen_exception_is_a_500_without_its_words_and_a_traceback_in_t
         return Answer(service, handle, wanted, reply)
 
     app = Starlette(routes=[Route("/x", endpoint, methods=["POST"])], exception_handlers={Exception: _failed})
+    before = _figures(service)
     with configured("text"):
         sent = call(RequestLog(app), "/x", json.dumps(BASE | {"max_tokens": 9, "stream": stream}).encode())
+    # Nobody read the request to its end; it is counted all the same, everywhere.
+    assert [after - figure for after, figure in zip(_figures(service), before, strict=True)] == [1, 1]
     body = b"".join(message.get("body", b"") for message in sent)
     assert sent[0]["status"] == (200 if stream else 500)
     assert b"secret" not in body
@@ -379,6 +384,13 @@ def test_an_unforeseen_exception_is_a_500_without_its_words_and_a_traceback_in_t
     assert "    Traceback (most recent call last):" in lines
     assert "    ValueError: secret path /etc/x" in lines
     assert all(line.startswith("    ") for line in lines[1:])
+
+
+def _figures(service: Service) -> list[float]:
+    """Ended requests, by the counter and by a histogram."""
+    lines = service.metrics.export().decode().splitlines()
+    names = ("vllm:request_success_total", "vllm:request_generation_tokens_count")
+    return [sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)) for name in names]
 
 
 def test_an_embedded_application_logs_through_whatever_logging_is_set_up(
