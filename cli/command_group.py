@@ -89,7 +89,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         code = _fail("interrupted", INTERRUPTED)
     except Exception as error:
-        message, code = describe(error)
+        message, code = _interrupted(error) or describe(error)
         if session.debug:
             traceback.print_exception(error)
         else:
@@ -104,16 +104,36 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+#: Signals that came, the newest last.
+_RECEIVED: list[int] = []
+
+
 def _stop_cleanly_on_signals() -> None:
     """Let `finally` blocks run when the process gets a signal to end: an export then leaves nothing behind."""
-    for name in ("SIGTERM", "SIGHUP"):
+    for name, usual in (
+        ("SIGTERM", signal.SIG_DFL),
+        ("SIGHUP", signal.SIG_DFL),
+        ("SIGINT", signal.default_int_handler),
+    ):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice is respected
+        if number is not None and signal.getsignal(number) is usual:  # nohup's choice is respected
             signal.signal(number, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
+    _RECEIVED.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     sys.exit(128 + number)
+
+
+def _interrupted(error: BaseException | None) -> tuple[str, int] | None:
+    """Message and code, where the failure is what a signal became while a library of C's was being loaded."""
+    if not _RECEIVED:
+        return None
+    while error is not None and not isinstance(error, ImportError):
+        error = error.__cause__ or error.__context__
+    return None if error is None else ("interrupted", 128 + _RECEIVED[-1])
 
 
 def _never_fail_to_print() -> None:

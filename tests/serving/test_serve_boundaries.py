@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from command_line import refusal, starling, starling_command
 from http_server import MODEL, Server, serving, wait_until
-from raw_http import body_of, connect, exchange, read_all, request, status_of
+from raw_http import body_of, exchange, request, status_of
 
 pytestmark = pytest.mark.slow
 
@@ -191,6 +190,7 @@ def test_a_signal_at_any_moment_of_the_start_is_one_line_at_most(tiny_bundle: Pa
         assert b"Exception" not in said
         assert output == b""
         assert process.returncode in (-number, 128 + number, 0), said
+        assert b"not installed" not in said
 
 
 def test_health_answers_while_long_texts_are_refused(server: Server) -> None:
@@ -215,15 +215,6 @@ def test_health_answers_while_long_texts_are_refused(server: Server) -> None:
         answers = list(pool.map(lambda _: exchange(server.port, asked[0]), range(24)))
         assert {json.loads(body_of(answer))["error"]["code"] for answer in answers} == {"context_length_exceeded"}
     assert server.metric("process_resident_memory_bytes") - before < 150e6
-
-
-def test_a_client_that_never_closes_its_half_gets_its_answer(server: Server) -> None:
-    with connect(server.port) as client:
-        client.sendall(request(COMPLETIONS, BASE))
-        client.shutdown(socket.SHUT_WR)
-        assert status_of(read_all(client)) in (0, 200)
-    with pytest.raises(openai.BadRequestError):
-        server.client().completions.create(model=MODEL, prompt="a" * 10**6)
 
 
 def _started(bundle: Path, *options: str, stderr: Any = subprocess.PIPE) -> subprocess.Popen[bytes]:
