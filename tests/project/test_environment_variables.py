@@ -14,8 +14,8 @@ PAGE = ROOT / "docs" / "command-line.md"
 FOLDERS = ("cli", "engine", "export", "profiling", "serving")
 #: A variable's name, and one that can be nothing else.
 NAME, SURE = re.compile(r"[A-Z][A-Z0-9_]{4,}"), re.compile(r"(STARLING|HF|XDG|CUDA|RAY)_[A-Z0-9_]+")
-#: Strings of those modules that are spelt like a variable: a metavar, a type of Triton's, and names of sysconf.
-OTHER_WORDS = {"PATTERN", "STRING", "SC_PAGE_SIZE", "SC_PHYS_PAGES"}
+#: Strings of those modules that are spelt like a variable: metavars, a type of Triton's, and names of sysconf.
+OTHER_WORDS = {"PATTERN", "ORIGIN", "STRING", "SC_PAGE_SIZE", "SC_PHYS_PAGES"}
 #: In C++, and with or without a default in a shell script.
 GETENV = re.compile(r'getenv\("(\w+)"\)')
 EXPANSION = re.compile(r"\$\{([A-Z_]+):?[-+?]")

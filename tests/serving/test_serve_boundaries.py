@@ -180,17 +180,21 @@ def test_a_stderr_that_takes_nothing_does_not_end_the_server(tiny_bundle: Path) 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_at_any_moment_of_the_start_is_one_line_at_most(tiny_bundle: Path, number: signal.Signals) -> None:
+    own = 0
     for wait in (0.05, 0.15, 0.3, 0.6, 1.2):
         process = _started(tiny_bundle, "--port", "0", "--max-seq", "64")
         time.sleep(wait)
         process.send_signal(number)
         output, said = process.communicate(timeout=60)
-        # Before the program's first line runs, the interpreter's own way is what there is.
-        assert b"Traceback" not in said or b"starling" not in said, said
+        if b"starling" not in said and b"runpy" in said:
+            continue  # no line of the program has run: this is the interpreter's own way to end
+        own += 1
+        assert b"Traceback" not in said, said
         assert b"Exception" not in said
+        assert b"not installed" not in said
         assert output == b""
         assert process.returncode in (-number, 128 + number, 0), said
-        assert b"not installed" not in said
+    assert own >= 2
 
 
 def test_health_answers_while_long_texts_are_refused(server: Server) -> None:
