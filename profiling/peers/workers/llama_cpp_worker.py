@@ -16,7 +16,10 @@ if TYPE_CHECKING:  # a peer's environment lacks our package
 
 
 class Worker:
-    """A folder with one `.gguf` file, run by `llama_decode` and llama.cpp's own greedy sampler."""
+    """A folder with one `.gguf` file, run by `llama_decode` and llama.cpp's own greedy sampler.
+
+    `settings` are fields of llama.cpp's `llama_model_params`.
+    """
 
     def __init__(self) -> None:
         self._model: Any = None
@@ -27,6 +30,8 @@ class Worker:
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
         model.n_gpu_layers = 0 if setup.device == "cpu" else -1
+        for name, value in setup.settings.items():
+            setattr(model, name, value)
         file = next(Path(setup.model).glob("*.gguf"))
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), model)
         params = llama_cpp.llama_context_default_params()
