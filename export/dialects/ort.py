@@ -1,6 +1,7 @@
 """The serving dialect for ONNX Runtime: GroupQueryAttention, rotary inside, past and present in one buffer."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from starling.engine.bundle.manifest import Architecture
+from starling.engine.errors import UnsupportedModelError
 from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS, SCHEMES_OF, SEQLENS_K, TOTAL_SEQUENCE_LENGTH
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.dialects.dialect import AttentionCall, Attributes, Companion, Rotary, StepInput
@@ -16,6 +18,9 @@ from starling.export.graphs.kernel_graph import GRAPH_FILE as KERNEL_GRAPH_FILE
 from starling.export.graphs.kernel_graph import kernel_graph
 from starling.export.graphs.rewrites import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
 from starling.export.quantization.blocks import BlockQuantization
+
+# GroupQueryAttention's own conditions, checked when it runs; the second one where it rotates query and key itself.
+HEAD_MULTIPLE, ROTATED_HEAD_MULTIPLE = 8, 16
 
 
 class OrtDialect:
@@ -60,8 +65,20 @@ class OrtDialect:
         )
 
     def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """One GroupQueryAttention node; query, key and value as [batch, sequence, heads * head_dim]."""
+        """One GroupQueryAttention node; query, key and value as [batch, sequence, heads * head_dim].
+
+        Raises UnsupportedModelError for a width of heads that the operator refuses when it runs.
+        """
         batch, heads, sequence, head_dim = call.query.shape
+        if head_dim % HEAD_MULTIPLE:
+            raise UnsupportedModelError(
+                f"heads are {head_dim} wide, ONNX Runtime's GroupQueryAttention takes multiples of {HEAD_MULTIPLE}: "
+                "--dialect canonical has no such limit"
+            )
+        if call.rotary is not None and head_dim % ROTATED_HEAD_MULTIPLE:
+            positions = self.positions(step, sequence)
+            query, key = (self.rotate(x, call.rotary, positions) for x in (call.query, call.key))
+            call = replace(call, query=query, key=key, rotary=None)
         query, key, value = (
             x.transpose(1, 2).reshape(batch, sequence, x.shape[1] * head_dim)
             for x in (call.query, call.key, call.value)
