@@ -85,6 +85,8 @@ def fuse_residual_norms(model: ir.Model) -> None:
             num_outputs=4,
             name=norm.name,
         )
+        for unused in fused.outputs[1:3]:  # mean and inverse deviation: a name would ask for them
+            unused.name = ""
         graph.insert_before(add, fused)
         take_over(norm.outputs[0], fused.outputs[0])
         take_over(add.outputs[0], fused.outputs[3])

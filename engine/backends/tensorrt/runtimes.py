@@ -20,6 +20,8 @@ RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 TITLES: dict[RuntimeName, str] = {"tensorrt-rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
 _MODULES: dict[RuntimeName, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _KEPT_MESSAGES = 64
+#: TensorRT for RTX names it, but NVIDIA's support matrix has no product of it (7.5, 8.6, 8.9, 12.0 and 12.1 are there).
+_UNSUPPORTED = frozenset({"sm80"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Library:
         if self.name == "tensorrt":
             return None
         members = self.module.ComputeCapability.__members__
-        return tuple(name.lower() for name in members if name.startswith("SM"))
+        return tuple(name.lower() for name in members if name.startswith("SM") and name.lower() not in _UNSUPPORTED)
 
     @property
     def has_timing_cache(self) -> bool:

@@ -189,7 +189,7 @@ def test_without_tensorrt(bundle: Path, tmp_path: Path) -> None:
 def test_doctor_says_what_plans_can_be_built_for() -> None:
     findings = {entry["subject"]: entry for entry in document("doctor")["findings"]}
     assert findings["TensorRT for RTX"]["ok"]
-    assert "builds plans ahead of time for sm75, sm80, sm86, sm89, sm120" in findings["TensorRT for RTX"]["text"]
+    assert "builds plans ahead of time for sm75, sm86, sm89, sm120" in findings["TensorRT for RTX"]["text"]
     assert "TensorRT" in findings
 
 
