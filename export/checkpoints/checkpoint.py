@@ -6,7 +6,7 @@ when a checkpoint is opened, not when this module is imported.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,7 +41,12 @@ class TensorSource(Protocol):
 
 
 class StoredTensors(TensorSource, Protocol):
-    """A TensorSource under the names of the checkpoint, whatever it holds."""
+    """A TensorSource under the names of the checkpoint, whatever it holds.
+
+    `promised`: the tensors that an index puts into a file which does not have them, and that file.
+    """
+
+    promised: Mapping[str, Path]
 
     def is_floating(self, name: str) -> bool:
         """Whether the tensor holds floating-point numbers, which `rows` gives."""

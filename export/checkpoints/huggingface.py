@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.config_bounds import check_config
-from starling.export.checkpoints.stored_tensors import SafetensorsFiles, open_safetensors
+from starling.export.checkpoints.stored_tensors import open_safetensors
 from starling.export.tokenizers.tokenizer_files import check_has_tokenizer, read_json, read_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-    from starling.export.checkpoints.placement import Placement
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -25,9 +23,11 @@ def open_folder(folder: Path, *, kind: str, name: str) -> Checkpoint:
     Raises CheckpointError (a file missing, truncated or altered; weights as a pickle only) and UnsupportedModelError
     (an architecture that transformers does not have, weights that are already quantized, or that have no place).
     """
+    from starling.export.checkpoints.placement import place  # with PyTorch
+
     config = read_config(folder)
     stored = open_safetensors(folder, getattr(config, "transformers_weights", None))
-    placed = _placed(stored, config)
+    placed = place(stored, config, str(stored.file))
     generation = read_json(folder / "generation_config.json", missing={})
     tokenizer = read_tokenizer_files(folder, placed.config, generation)
     return Checkpoint(
@@ -41,18 +41,6 @@ def open_folder(folder: Path, *, kind: str, name: str) -> Checkpoint:
         notes=placed.notes,
         left_out=placed.left_out,
     )
-
-
-def _placed(stored: SafetensorsFiles, config: PreTrainedConfig) -> Placement:
-    from starling.export.checkpoints.placement import place
-
-    try:
-        return place(stored, config, str(stored.file))
-    except CheckpointError as error:
-        for name, shard in stored.promised.items():
-            problem = f"{shard} has no tensor {name}, which {stored.file.name} puts there: get it again"
-            raise CheckpointError(problem) from error
-        raise
 
 
 def check_folder(folder: Path) -> None:

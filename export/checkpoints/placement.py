@@ -82,7 +82,7 @@ def place(stored: StoredTensors, config: PreTrainedConfig, where: str) -> Placem
 
     part = without_weights(classes.language_model, classes.text_config)
     names = names_in_whole(model, part)
-    _refuse_missing(part, {name for name, own in names.items() if own not in placed}, where)
+    _refuse_missing(part, {name for name, own in names.items() if own not in placed}, stored, where)
     tensors = {name: placed[own] for name, own in names.items() if own in placed}
     _refuse_integers(part, tensors, stored, where)
     if others := sorted(used - _sources_of(tensors)):
@@ -129,10 +129,11 @@ def _refuse_misfits(model: PreTrainedModel, mismatched: Collection[Any], where: 
             raise CheckpointError(f"{where}: tensor {name} is {found}, config.json wants {wanted}: no fit")
 
 
-def _refuse_missing(part: PreTrainedModel, missing: set[str], where: str) -> None:
-    made = {name for name, _ in part.named_buffers()}  # by the model itself, where no checkpoint has them
+def _refuse_missing(part: PreTrainedModel, missing: set[str], stored: StoredTensors, where: str) -> None:
     for name in part.state_dict():
-        if name in missing - made:
+        if name in missing:
+            for lost, file in stored.promised.items():
+                raise CheckpointError(f"{file} has no tensor {lost}, which {where} puts there: get it again")
             raise CheckpointError(
                 f"{where} has no tensor {name}, which {type(part).__name__} needs: the checkpoint is not whole, or is "
                 "of another model than config.json says"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,12 @@ class _Entry:
 class SafetensorsFiles:
     """StoredTensors over safetensors files, each opened for one call only, so that no mapped pages pile up.
 
-    `file` is the one that names the others, or the only one. `promised` has the tensors that an index puts into a file
-    which does not have them, and that file.
+    `file` is the one that names the others, or the only one.
     """
 
     def __init__(self, file: Path, entries: dict[str, _Entry], promised: dict[str, Path]) -> None:
-        self.file, self.promised = file, promised
+        self.file = file
+        self.promised: Mapping[str, Path] = promised
         self._entries = entries
 
     def names(self) -> Collection[str]:
