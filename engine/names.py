@@ -68,3 +68,6 @@ TOP_P = "top_p"
 NOISE = "noise"
 #: The most tokens of a row that a choice in the graph draws from.
 TOP_K_LIMIT = 256
+
+#: The folder of a bundle or a checkpoint that holds further chat templates.
+EXTRA_TEMPLATES = "additional_chat_templates"

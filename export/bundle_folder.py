@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starling.engine.errors import CheckpointError, StarlingError, UserError
-from starling.engine.text.chat_template import EXTRA_TEMPLATES
+from starling.engine.names import EXTRA_TEMPLATES
 from starling.engine.untrusted_files import is_file_name
 from starling.engine.whole_files import new_folder
 

@@ -12,12 +12,11 @@ from weakref import WeakKeyDictionary
 
 from starling.engine.bundle.manifest import FILES
 from starling.engine.errors import BundleError, PromptError, one_line, shown
+from starling.engine.names import EXTRA_TEMPLATES
 from starling.engine.text.template_renderer import SHARED, TemplateRefused
 from starling.engine.text.tokenizer import Literals, Tokenizer, literal_pattern, read_json_object
 
 DEFAULT = "default"
-#: The folder of a bundle or a checkpoint that holds the other templates.
-EXTRA_TEMPLATES = "additional_chat_templates"
 #: The largest template; the longest of real ones has 50 kB.
 MOST_BYTES = 2**20
 #: Tokens that a chat may have where its caller sets no limit.

@@ -82,7 +82,7 @@ def _demo(before_fetch: Callable[[], None]) -> FoundModel:
 
 
 def _folder(folder: Path, kind: str, name: str) -> FoundModel:
-    from starling.engine.text.chat_template import EXTRA_TEMPLATES
+    from starling.engine.names import EXTRA_TEMPLATES
     from starling.export.checkpoints.checkpoint import FILES
     from starling.export.checkpoints.huggingface import check_folder, check_no_adapter
 

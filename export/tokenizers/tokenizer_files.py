@@ -7,7 +7,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from starling.engine.errors import CheckpointError, one_line
-from starling.engine.text.chat_template import EXTRA_TEMPLATES, MOST_BYTES
+from starling.engine.names import EXTRA_TEMPLATES
+from starling.engine.text.chat_template import MOST_BYTES
 from starling.engine.untrusted_files import is_file_name
 from starling.export.checkpoints.checkpoint import FILES, TokenizerFiles
 from starling.export.tokenizers.added_tokens import merge_added_tokens
