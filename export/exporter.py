@@ -26,7 +26,7 @@ from starling.export.graphs.projections import write_projections
 from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.prepare_qdq import Calibration, prepare
 from starling.export.quantization.qdq_settings import QdqQuantization, check_scheme
-from starling.export.tracing.architecture import architecture_json
+from starling.export.tracing.architecture import LEAST_POSITIONS, architecture_json
 from starling.export.tracing.tracer import TORCH_DTYPES, trace
 from starling.export.weights.weight_file import WrittenFile, bytes_per_token, planned_bytes, write_weights
 
@@ -230,6 +230,8 @@ def _check(
 
     Between the two is what bundle.json says of the logits that are kept, which are those of a whole model alone.
     """
+    if arch.max_positions < LEAST_POSITIONS:
+        return None, None, f"not compared with PyTorch: it takes fewer than {LEAST_POSITIONS} tokens"
     whole = fits(arch, arch.layers)
     if not whole and not fits(arch, CUT_LAYERS):
         return None, None, "not compared with PyTorch: too little memory even for the first layers"

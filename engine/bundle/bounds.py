@@ -17,6 +17,8 @@ MOST_OF_ARCHITECTURE = {
     "head_dim": 2**14,
     "max_positions": 2**30,
 }
+#: Rows or columns of a projection.
+MOST_OF_A_PRODUCT = 2**26
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 

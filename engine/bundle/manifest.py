@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal, cast, get_args
 
-from starling.engine.bundle.bounds import MOST_OF_ARCHITECTURE, check_sizes
+from starling.engine.bundle.bounds import MOST_OF_A_PRODUCT, MOST_OF_ARCHITECTURE, check_sizes
 from starling.engine.bundle.json_fields import JsonFields
 from starling.engine.errors import BundleError
 from starling.engine.names import DIALECTS, DTYPES, Dialect, DType
@@ -306,7 +306,8 @@ def _cuda_kernels(fields: JsonFields) -> CudaKernels:
 
 def _cuda_product(fields: JsonFields) -> CudaProduct:
     around = cast(Around, fields.choice("around", get_args(Around)))
-    return CudaProduct(fields.get("k", int), fields.get("n", int), fields.get("norm", bool), around)
+    k, n = (fields.count(name, 1, MOST_OF_A_PRODUCT) for name in ("k", "n"))
+    return CudaProduct(k, n, fields.get("norm", bool), around)
 
 
 def _graph(fields: JsonFields) -> Graph:

@@ -85,14 +85,16 @@ class TextEncoder:
         self._begins = self._tokenizer.encode("")
 
     def ids(self, document: Mapping[str, Any]) -> list[int]:
-        """The token ids of one document; a chat without a template that takes it is read as plain paragraphs."""
+        """The token ids of one document; a chat without a template for it is read as plain paragraphs."""
         if _is_text(document):
             return self._tokenizer.encode(document["text"])
         messages: Sequence[Mapping[str, Any]] = document["messages"]
+        plain = self._tokenizer.encode("\n\n".join(message["content"] for message in messages))
         try:
-            return self._templates.encode(messages, self._tokenizer, add_generation_prompt=False)
+            ids = self._templates.encode(messages, self._tokenizer, add_generation_prompt=False)
         except PromptError:
-            return self._tokenizer.encode("\n\n".join(message["content"] for message in messages))
+            return plain
+        return ids if 2 * len(ids) >= len(plain) else plain  # a template may leave out what the messages say
 
     def pieces(self, document: Mapping[str, Any], longest: int) -> list[list[int]]:
         """The token ids in pieces of at most `longest`, each after the token that the model wants at the beginning."""

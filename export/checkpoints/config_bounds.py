@@ -35,6 +35,14 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
             )
 
 
+def check_layers(layers: object, tensors: int, where: str) -> None:
+    """Raise CheckpointError for more layers than `where` has tensors: a model of them all takes seconds to make."""
+    if isinstance(layers, int) and layers > tensors:
+        raise CheckpointError(
+            f"{where} has {tensors} tensors, too few for the {layers} layers that its configuration says: get it again"
+        )
+
+
 def _short(value: int) -> str:
     return str(value) if abs(value) < 10**18 else f"about 2^{abs(value).bit_length() - 1}"
 

@@ -9,6 +9,7 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
 from starling.engine.errors import CheckpointError, StarlingError, UnsupportedModelError, one_line
 from starling.export.checkpoints.checkpoint import Checkpoint, check_tensors, skeleton_of
+from starling.export.checkpoints.config_bounds import check_layers
 from starling.export.checkpoints.gguf_architectures import ARCHITECTURES
 from starling.export.checkpoints.gguf_config import architecture_name, gguf_config, other_metadata
 from starling.export.checkpoints.gguf_file import GgufFile
@@ -32,6 +33,7 @@ def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
         raise
     except Exception as error:  # a value of another type than its key's, or out of range
         raise CheckpointError(f"{file.path}: its metadata cannot be used: {one_line(error)}") from error
+    check_layers(config.num_hidden_layers, len(file.tensors), str(file.path))
     tensors = GgufTensors(file, config)
     config.architectures = [check_tensors(tensors, config, str(file.path)).class_name]
     generation = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.pad}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
 from starling.export.checkpoints.checkpoint import Checkpoint
-from starling.export.checkpoints.config_bounds import check_config
+from starling.export.checkpoints.config_bounds import check_config, check_layers
 from starling.export.checkpoints.stored_tensors import open_safetensors
 from starling.export.tokenizers.tokenizer_files import check_has_tokenizer, read_json, read_tokenizer_files
 
@@ -27,6 +27,8 @@ def open_folder(folder: Path, *, kind: str, name: str) -> Checkpoint:
 
     config = read_config(folder)
     stored = open_safetensors(folder, getattr(config, "transformers_weights", None))
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    check_layers(layers, len(stored.names()), str(stored.file))
     placed = place(stored, config, str(stored.file))
     generation = read_json(folder / "generation_config.json", missing={})
     tokenizer = read_tokenizer_files(folder, placed.config, generation)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from starling.engine.errors import CheckpointError, one_line
+from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
 from starling.engine.names import EXTRA_TEMPLATES
 from starling.engine.text.chat_template import MOST_BYTES
 from starling.engine.untrusted_files import is_file_name
@@ -21,6 +21,8 @@ from starling.export.tokenizers.starling_tokenizer import openchat_extra_templat
 from starling.export.tokenizers.tekken import tekken_document
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+#: Each becomes a file of the bundle.
+MOST_TEMPLATES = 64
 OPENCHAT_MARK = "GPT4 Correct"
 SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 
@@ -151,6 +153,8 @@ def templates_of(named: dict[str, str]) -> tuple[str | None, dict[str, str]]:
     A name becomes a file's in the bundle. Raises CheckpointError for one that cannot, and for a text that is too long.
     A default template of the OpenChat kind gets that family's `code` and `math` templates too, if it lacks them.
     """
+    if len(named) > MOST_TEMPLATES:
+        raise CheckpointError(f"there are {len(named):,} chat templates, more than {MOST_TEMPLATES}")
     for name, text in named.items():
         if not is_file_name(name):
             raise CheckpointError(f"a chat template is called {name[:80]!r}: use letters, digits and _ . + -")
@@ -203,11 +207,11 @@ def _tokenizer_document(folder: Path, tokenizer_config: dict[str, Any]) -> tuple
         return sentencepiece_document(model_file, tokenizer_config)
     if (folder / "tekken.json").is_file():
         return tekken_document(folder / "tekken.json"), []
-    document = _converted(folder)
+    document = _converted(folder, tokenizer_config)
     return document, compare_with_sentencepiece(model_file, document) if model_file.is_file() else []
 
 
-def _converted(folder: Path) -> dict[str, Any]:
+def _converted(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, Any]:
     """What transformers makes of the folder's tokenizer."""
     from transformers import AutoTokenizer
 
@@ -215,6 +219,13 @@ def _converted(folder: Path) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         document: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # readers of a dozen formats, each with exceptions of its own
+        if tokenizer_config.get("auto_map"):
+            problem = (
+                f"the tokenizer of {folder} is code of its own (auto_map in tokenizer_config.json), which is not run"
+            )
+            raise UnsupportedModelError(
+                f"{problem}: save it as tokenizer.json, by transformers where you trust it"
+            ) from error
         problem = f"the tokenizer of {folder} cannot be converted to tokenizer.json: {one_line(error)}"
         raise CheckpointError(problem) from error
     return document

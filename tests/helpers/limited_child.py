@@ -15,6 +15,8 @@ from starling.cli.shared.failures import describe
 MEMORY = 8 * 2**30  # of addresses: PyTorch alone maps 3 GB
 MOST_RSS_MIB = 3000
 CRASH = 98
+#: How the command line calls what is raised and was not meant to be.
+UNEXPECTED = "unexpected "
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def run_limited(work: Callable[[], object], log: Path, *, seconds: float) -> Out
         os.kill(child, signal.SIGKILL)
         _, _, used = os.wait4(child, 0)
         status = None
-    text = log.read_bytes()[-3000:].decode("utf-8", "replace")
+    content = log.read_bytes()
+    text = (content[:1000] + content[1000:][-3000:]).decode("utf-8", "replace")
     code = 0 if status is None else os.waitstatus_to_exitcode(status)
     rss = used.ru_maxrss // 1024
     return Outcome(code, _fault(status, code, rss, text), time.monotonic() - begin, rss, text)
@@ -56,7 +59,7 @@ def _fault(status: int | None, code: int, rss: int, text: str) -> str:
         return f"signal {-code}"
     if "Traceback" in text or code == CRASH:
         return "traceback"
-    if "unexpected" in text:
+    if f"error: {UNEXPECTED}" in text:
         return "unexpected"
     if rss > MOST_RSS_MIB:
         return "memory"
@@ -78,7 +81,7 @@ def _run(work: Callable[[], object], log: Path, seconds: float) -> None:
         except Exception as error:
             line, code = describe(error)
             print("error:", line)
-            if "unexpected" in line:
+            if line.startswith(UNEXPECTED):
                 traceback.print_exc()
         sys.stdout.flush()
     except BaseException:

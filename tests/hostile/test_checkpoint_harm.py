@@ -38,6 +38,14 @@ def files_below(folder: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_templates_name_may_be_a_files(folder: Path, name: str) -> None:
+    named = [{"name": "default", "template": TEMPLATE}, {"name": name, "template": "a stranger's text"}]
+    edit(folder / "tokenizer_config.json", chat_template=named)
+    with pytest.raises(CheckpointError, match="a chat template is called"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
 def test_a_templates_name_is_no_path(folder: Path, tmp_path: Path, name: str) -> None:
     named = [{"name": "default", "template": TEMPLATE}, {"name": name, "template": "a stranger's text"}]
     edit(folder / "tokenizer_config.json", chat_template=named)
@@ -47,7 +55,7 @@ def test_a_templates_name_is_no_path(folder: Path, tmp_path: Path, name: str) ->
     assert not Path("/tmp/starling-test-absolute.jinja").exists()
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("name", NAMES[:2])
 def test_a_gguf_key_is_no_path(tmp_path: Path, name: str) -> None:
     file = write_gguf(tmp_path / "m.gguf", **{f"tokenizer__chat_template__{name}".replace(".", "__"): "text"})
     assert "a chat template is called" in refusal("export", file, tmp_path / "out")
@@ -95,6 +103,7 @@ def test_its_code_is_never_run_or_asked_about(folder: Path, tmp_path: Path, spoi
     finished = starling("export", folder, tmp_path / "out", stdin="y\ny\ny\n", env={"HF_HUB_OFFLINE": "1"})
     assert finished.returncode in (0, 2), finished.stderr
     assert "[y/N]" not in finished.stdout + finished.stderr
+    assert "trust_remote_code" not in finished.stdout + finished.stderr
     assert "Traceback" not in finished.stderr
     assert not marker.exists()
 
@@ -156,6 +165,7 @@ def test_a_shards_name_is_a_files(folder: Path, shard: object) -> None:
     "settings",
     [
         {"num_hidden_layers": 10**7},
+        {"num_hidden_layers": 1000},
         {"num_labels": 10**9},
         {"hidden_size": 10**30},
         {"vocab_size": 2**31},

@@ -19,6 +19,7 @@ def test_hostile_calls_end_in_an_answer_or_a_refusal(rounds: int) -> None:
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, f"the process ended with {finished.returncode}: {finished.stderr[-500:]}"
     answers = json.loads(finished.stdout)["answers"]
+    print(answers)
     assert sum(answers.values()) >= CASES * rounds
     assert answers["seqlens_k lies outside the cache"] >= 20
     assert answers["an answer of GroupQueryAttention"] >= 20 * rounds

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starling.engine.bundle.json_fields import JsonFields
+from starling.engine.bundle.bounds import MOST_OF_ARCHITECTURE
+from starling.engine.bundle.json_fields import MOST, JsonFields
 from starling.engine.bundle.manifest import Bundle, FileRecord, TensorSpec
 from starling.engine.errors import PlanError
 
 FORMAT = "starling-engine-plan"
 FORMAT_VERSION = 1
+_MOST_ROWS, _MOST_POSITIONS = 2**16, MOST_OF_ARCHITECTURE["max_positions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +149,9 @@ def parse_record(folder: Path, name: str, top: JsonFields) -> EngineRecord:
         targets=tuple(top.get("targets", list)),
         dtype=precision.get("dtype", str),
         quantization=precision.mapping("quantization") or None,
-        max_batch=top.get("max_batch", int),
-        max_prefill=top.get("max_prefill", int),
-        max_seq=top.get("max_seq", int),
+        max_batch=top.count("max_batch", 1, _MOST_ROWS),
+        max_prefill=top.count("max_prefill", 1, _MOST_POSITIONS),
+        max_seq=top.count("max_seq", 1, _MOST_POSITIONS),
         profiles=tuple(_profile(item) for item in top.items("profiles")),
         inputs=tuple(_tensor(item) for item in top.items("inputs")),
         outputs=tuple(_tensor(item) for item in top.items("outputs")),
@@ -172,7 +174,10 @@ def _profile(fields: JsonFields) -> Profile:
 
 
 def _range(fields: JsonFields) -> ShapeRange:
-    return ShapeRange(*(tuple(fields.get(key, list)) for key in ("min", "opt", "max")))
+    sizes = [fields.get(key, list) for key in ("min", "opt", "max")]
+    if not all(type(size) is int and 0 <= size <= MOST for shape in sizes for size in shape):
+        raise fields.bad(fields.prefix.rstrip("."), sizes, "shapes of whole numbers")
+    return ShapeRange(*map(tuple, sizes))
 
 
 def _tensor(fields: JsonFields) -> TensorSpec:
