@@ -140,5 +140,5 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "stablelm": GgufArchitecture(
         "stablelm", {_EPSILON: "layer_norm_eps"}, {"attn_q.bias": "use_qkv_bias"}, rotates_part=True, settle=_stablelm
     ),
-    "starcoder2": GgufArchitecture("starcoder2", {_EPSILON: "norm_epsilon"}, {"attn_q.bias": "use_bias"}),
+    "starcoder2": GgufArchitecture("starcoder2", {_EPSILON: "norm_epsilon"} | _WINDOW, {"attn_q.bias": "use_bias"}),
 }

@@ -85,7 +85,7 @@ FAMILIES = {
     "granite": config("granite", **GRANITE),
     "olmo2": config("olmo2"),
     "starcoder2": config("starcoder2", rope_parameters={"rope_type": "default", "rope_theta": 999999.0}, **TIED),
-    "starcoder2-no-bias": config("starcoder2", use_bias=False),
+    "starcoder2-no-bias": config("starcoder2", use_bias=False, sliding_window=WINDOW),
     "stablelm": config("stablelm", use_qkv_bias=True, rope_parameters=HALF),
     "stablelm-parallel": config("stablelm", use_parallel_residual=True, rope_parameters=HALF),
     "phi2": config("phi", num_key_value_heads=4, rope_parameters=HALF),
