@@ -127,6 +127,7 @@ def _write_model(
     for name, document in dialect.settings(arch, checkpoint).items():
         write_json(folder / name, document)
     manifest = _manifest(checkpoint, arch, options, graph, total) | companions
+    manifest["notes"] += traced.notes
     if prepared is not None:
         manifest["quantization"] = prepared.report
         manifest["notes"] += prepared.notes

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from starling.engine.bundle.manifest import Architecture
+from starling.engine.errors import UnsupportedModelError
 from starling.engine.names import SCHEMES_OF
 from starling.export.checkpoints.checkpoint import Checkpoint
-from starling.export.dialects.dialect import AttentionCall, Attributes, Companion, Rotary, StepInput
+from starling.export.dialects.dialect import AttentionCall, Attributes, Companion, ExpertsCall, Gate, Rotary, StepInput
 from starling.export.quantization.blocks import BlockQuantization
 
 
@@ -20,6 +21,7 @@ class CanonicalDialect:
     name = "canonical"
     opset = 24
     schemes: tuple[str, ...] = SCHEMES_OF["canonical"]
+    head_multiple = 1
     outputs: tuple[str, ...] = ()
     comparison_note: str | None = None
 
@@ -39,18 +41,25 @@ class CanonicalDialect:
         """The input of that name."""
         return step["position_ids"]
 
+    def can_rotate_inside(self, rotary: Rotary, head_dim: int) -> bool:
+        """It may as well."""
+        return True
+
     def rotate(self, x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
         """RotaryEmbedding, as in front of attention."""
         return rotate(x, rotary, positions)
 
     def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate, write into the cache, attend: bottom-right causal, or by an explicit mask where there is a window."""
+        refuse_sinks(call, self.name)
         query, key = call.query, call.key
         if call.rotary is not None:
             query, key = (rotate(x, call.rotary, step["position_ids"]) for x in (query, key))
         present_key = scatter(call.past_key, key, step["write_indices"])
         present_value = scatter(call.past_value, call.value, step["write_indices"])
         attrs: Attributes = {"scale": call.scale, "is_causal": int(call.window is None)}
+        if call.softcap is not None:
+            attrs["softcap"] = call.softcap
         inputs: list[Tensor | None] = [query, present_key, present_value]
         if call.window is None:
             inputs += [None, None, None, step["nonpad_kv_seqlen"]]
@@ -60,6 +69,15 @@ class CanonicalDialect:
             "Attention", inputs, attrs=attrs, dtype=query.dtype, shape=query.shape, version=24
         )
         return merge_heads(output), present_key, present_value
+
+    def experts(self, call: ExpertsCall) -> Tensor:
+        """The chosen experts' weights are gathered for each token: exact, and far too much memory for long prompts."""
+        tokens, k = call.chosen.shape
+        picked = call.chosen.reshape(-1)
+        x = call.x.repeat_interleave(k, dim=0)
+        x = gate_of(_product(x, call.up, call.up_bias, picked, call.transposed), call.gate)
+        x = _product(x, call.down, call.down_bias, picked, call.transposed)
+        return (x.reshape(tokens, k, -1) * call.weights[..., None]).sum(dim=1)
 
     def further_outputs(self, logits: Tensor, step: Mapping[str, Tensor], sequence: int) -> tuple[Tensor, ...]:
         """None."""
@@ -75,6 +93,22 @@ class CanonicalDialect:
     def settings(self, architecture: Architecture, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         """None."""
         return {}
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, picked: Tensor, transposed: bool) -> Tensor:
+    """x [n, in] by the weights of its picked [n] experts, each of its own: [n, out]."""
+    weights = weight[picked] if transposed else weight[picked].transpose(1, 2)
+    product = (x[:, None, :] @ weights)[:, 0]
+    return product if bias is None else product + bias[picked]
+
+
+def gate_of(x: Tensor, gate: Gate) -> Tensor:
+    """What the gate makes of x [..., 2 * width]: [..., width]."""
+    half = x.shape[-1] // 2
+    gated, value = (x[..., ::2], x[..., 1::2]) if gate.interleaved else (x[..., :half], x[..., half:])
+    if gate.limit is not None:
+        gated, value = gated.clamp(max=gate.limit), value.clamp(-gate.limit, gate.limit)
+    return gated * torch.sigmoid(gate.alpha * gated) * (value + gate.beta)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -99,6 +133,12 @@ def rotate(x: Tensor, rotary: Rotary, position_ids: Tensor) -> Tensor:
         shape=x.shape,
         version=23,
     )
+
+
+def refuse_sinks(call: AttentionCall, dialect: str) -> None:
+    """Raise UnsupportedModelError where a layer has them."""
+    if call.sinks is not None:
+        raise UnsupportedModelError(f"attention sinks are not supported in the dialect {dialect}: use --dialect ort")
 
 
 def scatter(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:

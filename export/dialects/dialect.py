@@ -49,7 +49,9 @@ class AttentionCall:
 
     `query`: [batch, query_heads, sequence, head_dim]; `key`, `value`: [batch, kv_heads, sequence, head_dim], not yet
     rotated; `past_key`, `past_value`: [batch, kv_heads, cache, head_dim]. `window` is the number of positions that a
-    token sees, itself included (None: all). `rotary` is None for a layer without position embedding.
+    token sees, itself included (None: all). `rotary` is None where query and key are rotated already, or never are.
+    `softcap`: a score s becomes softcap * tanh(s / softcap) (None: stays). `sinks`: [query_heads], a further score of
+    each head, which takes its part of the softmax and adds no value.
     """
 
     query: Tensor
@@ -60,6 +62,42 @@ class AttentionCall:
     scale: float
     window: int | None
     rotary: Rotary | None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What an expert does between its projections: g * sigmoid(alpha * g) * (v + beta), of gate g and value v.
+
+    `interleaved`: the rows of the first projection are g, v, g, v, …, not all of g and then all of v. `limit`: g is at
+    most so much, v at most so much to either side.
+    """
+
+    interleaved: bool
+    alpha: float
+    beta: float
+    limit: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsCall:
+    """One layer's experts as the model asked for them.
+
+    `x`: [tokens, hidden]; `chosen`: int64 [tokens, k]; `weights`: [tokens, k]. `up`: [experts, 2 * width, hidden];
+    `down`: [experts, hidden, width], both with their last two axes swapped where `transposed`. `up_bias`:
+    [experts, 2 * width]; `down_bias`: [experts, hidden].
+    """
+
+    x: Tensor
+    chosen: Tensor
+    weights: Tensor
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    gate: Gate
+    transposed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +120,8 @@ class Dialect(Protocol):
     opset: int
     #: Quantization schemes that the dialect has operators for.
     schemes: tuple[str, ...]
+    #: Heads are padded with zeros to a multiple of so many channels, which changes no product.
+    head_multiple: int
     #: Names of `further_outputs`.
     outputs: tuple[str, ...]
     #: What has to be said of a comparison with PyTorch that ONNX Runtime's CPU made; None: nothing.
@@ -99,6 +139,10 @@ class Dialect(Protocol):
         """Positions of the new tokens, int64 [batch, sequence]."""
         ...
 
+    def can_rotate_inside(self, rotary: Rotary, head_dim: int) -> bool:
+        """Whether attention takes the rotary embedding itself, for heads of the KV cache's width."""
+        ...
+
     def rotate(self, x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
         """Rotate x [batch, heads, sequence, head_dim] outside of attention, at positions int64 [batch, sequence]."""
         ...
@@ -107,6 +151,13 @@ class Dialect(Protocol):
         """Causal attention over the cache and the new tokens.
 
         Returns the output [batch, sequence, query_heads * head_dim] and the present key and value, shaped as the past.
+        """
+        ...
+
+    def experts(self, call: ExpertsCall) -> Tensor:
+        """The weighed sum of what each token's chosen experts make of it, [tokens, hidden].
+
+        Raises UnsupportedModelError where the dialect has no operator that reads the chosen ones' weights alone.
         """
         ...
 

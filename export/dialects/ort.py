@@ -1,7 +1,6 @@
 """The serving dialect for ONNX Runtime: GroupQueryAttention, rotary inside, past and present in one buffer."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -9,18 +8,17 @@ import torch
 from torch import Tensor
 
 from starling.engine.bundle.manifest import Architecture
-from starling.engine.errors import UnsupportedModelError
 from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS, SCHEMES_OF, SEQLENS_K, TOTAL_SEQUENCE_LENGTH
 from starling.export.checkpoints.checkpoint import Checkpoint
-from starling.export.dialects.dialect import AttentionCall, Attributes, Companion, Rotary, StepInput
+from starling.export.dialects.dialect import AttentionCall, Attributes, Companion, ExpertsCall, Rotary, StepInput
 from starling.export.graphs import cuda_graph, genai
 from starling.export.graphs.kernel_graph import GRAPH_FILE as KERNEL_GRAPH_FILE
 from starling.export.graphs.kernel_graph import kernel_graph
 from starling.export.graphs.rewrites import fuse_residual_norms, pack_attention_inputs, pack_sibling_linears
 from starling.export.quantization.blocks import BlockQuantization
 
-# GroupQueryAttention's own conditions, checked when it runs; the second one where it rotates query and key itself.
-HEAD_MULTIPLE, ROTATED_HEAD_MULTIPLE = 8, 16
+_HEAD_SINK = 11  # the input's index
+_NEVER = -30000.0  # the logit of an expert that was not chosen: float16 holds it, and its exponential is zero
 
 
 class OrtDialect:
@@ -29,6 +27,7 @@ class OrtDialect:
     name = "ort"
     opset = 21
     schemes: tuple[str, ...] = SCHEMES_OF["ort"]
+    head_multiple = 8
     outputs: tuple[str, ...] = (NEXT_TOKENS,)
     comparison_note: str | None = None
 
@@ -54,6 +53,10 @@ class OrtDialect:
         """The last `sequence` of each row's valid ones."""
         return step[SEQLENS_K].to(torch.int64)[:, None] + 1 - sequence + torch.arange(sequence)
 
+    def can_rotate_inside(self, rotary: Rotary, head_dim: int) -> bool:
+        """GroupQueryAttention rotates heads of a multiple of 16 channels, and a multiple of 16 of those."""
+        return head_dim % 16 == 0 and rotary.cos.shape[1] % 8 == 0
+
     def rotate(self, x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
         """com.microsoft RotaryEmbedding, which also takes the channels beyond the table's and leaves them alone."""
         attrs: Attributes = {"interleaved": int(rotary.interleaved)}
@@ -65,20 +68,8 @@ class OrtDialect:
         )
 
     def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """One GroupQueryAttention node; query, key and value as [batch, sequence, heads * head_dim].
-
-        Raises UnsupportedModelError for a width of heads that the operator refuses when it runs.
-        """
+        """One GroupQueryAttention node; query, key and value as [batch, sequence, heads * head_dim]."""
         batch, heads, sequence, head_dim = call.query.shape
-        if head_dim % HEAD_MULTIPLE:
-            raise UnsupportedModelError(
-                f"heads are {head_dim} wide, ONNX Runtime's GroupQueryAttention takes multiples of {HEAD_MULTIPLE}: "
-                "--dialect canonical has no such limit"
-            )
-        if call.rotary is not None and head_dim % ROTATED_HEAD_MULTIPLE:
-            positions = self.positions(step, sequence)
-            query, key = (self.rotate(x, call.rotary, positions) for x in (call.query, call.key))
-            call = replace(call, query=query, key=key, rotary=None)
         query, key, value = (
             x.transpose(1, 2).reshape(batch, sequence, x.shape[1] * head_dim)
             for x in (call.query, call.key, call.value)
@@ -91,6 +82,10 @@ class OrtDialect:
         if call.rotary is not None:
             attrs |= {"do_rotary": 1, "rotary_interleaved": int(call.rotary.interleaved)}
             inputs += [call.rotary.cos, call.rotary.sin]
+        if call.softcap is not None:
+            attrs["softcap"] = call.softcap
+        if call.sinks is not None:
+            inputs += [None] * (_HEAD_SINK - len(inputs)) + [call.sinks]
         output, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             inputs,
@@ -100,6 +95,30 @@ class OrtDialect:
             version=1,
         )
         return output, present_key, present_value
+
+    def experts(self, call: ExpertsCall) -> Tensor:
+        """An abstract node, later MoE or QMoE. Those choose and weigh by a softmax of logits of their own.
+
+        So each token's chosen experts get the logarithms of their weights, the others nothing; what the softmax makes
+        of them is the weights over their sum, which is multiplied in again.
+        """
+        smallest = torch.finfo(call.weights.dtype).tiny
+        logits = torch.full((call.x.shape[0], call.up.shape[0]), _NEVER, dtype=call.x.dtype)
+        logits = logits.scatter(1, call.chosen, call.weights.clamp(min=smallest).log().to(call.x.dtype))
+        biases = [] if call.up_bias is None or call.down_bias is None else [call.up_bias, call.down_bias]
+        attrs: Attributes = {
+            "k": call.chosen.shape[-1],
+            "alpha": call.gate.alpha,
+            "beta": call.gate.beta,
+            "limit": call.gate.limit or 0.0,
+            "interleaved": int(call.gate.interleaved),
+            "transposed": int(call.transposed),
+        }
+        inputs = [call.x, logits, call.up, call.down, *biases]
+        output = torch.onnx.ops.symbolic(
+            "starling::Experts", inputs, attrs=attrs, dtype=call.x.dtype, shape=call.x.shape, version=1
+        )
+        return output * call.weights.sum(dim=-1, keepdim=True).to(call.x.dtype)
 
     def further_outputs(self, logits: Tensor, step: Mapping[str, Tensor], sequence: int) -> tuple[Tensor, ...]:
         """The greedy choice, int64 [batch, kept]: the token with the greatest logit, chosen where the logits are."""

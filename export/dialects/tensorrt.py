@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from starling.engine.bundle.manifest import Architecture
+from starling.engine.errors import UnsupportedModelError
 from starling.engine.names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, SCHEMES_OF, TEMPERATURE, TOP_K, TOP_P
 from starling.export.checkpoints.checkpoint import Checkpoint
-from starling.export.dialects.canonical import merge_heads, rms_norm, rotate, scatter, window_mask
+from starling.export.dialects.canonical import merge_heads, refuse_sinks, rms_norm, rotate, scatter, window_mask
 from starling.export.dialects.device_sampling import choose_tokens
-from starling.export.dialects.dialect import AttentionCall, Companion, Rotary, StepInput
+from starling.export.dialects.dialect import AttentionCall, Companion, ExpertsCall, Rotary, StepInput
 from starling.export.dialects.tensorrt_reference import ATTENTION, CAUSAL, MASKED, reference_graph
 from starling.export.dialects.tensorrt_reference import GRAPH_FILE as REFERENCE_FILE
 from starling.export.graphs.rewrites import insert_constant, is_embedding, pack_sibling_linears
@@ -29,6 +30,7 @@ class TensorrtDialect:
     name = "tensorrt"
     opset = 24
     schemes: tuple[str, ...] = SCHEMES_OF["tensorrt"]
+    head_multiple = 1
     outputs: tuple[str, ...] = (NEXT_TOKENS, NEXT_LENGTHS)
     comparison_note: str | None = (
         "compared by the reference graph on ONNX Runtime's CPU, which multiplies matrices in float32; "
@@ -53,12 +55,20 @@ class TensorrtDialect:
         """Those after the valid ones."""
         return step[PAST_LENGTHS][:, None] + torch.arange(sequence)
 
+    def can_rotate_inside(self, rotary: Rotary, head_dim: int) -> bool:
+        """It may as well."""
+        return True
+
     def rotate(self, x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
         """RotaryEmbedding, as in front of attention."""
         return rotate(x, rotary, positions)
 
     def attention(self, call: AttentionCall, step: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate, write into the cache, attend over the valid positions; a window becomes a mask."""
+        refuse_sinks(call, self.name)
+        if call.softcap is not None:
+            message = "a soft cap of attention scores is not supported in the dialect tensorrt: use --dialect ort"
+            raise UnsupportedModelError(message)
         query, key, past_lengths = call.query, call.key, step[PAST_LENGTHS]
         sequence = query.shape[2]
         position_ids = self.positions(step, sequence)
@@ -80,6 +90,10 @@ class TensorrtDialect:
             version=1,
         )
         return merge_heads(output), present_key, present_value
+
+    def experts(self, call: ExpertsCall) -> Tensor:
+        """Refused: TensorRT has no operator that reads the chosen experts alone."""
+        raise UnsupportedModelError("mixtures of experts are not supported in the dialect tensorrt: use --dialect ort")
 
     def further_outputs(self, logits: Tensor, step: Mapping[str, Tensor], sequence: int) -> tuple[Tensor, ...]:
         """The next token, int64 [batch, 1], and the lengths after the step, int64 [batch]."""

@@ -2,13 +2,16 @@
 
 import onnx_ir as ir
 
+from starling.export.graphs.expert_operators import write_experts
 from starling.export.graphs.rewrites import (
     MICROSOFT,
     STARLING,
     insert,
     insert_constant,
     is_embedding,
+    is_experts,
     is_linear,
+    routers,
     take_over,
 )
 from starling.export.quantization.blocks import BlockQuantization
@@ -35,11 +38,16 @@ def write_projections(model: ir.Model, quantization: BlockQuantization | QdqPlan
 
 
 def _write_blocks(graph: ir.Graph, how: BlockQuantization) -> None:
+    chosen_by = routers(graph)
     for node in list(graph):
-        if is_linear(node):
+        if node in chosen_by:
+            _replace(graph, node, _linear(graph, node))
+        elif is_linear(node):
             _replace(graph, node, _quantized_linear(graph, node, how))
         elif is_embedding(node):
             _replace(graph, node, _quantized_embedding(graph, node, how))
+        elif is_experts(node):
+            _replace(graph, node, write_experts(graph, node, how))
 
 
 def _write_products(graph: ir.Graph, plan: QdqPlan | None) -> None:
@@ -48,6 +56,9 @@ def _write_products(graph: ir.Graph, plan: QdqPlan | None) -> None:
     for node in list(graph):
         if is_embedding(node):
             _replace(graph, node, _embedding(graph, node))
+        elif is_experts(node):
+            _replace(graph, node, write_experts(graph, node, None))
+            graph.opset_imports.setdefault(MICROSOFT, 1)
         elif is_linear(node):
             if writer is not None and writer.is_quantized(node):
                 output = writer.linear(node)

@@ -49,8 +49,9 @@ def pack_sibling_linears(model: ir.Model) -> None:
     """Projections of one input become one projection and a Split: one read of the input, one larger product."""
     graph = model.graph
     siblings: dict[tuple[ir.Value | None, bool], list[ir.Node]] = {}
+    apart = routers(graph)
     for node in graph:
-        if is_linear(node):
+        if is_linear(node) and node not in apart:
             siblings.setdefault((node.inputs[0], len(node.inputs) > 2), []).append(node)
     for nodes in siblings.values():
         if len(nodes) > 1:
@@ -103,6 +104,29 @@ def is_linear(node: ir.Node) -> bool:
 def is_embedding(node: ir.Node) -> bool:
     """Whether node is an abstract embedding: token ids, and weight [vocab, hidden]."""
     return node.domain == STARLING and node.op_type == "Embedding"
+
+
+def is_experts(node: ir.Node) -> bool:
+    """Whether node is abstract: x [tokens, hidden], router logits, two weights with all experts, and their biases."""
+    return node.domain == STARLING and node.op_type == "Experts"
+
+
+def routers(graph: ir.Graph) -> set[ir.Node]:
+    """The projections that choose experts: small, and their rounding would send tokens to other experts."""
+    found: set[ir.Node] = set()
+    seen: set[ir.Node] = set()
+    waiting = [node.inputs[1] for node in graph if is_experts(node)]
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if is_linear(node):
+            found.add(node)
+        else:
+            waiting += node.inputs
+    return found
 
 
 def insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:

@@ -1,6 +1,5 @@
 """What the exporter needs to know of a model before it traces it, and what it refuses by name."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -8,10 +7,6 @@ from transformers import PreTrainedConfig
 
 from starling.engine.bundle.manifest import Architecture
 from starling.engine.errors import UnsupportedModelError, UserError
-
-# Their frequencies are the same at every sequence length, so a table of cosines and sines made once is exact.
-STATIC_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
-
 
 #: Positions of a bundle unless more are asked for: a rotary table of a head of 128 takes 64 MiB for these, and some
 #: models promise a million or ten.
@@ -43,25 +38,10 @@ def check_supported(config: PreTrainedConfig) -> None:
     """Refuse, before any work, what would be traced without an error but exported wrong.
 
     Raises:
-        UnsupportedModelError: the configuration lacks a decoder's fields or scales its rotary embedding by length.
+        UnsupportedModelError: the configuration lacks a decoder's fields.
     """
     for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
         if not isinstance(getattr(config, field, None), int):
             raise UnsupportedModelError(
-                f"{config.model_type}: its configuration has no {field}; only decoder language models are supported"
+                f"{config.model_type}: its configuration has no {field}; only decoders with attention are supported"
             )
-    for rope_type in _rope_types(getattr(config, "rope_parameters", None) or {}):
-        if rope_type not in STATIC_ROPE_TYPES:
-            raise UnsupportedModelError(
-                f"{config.model_type}: rotary scaling {rope_type!r} changes with the sequence length and cannot be "
-                f"exported faithfully; supported are {', '.join(sorted(STATIC_ROPE_TYPES))}"
-            )
-
-
-def _rope_types(parameters: dict[str, Any]) -> Iterator[str]:
-    """The rope types of a flat `rope_parameters`, or of one that holds a set per layer type."""
-    if "rope_type" in parameters:
-        yield str(parameters["rope_type"])
-    for value in parameters.values():
-        if isinstance(value, dict):
-            yield from _rope_types(value)

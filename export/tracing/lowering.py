@@ -13,17 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from starling.engine.errors import UnsupportedModelError
 from starling.export.dialects.dialect import AttentionCall, Dialect, Rotary
 from starling.export.tracing.abstract_nodes import NormNode, abstract_nodes, read_norm
+from starling.export.tracing.experts import EXPERTS, experts_call
 from starling.export.tracing.masks import CausalPattern, read_pattern
 from starling.export.tracing.rotary import RotaryTable, even_first
 from starling.export.tracing.rotary_calls import Placeholders, RotaryCalls
 
 ATTENTION = "starling"
 # What transformers passes to an attention function and which changes nothing in inference.
-HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"})
+HARMLESS = frozenset(
+    ["dropout", "position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits", "is_causal"]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +75,13 @@ class Lowering:
         """Swap everything in; modelling modules are put back at the end, the model object stays changed."""
         AttentionInterface.register(ATTENTION, self._attention)
         AttentionMaskInterface.register(ATTENTION, self._mask)
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, self._experts)
         self.model.set_attn_implementation(ATTENTION)
         for name, module in list(self.model.named_modules()):
             if type(module).__name__.endswith("RMSNorm") and (kind := read_norm(module)) is not None:
                 self.model.set_submodule(name, NormNode(module, kind, self.dialect))
+            if hasattr(module, "_apply_gate"):  # what transformers runs by its ExpertsInterface
+                module.config._experts_implementation_internal = EXPERTS
         with abstract_nodes(), self.rotary.installed():
             yield
 
@@ -103,11 +110,23 @@ class Lowering:
             width = 2 * table.cos.shape[1]
             turned = even_first(before[..., :width])
             before = turned if width == x.shape[-1] else torch.cat((turned, before[..., width:]), dim=-1)
-        after = self.dialect.rotate(before, rotary, self.step.positions)
+        after = self.dialect.rotate(before, rotary, self._table_rows(table))
         if table.sequence_first:
             return after.transpose(1, 2)
-        self.step.rotated[id(after)] = (after, before, rotary)
+        if table.long_from is None:
+            self.step.rotated[id(after)] = (after, before, rotary)
         return after
+
+    def _table_rows(self, table: RotaryTable) -> Tensor:
+        """Rows of the table for the step's positions: the second half's where the KV cache is made for long sequences.
+
+        How long a sequence becomes is not known at its first step, so all of a session's are rotated alike.
+        """
+        positions = self.step.positions
+        if table.long_from is None or self.step.past is None:
+            return positions
+        capacity = torch.scalar_tensor(self.step.past[0][0].shape[2], dtype=torch.int64)
+        return positions + torch.where(capacity > table.long_from, table.cos.shape[0] // 2, 0)
 
     def _attention(
         self,
@@ -115,9 +134,11 @@ class Lowering:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: CausalPattern | None,
+        attention_mask: CausalPattern | None,
         scaling: float | None = None,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
         # `sliding_window` is taken and left: the mask is what the model's own attention would obey
@@ -127,7 +148,7 @@ class Lowering:
                 raise UnsupportedModelError(
                     f"{name}: attention option {option}={given!r} cannot be exported faithfully"
                 )
-        if not isinstance(mask, CausalPattern):
+        if not isinstance(attention_mask, CausalPattern):
             raise UnsupportedModelError(f"{name}: its attention does not use a causal mask that can be read")
         step = self.step
         layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -139,19 +160,40 @@ class Lowering:
             return query.new_empty(batch, sequence, heads, value.shape[-1]), None
         past_key, past_value = step.past[layer]
         scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
-        query, key, rotary = self._unrotated(query, key)
-        call = AttentionCall(query, key, value, past_key, past_value, scale, mask.window, rotary)
+        width = past_key.shape[-1]
+        query, key, rotary = self._unrotated(query, key, width)
+        query, key, padded = (_padded(x, width) for x in (query, key, value))
+        call = AttentionCall(
+            query, key, padded, past_key, past_value, scale, attention_mask.window, rotary, softcap, s_aux
+        )
         output, *present = self.dialect.attention(call, step.inputs)
         step.present[layer] = (present[0], present[1])
-        return output.reshape(batch, sequence, heads, value.shape[-1]), None
+        return output.reshape(batch, sequence, heads, width)[..., : value.shape[-1]], None
 
-    def _unrotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Rotary | None]:
-        """Query and key before their rotation, where nothing has touched them since; else as they are, and None."""
+    def _experts(self, module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        call = experts_call(module, x.flatten(0, -2), chosen.flatten(0, -2), weights.flatten(0, -2))
+        return self.dialect.experts(call).reshape(x.shape)
+
+    def _unrotated(self, query: Tensor, key: Tensor, width: int) -> tuple[Tensor, Tensor, Rotary | None]:
+        """Query and key before their rotation, where attention can make up for it; else as they are, and None.
+
+        Nothing may have touched them since, and their heads are of the cache's `width`.
+        """
         rotated = [self.step.rotated.get(id(x)) for x in (query, key)]
         found = [r for r in rotated if r is not None]
-        if len(found) == 2 and found[0][2].cos is found[1][2].cos:
+        if (
+            len(found) == 2
+            and found[0][2].cos is found[1][2].cos
+            and query.shape[-1] == width
+            and self.dialect.can_rotate_inside(found[0][2], width)
+        ):
             return found[0][1], found[1][1], found[0][2]
         return query, key, None
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    """x with zeros in its last axis up to `width`; itself where there is nothing to add."""
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def table_buffers(index: int) -> tuple[str, str]:

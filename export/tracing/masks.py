@@ -13,11 +13,21 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class StandInUsed(UnsupportedModelError, AttributeError):
+    """An attribute that a stand-in does not have; `hasattr` may ask for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class CausalPattern:
     """A token sees itself and the `window` - 1 positions before it (None: all of them)."""
 
     window: int | None
+
+    def __getattr__(self, name: str) -> Any:
+        raise StandInUsed(f"it computes with its attention mask ({name}), which is not made")
+
+    def __getitem__(self, index: object) -> Any:
+        raise StandInUsed("it takes parts of its attention mask, which is not made")
 
 
 def read_pattern(mask_function: Callable[..., Any], max_positions: int) -> CausalPattern:

@@ -26,6 +26,9 @@ class RotaryTable:
 
     `sorted_first`: channels 0, 2, … go before 1, 3, … and are then rotated as halves. `sequence_first`: tensors come as
     [batch, sequence, heads, head_dim], not as [batch, heads, sequence, head_dim].
+
+    `long_from` (None: the numbers hold at every length): a sequence of more positions than this is rotated by other
+    numbers from its first position on; `cos` and `sin` have those after the others, twice max_positions in all.
     """
 
     cos: Tensor
@@ -33,9 +36,36 @@ class RotaryTable:
     interleaved: bool
     sorted_first: bool
     sequence_first: bool
+    long_from: int | None = None
 
 
-def make_table(angles: Angles, apply: Callable[..., tuple[Tensor, ...]], dim: int, name: str) -> RotaryTable:
+def angles_by_length(
+    of_first: Callable[[int], Angles], positions: int, original: int | None
+) -> tuple[Angles, int | None]:
+    """Angles of the positions 0 … positions - 1, and `long_from` as a RotaryTable has it.
+
+    `of_first(n)` is what the model makes for a sequence of n positions: [1, n, …] each. `original` is the length up to
+    which it may rotate otherwise.
+
+    Raises:
+        UnsupportedModelError: the angles change with the length in more than two kinds.
+    """
+    probe = min(_PROBE_POSITIONS, positions)
+    short, whole = of_first(probe), of_first(positions)
+    if _equal(short, _first_positions(whole, probe)):
+        return whole, None
+    if original is not None and original < positions:
+        before, after = of_first(original), of_first(original + 1)
+        if _equal(short, _first_positions(before, probe)) and _equal(after, _first_positions(whole, original + 1)):
+            rest = positions - original  # positions that no short sequence has
+            both = [torch.cat((a, b[:, :rest], b), dim=1) for a, b in zip(_parts(before), _parts(whole), strict=True)]
+            return both[0] if isinstance(whole, Tensor) else tuple(both), original
+    raise UnsupportedModelError("its rotary embedding changes with the length of the sequence")
+
+
+def make_table(
+    angles: Angles, apply: Callable[..., tuple[Tensor, ...]], dim: int, name: str, long_from: int | None = None
+) -> RotaryTable:
     """The table of what a position embedding module returned, found by trying the model's own function against ours.
 
     `angles`: for one row, [1, positions, …] each. `apply(angles, *tensors)` rotates one or two tensors whose last axis
@@ -46,10 +76,11 @@ def make_table(angles: Angles, apply: Callable[..., tuple[Tensor, ...]], dim: in
     """
     cos, sin = (t[0].float() for t in _cos_sin(angles, name))
     some = _first_positions(angles, min(_PROBE_POSITIONS, len(cos)))
-    for halve, interleaved, sorted_first, sequence_first in product(
-        (_first_half, _every_other, _all), (False, True), (False, True), (False, True)
+    for halve, sense, interleaved, sorted_first, sequence_first in product(
+        (_first_half, _every_other, _all), (1, -1), (False, True), (False, True), (False, True)
     ):
-        table = RotaryTable(halve(cos).contiguous(), halve(sin).contiguous(), interleaved, sorted_first, sequence_first)
+        half_cos, half_sin = halve(cos).contiguous(), sense * halve(sin).contiguous()
+        table = RotaryTable(half_cos, half_sin, interleaved, sorted_first, sequence_first, long_from)
         possible = 0 < 2 * table.cos.shape[1] <= dim and not (interleaved and sorted_first)
         if possible and _rotates_alike(table, some, apply, dim):
             return table
@@ -86,6 +117,14 @@ def _cos_sin(angles: Angles, name: str) -> tuple[Tensor, Tensor]:
     elif len(angles) == 2:
         return angles[0], angles[1]
     raise UnsupportedModelError(f"{name}: its position embedding is neither cosines and sines nor complex numbers")
+
+
+def _parts(angles: Angles) -> tuple[Tensor, ...]:
+    return (angles,) if isinstance(angles, Tensor) else angles
+
+
+def _equal(a: Angles, b: Angles) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(_parts(a), _parts(b), strict=True))
 
 
 def _first_positions(angles: Angles, count: int) -> Angles:

@@ -10,16 +10,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from starling.engine.errors import UnsupportedModelError
 from starling.export.tracing.masks import untraced
-from starling.export.tracing.rotary import Angles, RotaryTable, make_table
+from starling.export.tracing.rotary import Angles, RotaryTable, angles_by_length, make_table
 
 _APPLY = re.compile(r"apply_\w*(rotary|rope)\w*")
 
@@ -56,7 +57,7 @@ class RotaryCalls:
         self.name, self.placeholders = type(model).__name__, Placeholders()
         self.tables: list[RotaryTable] = []
         self._model, self._real, self._rotate, self._positions = model, real, rotate, positions
-        self._angles: dict[Key, Angles] = {}
+        self._angles: dict[Key, tuple[Angles, int | None]] = {}
         self._found: dict[tuple[Any, ...], RotaryTable] = {}
 
     @contextmanager
@@ -76,12 +77,24 @@ class RotaryCalls:
             for code, name, function in originals:
                 setattr(code, name, function)
 
-    def angles(self, key: Key) -> Angles:
-        """What the model's own module returns at every position that the bundle can take."""
+    def angles(self, key: Key) -> tuple[Angles, int | None]:
+        """What the model's own module returns at every position that the bundle can take; see `angles_by_length`."""
         if key not in self._angles:
-            module = self._real.get_submodule(key[0])
-            self._angles[key] = untraced(_angles, module, self._positions, dict(key[1]))
+            module, arguments = self._real.get_submodule(key[0]), dict(key[1])
+            original = _original_positions(self._model.config)
+            self._angles[key] = untraced(
+                angles_by_length, partial(_angles, module, arguments), self._positions, original
+            )
         return self._angles[key]
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user has to know of the tables."""
+        lengths = sorted({table.long_from for table in self.tables if table.long_from is not None})
+        return tuple(
+            f"rotary embedding: a session of at most {length} positions (--max-seq) rotates by the factors for short "
+            "sequences, one of more by those for long ones, whatever a sequence's own length"
+            for length in lengths
+        )
 
     def _swapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def apply(*args: Any, **kwargs: Any) -> Any:
@@ -116,13 +129,14 @@ class RotaryCalls:
                 result = function(**named, **dict(zip(tensors, given, strict=False)), **options)
                 return (result,) if isinstance(result, Tensor) else result
 
-            angles = self.angles(next(iter(parts.values()))[0])
-            self._found[wanted] = untraced(self._made, angles, apply, dim)
+            self._found[wanted] = untraced(self._made, *self.angles(next(iter(parts.values()))[0]), apply, dim)
         return self._found[wanted]
 
-    def _made(self, angles: Angles, apply: Callable[..., tuple[Tensor, ...]], dim: int) -> RotaryTable:
+    def _made(
+        self, angles: Angles, long_from: int | None, apply: Callable[..., tuple[Tensor, ...]], dim: int
+    ) -> RotaryTable:
         """A new table, or the one that has the same numbers."""
-        table = make_table(angles, apply, dim, self.name)
+        table = make_table(angles, apply, dim, self.name, long_from)
         same = next((known for known in self.tables if _same(known, table)), None)
         if same is None:
             self.tables.append(table)
@@ -136,6 +150,14 @@ class RotaryNode(nn.Module):
         super().__init__()
         self._calls, self._name = calls, name
         self._signature = inspect.signature(module.forward)
+        self._swapped = [module]  # in a list, so that its buffers are no longer the model's
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the model's code reads of its module, such as `config`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_swapped"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         arguments = dict(self._signature.bind(*args, **kwargs).arguments)
@@ -144,7 +166,7 @@ class RotaryNode(nn.Module):
         if not isinstance(position_ids, Tensor) or any(isinstance(v, Tensor) for v in arguments.values()):
             raise UnsupportedModelError(f"{self._calls.name}: its rotary embedding takes more than positions")
         key = (self._name, tuple(sorted(arguments.items())))
-        angles = self._calls.angles(key)
+        angles, _ = self._calls.angles(key)
         parts = (angles,) if isinstance(angles, Tensor) else angles
         made = tuple(
             self._calls.placeholders.add(key, index, _like(part, x, position_ids)) for index, part in enumerate(parts)
@@ -157,10 +179,19 @@ def _like(part: Tensor, x: Tensor, position_ids: Tensor) -> Tensor:
     return torch.empty((*position_ids.shape, *part.shape[2:]), dtype=dtype)
 
 
-def _angles(module: nn.Module, positions: int, arguments: dict[str, Any]) -> Angles:
+def _angles(module: nn.Module, arguments: dict[str, Any], positions: int) -> Angles:
     with torch.no_grad():
         angles: Angles = module(torch.zeros(1, 1, 1), position_ids=torch.arange(positions)[None], **arguments)
     return angles
+
+
+def _original_positions(config: PreTrainedConfig) -> int | None:
+    """The length of context that the model had before it was stretched."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    found = parameters.get(
+        "original_max_position_embeddings", getattr(config, "original_max_position_embeddings", None)
+    )
+    return None if found is None else int(found)
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -168,7 +199,7 @@ def _is_rotary(module: nn.Module) -> bool:
 
 
 def _same(a: RotaryTable, b: RotaryTable) -> bool:
-    flags = ("interleaved", "sorted_first", "sequence_first")
+    flags = ("interleaved", "sorted_first", "sequence_first", "long_from")
     return all(getattr(a, flag) == getattr(b, flag) for flag in flags) and all(
         x.shape == y.shape and torch.equal(x, y) for x, y in ((a.cos, b.cos), (a.sin, b.sin))
     )

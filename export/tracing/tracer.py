@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from starling.engine.bundle.manifest import Architecture
@@ -19,13 +19,15 @@ from starling.engine.errors import StarlingError, UnsupportedModelError
 from starling.engine.names import INPUT_IDS, LOGITS, LOGITS_TO_KEEP, PAST, PRESENT
 from starling.export.checkpoints.checkpoint import empty_model
 from starling.export.dialects import Dialect, StepInput
-from starling.export.graphs.rewrites import simplify
+from starling.export.graphs.rewrites import required, simplify, take_over
 from starling.export.tracing.abstract_nodes import added_to_weights
 from starling.export.tracing.architecture import check_supported, positions_of
 from starling.export.tracing.lowering import Heads, Lowering, Step, table_buffers
+from starling.export.tracing.masks import StandInUsed
 from starling.export.weights.weight_plan import Rows, Table, set_weight
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_POSITIONS = "Positions"
 _BATCH, _SEQUENCE, _CACHE, _KEPT = 2, 5, 16, 3  # example sizes; every one of them is a dynamic axis
 
 
@@ -35,6 +37,7 @@ class Trace:
 
     model: ir.Model
     architecture: Architecture
+    notes: tuple[str, ...] = ()
 
 
 class _TraceCache:
@@ -44,6 +47,9 @@ class _TraceCache:
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
+
+    def __getattr__(self, name: str) -> Any:
+        raise StandInUsed(f"it keeps a state other than keys and values ({name}), which the KV cache cannot hold")
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
@@ -68,6 +74,8 @@ class _Traced(nn.Module):
         pairs = list(zip(past[0::2], past[1::2], strict=True))
         inputs = dict(zip(self._names, step, strict=True))
         positions = lowering.dialect.positions(inputs, input_ids.shape[1])
+        if not lowering.rotary.tables:  # then they are in the graph where the model has asked for them
+            positions = _marked(positions)
         lowering.begin(Step(inputs, positions, pairs or None))
         kept = inputs.get(LOGITS_TO_KEEP)
         with _only(kept, self.model.get_output_embeddings()):  # type: ignore[no-untyped-call]
@@ -100,6 +108,26 @@ def _only(kept: Tensor | None, lm_head: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
+def _marked(positions: Tensor) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"starling::{_POSITIONS}", (positions,), dtype=positions.dtype, shape=positions.shape, version=1
+    )
+
+
+def _unmark(graph: ir.Graph, name: str) -> None:
+    """Take the mark out of the graph.
+
+    Raises:
+        UnsupportedModelError: it is not there: the model knows of positions by itself, and none after the first step.
+    """
+    marks = [node for node in graph if node.op_type == _POSITIONS]
+    if not marks:
+        raise UnsupportedModelError(f"{name}: its position embeddings are neither rotary nor made from position_ids")
+    for node in marks:
+        take_over(node.outputs[0], required(node.inputs[0]))
+        graph.remove(node, safe=True)
+
+
 def _gather(x: Tensor, kept: Tensor) -> Tensor:
     """Positions `kept` [kept] of x [batch, sequence, hidden]; negative ones count from the end."""
     shape = (x.shape[0], kept.shape[0], x.shape[2])
@@ -127,13 +155,15 @@ def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str, positions: int
             architecture = _architecture(model, heads, positions, parameters, tied=bool(tied))
             lowering.register_tables()
             graph = _export(lowering, architecture, TORCH_DTYPES[dtype])
+    if not lowering.rotary.tables:
+        _unmark(graph.graph, architecture.class_name)
     _plan_weights(graph, tied, lowering, real)
     simplify(graph)
-    return Trace(graph, architecture)
+    return Trace(graph, architecture, lowering.rotary.notes())
 
 
 def _survey(lowering: Lowering, dtype: torch.dtype) -> Heads:
-    """Run the model once, without a graph, to see how it attends and rotates; the heads that all of its layers have.
+    """Run the model once, without a graph, to see how it attends and rotates; the heads that its KV cache has.
 
     Raises:
         UnsupportedModelError: it does something that cannot be lowered faithfully, or its layers are of several kinds.
@@ -147,16 +177,19 @@ def _survey(lowering: Lowering, dtype: torch.dtype) -> Heads:
     heads = lowering.step.heads
     missing = [i for i in range(lowering.model.config.num_hidden_layers) if i not in heads]
     if missing:
-        raise UnsupportedModelError(f"{name}: layer {missing[0]} has no softmax attention with a KV cache of its own")
+        raise UnsupportedModelError(
+            f"{name}: layer {missing[0]} has no softmax attention that goes through transformers' AttentionInterface, "
+            "with keys and values of its own"
+        )
     first = heads[0]
     for layer, other in sorted(heads.items()):
         if other != first:
             raise UnsupportedModelError(
                 f"{name}: the KV caches of layers 0 and {layer} differ ({_describe(first)}; {_describe(other)})"
             )
-    if first.key_dim != first.value_dim:
-        raise UnsupportedModelError(f"{name}: keys and values have heads of {first.key_dim} and {first.value_dim}")
-    return first
+    multiple = lowering.dialect.head_multiple
+    width = -(-max(first.key_dim, first.value_dim) // multiple) * multiple
+    return Heads(first.kv_heads, width, width)
 
 
 def _describe(heads: Heads) -> str:
@@ -263,9 +296,15 @@ def _explain(error: BaseException, name: str) -> StarlingError:
     """Our own refusal from inside the trace where there was one, else the tracer's failure in one line."""
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, StandInUsed):
+            return UnsupportedModelError(f"{name}: {cause}")
         if isinstance(cause, StarlingError):
             return cause
         cause = cause.__cause__ or cause.__context__
+    if isinstance(error, DataDependentOutputException):
+        return UnsupportedModelError(
+            f"{name}: its code decides by what is in its tensors ({error}), which no graph can"
+        )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UnsupportedModelError(f"{name}: it could not be traced ({reason[:200]}); run with --debug for more")
 

@@ -17,7 +17,16 @@ from starling.engine.progress import Advance
 from starling.export.checkpoints.checkpoint import TensorSource
 from starling.export.quantization.blocks import BlockQuantization, quantize_rows
 from starling.export.quantization.qdq_scheme import FP8, INT4, INT8, Grid, pack_int4, quantize_weight, weight_scales
-from starling.export.weights.weight_plan import Blocks, QdqRows, Rows, Table, Weight, weight_of
+from starling.export.weights.weight_plan import (
+    Blocks,
+    ExpertBlocks,
+    ExpertRows,
+    QdqRows,
+    Rows,
+    Table,
+    Weight,
+    weight_of,
+)
 
 ALIGNMENT = 4096  # a tensor starts on a page, so that a reader can map it
 ROW_MULTIPLE = 64  # rows of zeros follow a quantized weight up to such a number: kernels of GPUs ask for it
@@ -48,14 +57,23 @@ def planned_bytes(model: ir.Model) -> int:
 
 
 def bytes_per_token(model: ir.Model) -> int:
-    """Weight bytes that one decoded token reads: all but rotary tables and an embedding that nothing else reads."""
+    """Weight bytes that one decoded token reads: all but rotary tables and an embedding that nothing else reads.
+
+    Of a mixture's experts it reads those that it chose.
+    """
     read: dict[Weight, int] = {}
     for value in model.graph.initializers.values():
         weight = weight_of(value)
         looked_up = all(use.node.op_type in ("Gather", "GatherBlockQuantized") for use in value.uses())
         if weight is not None and not isinstance(weight, Table) and not looked_up:
-            read[weight] = _size(value)
+            read[weight] = int(_size(value) * _share(value))
     return sum(read.values())
+
+
+def _share(value: ir.Value) -> float:
+    """The share of a weight that one token reads: of experts the chosen ones, else all of it."""
+    users = [use.node for use in value.uses() if use.node.op_type in ("MoE", "QMoE")]
+    return users[0].attributes["k"].as_int() / int(_shape(value).numpy()[0]) if users else 1.0
 
 
 def write_weights(
@@ -83,7 +101,13 @@ def write_weights(
             if isinstance(weight, QdqRows) and weight.piece == "data":
                 scales = distinct[QdqRows(weight.rows, "scales", weight.block)]
                 _write_qdq(writer, tensors, weight, _GRIDS[_dtype(value)], _TORCH[_dtype(scales)], places)
-            if isinstance(weight, Blocks | QdqRows):
+            if isinstance(weight, ExpertBlocks) and weight.piece == "data":
+                assert how is not None
+                dtype = _TORCH[_dtype(distinct[ExpertBlocks(weight.rows, "scales")])]
+                _write_expert_blocks(writer, tensors, weight.rows, how, dtype, places)
+            if isinstance(weight, ExpertRows):
+                places[weight] = _write_experts(writer, tensors, weight, _TORCH[_dtype(value)])
+            if not isinstance(weight, Rows | Table):
                 continue
             start = writer.begin()
             tensor = _assemble(weight, tensors, value)
@@ -158,8 +182,7 @@ def _quantized_rows(distinct: dict[Weight, ir.Value]) -> list[Rows]:
 def _chunks(tensors: TensorSource, name: str) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) of a checkpoint tensor, piece by piece."""
     count, *rest = tensors.shape(name)
-    width = rest[0] if rest else 1
-    step = max(1, CHUNK_ELEMENTS // width)
+    step = max(1, CHUNK_ELEMENTS // math.prod(rest))
     for start in range(0, count, step):
         yield start, tensors.rows(name, start, min(start + step, count))
 
@@ -169,6 +192,8 @@ def _assemble(weight: Rows | Table, tensors: TensorSource, value: ir.Value) -> T
     dtype = _TORCH[_dtype(value)]
     if isinstance(weight, Table):
         return weight.values.to(dtype)
+    if not tensors.shape(weight.names[0]):  # a single number has no rows
+        return _narrow(tensors.rows(weight.names[0], 0, 1).reshape(()), dtype, weight.names[0])
     device = tensors.rows(weight.names[0], 0, 0).device
     stored = torch.empty([int(d) for d in _shape(value).numpy()], dtype=dtype, device=device)
     by_row = stored.T if weight.transposed else stored
@@ -218,6 +243,46 @@ def _write_blocks(
         writer.write(torch.cat(pieces))
         places[Blocks(rows, piece_name)] = (start, writer.position - start)
         writer.pad(missing * pieces[0][0].nbytes)
+
+
+def _experts(tensors: TensorSource, rows: ExpertRows) -> Iterator[Tensor]:
+    """Each expert's matrix [rows, columns] (or bias [rows]) as it is stored."""
+    for expert in range(tensors.shape(rows.name)[0]):
+        matrix = tensors.rows(rows.name, expert, expert + 1)[0]
+        matrix = matrix.T if rows.transposed else matrix
+        if rows.interleave:
+            matrix = torch.stack(matrix.chunk(2), dim=1).flatten(0, 1)
+        yield matrix.contiguous()
+
+
+def _write_experts(writer: _Writer, tensors: TensorSource, rows: ExpertRows, dtype: torch.dtype) -> tuple[int, int]:
+    start = writer.begin()
+    for matrix in _experts(tensors, rows):
+        writer.write(_narrow(matrix, dtype, rows.name))
+    return start, writer.position - start
+
+
+def _write_expert_blocks(
+    writer: _Writer,
+    tensors: TensorSource,
+    rows: ExpertRows,
+    how: BlockQuantization,
+    dtype: torch.dtype,
+    places: dict[Weight, tuple[int, int]],
+) -> None:
+    """Quantize and write one expert after the other; scales and zero points are small and follow."""
+    start = writer.begin()
+    small: dict[str, list[Tensor]] = {"scales": [], "zero_points": []}
+    for matrix in _experts(tensors, rows):
+        data, scales, zeros = quantize_rows(matrix, how)
+        writer.write(data)
+        small["scales"].append(_narrow(scales, dtype, rows.name))
+        small["zero_points"].append(zeros)
+    places[ExpertBlocks(rows, "data")] = (start, writer.position - start)
+    for piece, parts in small.items():
+        start = writer.begin()
+        writer.write(torch.stack(parts))
+        places[ExpertBlocks(rows, piece)] = (start, writer.position - start)
 
 
 def _write_qdq(

@@ -29,6 +29,27 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """A checkpoint tensor with all experts of a layer, [experts, rows, columns], or their biases, [experts, rows].
+
+    `transposed`: the checkpoint has [experts, columns, rows]. `interleave`: its first and second half of the rows are
+    stored in turns.
+    """
+
+    name: str
+    transposed: bool
+    interleave: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBlocks:
+    """One piece (`data`, `scales` or `zero_points`) of experts that are quantized in blocks along their columns."""
+
+    rows: ExpertRows
+    piece: str
+
+
+@dataclass(frozen=True, slots=True)
 class QdqRows:
     """One piece (`data` or `scales`) of rows that are quantized for DequantizeLinear and stored [columns, rows].
 
@@ -47,7 +68,7 @@ class Table:
     values: Tensor
 
 
-Weight = Rows | Blocks | QdqRows | Table
+Weight = Rows | Blocks | ExpertRows | ExpertBlocks | QdqRows | Table
 
 
 def set_weight(value: ir.Value, weight: Weight) -> None:
@@ -90,6 +111,8 @@ def stacked(rows: list[Rows]) -> Rows:
 def stacked_name(names: list[str]) -> str:
     """A name for weights packed into one: `0.q_proj.weight` and `0.k_proj.weight` give `0.q_proj+k_proj.weight`."""
     parts = [name.split(".") for name in names]
+    if len({len(part) for part in parts}) > 1:
+        return "+".join(names)
     columns = (dict.fromkeys(column) for column in zip(*parts, strict=True))
     return ".".join("+".join(column) for column in columns)
 

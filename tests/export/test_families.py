@@ -36,6 +36,30 @@ TWO_ROTARY_BASES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
 }
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+LONGROPE = {
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+        "original_max_position_embeddings": 64,
+    },
+    "original_max_position_embeddings": 64,
+}
+LOW_RANK = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 24}
+LOW_RANK |= {"num_key_value_heads": 4}
+MANY = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+DEEPSEEK = {
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+}
 
 FAMILIES = [
     Family("llama", "llama"),
@@ -80,11 +104,39 @@ FAMILIES = [
     Family("phi-partial-rotary-split-before", "phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
     Family("stablelm-partial-rotary", "stablelm", {"head_dim": 16, "partial_rotary_factor": 0.25}),
     Family("hunyuan-norm-after-rotary", "hunyuan_v1_dense"),
+    Family(
+        "gemma2-softcap",
+        "gemma2",
+        {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 32, "sliding_window": WINDOW},
+        ("ort", "canonical"),
+    ),
+    Family("llama-dynamic-within-its-context", "llama", {"rope_parameters": DYNAMIC_ROPE}),
+    Family("phi3-longrope", "phi3", LONGROPE),
+    Family("nanochat-norm-after-rotation-the-other-way", "nanochat"),
+    Family("heads-of-20-channels", "llama", {"head_dim": 20}),
+    Family("heads-of-40-channels", "llama", {"head_dim": 40}),
+    Family("minicpm3-values-narrower-than-keys", "minicpm3", LOW_RANK),
+]
+EXPERTS = [
+    Family("mixtral", "mixtral", {"num_local_experts": 4}, ("ort", "canonical")),
+    Family(
+        "qwen3-moe-weights-that-do-not-sum-to-one", "qwen3_moe", MANY | {"norm_topk_prob": False}, ("ort", "canonical")
+    ),
+    Family("olmoe", "olmoe", MANY | {"head_dim": 16}, ("ort", "canonical")),
+    Family("granitemoe", "granitemoe", {"num_local_experts": 4}, ("ort", "canonical")),
+    Family("gpt-oss-sinks-biases-clamps", "gpt_oss", {"num_local_experts": 4, "sliding_window": WINDOW}, ("ort",)),
+    Family("deepseek-v3-groups-and-shared-expert", "deepseek_v3", LOW_RANK | DEEPSEEK, ("ort", "canonical")),
 ]
 
 
-@pytest.mark.parametrize("dialect", ["ort", "canonical", "tensorrt"])
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    ("family", "dialect"),
+    [
+        pytest.param(family, dialect, id=f"{family.name}-{dialect}")
+        for family in FAMILIES + EXPERTS
+        for dialect in family.dialects
+    ],
+)
 def test_logits_are_pytorchs(
     family: Family, dialect: str, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +191,68 @@ def steps_of(bundle: Path, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float3
     return whole, steps
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("family", EXPERTS, ids=lambda f: f.name)
+def test_experts_in_blocks_are_near_to_pytorch(
+    family: Family, scheme: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Routed by nearly equal scores a token may take another expert: so the median over the positions is compared."""
+    folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
+    options = ExportOptions(quantization=BlockQuantization(scheme), check=False)
+    export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", options)
+    ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = reference(ids).logits[0].numpy()
+    _, steps = steps_of(tmp_path / "bundle", ids[0].numpy())
+    errors = [np.sqrt(np.square(logits - expected[at]).mean()) for at, logits in steps.items()]
+    assert np.median(errors) < {"int8": 0.15, "int4": 0.8}[scheme] * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        (Family("experts", "mixtral", {"num_local_experts": 4}), "mixtures of experts"),
+        (Family("softcap", "gemma2", {"query_pre_attn_scalar": 32}), "soft cap"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Family) else "",
+)
+def test_what_tensorrt_does_not_have_is_refused_by_name(
+    family: Family, named: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match=named):
+        export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", ExportOptions(dialect="tensorrt", check=False))
+
+
+def test_sinks_are_refused_by_name_where_there_is_no_operator(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = random_folder(Family("sinks", "gpt_oss", {"num_local_experts": 4}), tiny_checkpoint, tmp_path / "model")
+    options = ExportOptions(dialect="canonical", check=False)
+    with pytest.raises(UnsupportedModelError, match="attention sinks"):
+        export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", options)
+
+
+@pytest.mark.parametrize("dialect", ["ort", "canonical", "tensorrt"])
+def test_a_session_for_long_sequences_rotates_by_the_long_factors(
+    dialect: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """PyTorch takes them for a whole sequence of more than 64 positions, as longrope says."""
+    folder = random_folder(Family("longrope", "phi3", LONGROPE), tiny_checkpoint, tmp_path / "model")
+    manifest = export_bundle(
+        open_checkpoint(str(folder)), tmp_path / "bundle", ExportOptions(dialect=dialect, check=False)
+    )
+    assert any("at most 64 positions" in note for note in manifest["notes"])
+    ids = torch.randint(3, 32000, (1, 80), generator=torch.Generator().manual_seed(1))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        long, short = reference(ids).logits[0].numpy(), reference(ids[:, :40]).logits[0].numpy()
+    backend = open_backend(Bundle.open(tmp_path / "bundle"), name="onnxruntime-cpu", max_seq=96, max_batch=1)
+    backend.prefill(0, ids[0, :40].numpy(), 0)
+    assert np.abs(backend.prefill(0, ids[0, 40:].numpy(), 40).logits()[0] - long[-1]).max() < 1e-3
+    backend.close()
+    assert np.abs(long[39] - short[39]).max() > 0.05  # the two kinds differ
+
+
 def test_the_window_matters(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The windowed families above would fail without their window: the same weights give other logits."""
     windowed = Family("windowed", "mistral", {"sliding_window": WINDOW})
@@ -155,29 +269,8 @@ def test_the_window_matters(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("family", "named"),
     [
-        (Family("gemma2", "gemma2", {"attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 32}), "softcap"),
-        (
-            Family("dynamic", "llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
-            "dynamic",
-        ),
-        (
-            Family(
-                "longrope",
-                "phi3",
-                {
-                    "head_dim": 16,
-                    "rope_parameters": {
-                        "rope_type": "longrope",
-                        "rope_theta": 1e4,
-                        "short_factor": [1.0] * 8,
-                        "long_factor": [2.0] * 8,
-                        "original_max_position_embeddings": 64,
-                    },
-                    "original_max_position_embeddings": 64,
-                },
-            ),
-            "longrope",
-        ),
+        (Family("chunks", "llama4_text", {"attention_chunk_size": 16} | MANY), "llama4|Llama4"),
+        (Family("convolutions", "lfm2", {"layer_types": ["conv", "full_attention", "conv"]}), "state other than keys"),
     ],
     ids=lambda value: value.name if isinstance(value, Family) else "",
 )

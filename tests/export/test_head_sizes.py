@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from families import Family, random_folder
 
-from starling.engine.errors import UnsupportedModelError
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
@@ -42,14 +41,8 @@ def test_the_cpu_kernels_take_them_too(
     assert found[0] == pytest.approx(found[1], rel=0.2)
 
 
-@pytest.mark.parametrize("width", [12, 20])
-def test_other_widths_are_refused_by_name_before_anything_is_written(
-    width: int, tiny_checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    folder = random_folder(Family("odd", "llama", {"head_dim": width}), tiny_checkpoint, tmp_path / "model")
-    checkpoint = open_checkpoint(str(folder))
-    with pytest.raises(UnsupportedModelError, match=f"heads are {width} wide, .*multiples of 8: --dialect canonical"):
-        export_bundle(checkpoint, tmp_path / "bundle", ExportOptions())
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    manifest = export_bundle(checkpoint, tmp_path / "bundle", ExportOptions(dialect="canonical", check=True))
+@pytest.mark.parametrize(("width", "padded"), [(12, 16), (20, 24)])
+def test_other_widths_are_padded(width: int, padded: int, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    manifest = export_of(width, tiny_checkpoint, tmp_path)
+    assert manifest["architecture"]["head_dim"] == padded
     assert manifest["parity"]["max_abs_logit_diff"] < 1e-3

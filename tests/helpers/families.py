@@ -33,18 +33,24 @@ class Family:
     name: str
     model_type: str
     options: dict[str, Any] = field(default_factory=dict)
+    dialects: tuple[str, ...] = ("ort", "canonical", "tensorrt")
 
     def config(self) -> PreTrainedConfig:
         return AutoConfig.for_model(self.model_type, **(SMALL | self.options))
 
 
-def random_folder(family: Family, tokenizer: Checkpoint, folder: Path) -> Path:
-    """Save a model whose every weight matters: no zero biases, no norm weights of one, sharp attention."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(family.config(), dtype=torch.float32)
+def make_random(model: torch.nn.Module) -> None:
+    """Give every weight a part in the result: no zero biases, no norm weights of one, sharp attention."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.3))
+
+
+def random_folder(family: Family, tokenizer: Checkpoint, folder: Path) -> Path:
+    """Save a model whose every weight matters."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family.config(), dtype=torch.float32)
+    make_random(model)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer.tokenizer.tokenizer_json, encoding="utf-8")
     return folder
