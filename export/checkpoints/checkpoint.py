@@ -153,6 +153,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         except ValueError as error:
             message = f"{config.model_type}: transformers has no causal language model for it"
             raise UnsupportedModelError(message) from error
+    model.tie_weights()  # what is registered without values is a parameter of its own, tied or not
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -48,7 +48,8 @@ def test_commands_are_completed() -> None:
 
 
 def test_options_are_completed_and_old_names_are_not() -> None:
-    assert plain("serve", "b", "--max-") == ["--max-body", "--max-prompt", "--max-batch", "--max-queue", "--max-seq"]
+    bounds = ["--max-body", "--max-connections", "--max-prompt", "--max-batch", "--max-queue", "--max-seq"]
+    assert plain("serve", "b", "--max-") == bounds
     assert plain("serve", "b", "--slo") == plain("serve", "b", "--qu") == []
     assert plain("export", "demo", "out", "--no-") == ["--no-check"]
 

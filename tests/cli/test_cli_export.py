@@ -104,7 +104,7 @@ BEFORE_PYTORCH = {
     "a bundle": ({"bundle.json": "{}"}, (".",), "is a bundle, which an export has made: give the checkpoint"),
     "a folder with a GGUF file": ({"a.gguf": ""}, (".",), "has no config.json, but a.gguf: give that file, "),
     "a configuration alone": (CONFIG, (".",), "has neither model.safetensors nor model.safetensors.index.json"),
-    "a broken configuration": ({"config.json": "{"}, (".",), "config.json is no JSON"),
+    "a broken configuration": ({"config.json": "{"}, (".",), "config.json is not JSON"),
     "a pickle": ({**CONFIG, "pytorch_model.bin": ""}, (".",), "has only pytorch_model.bin, a pickle"),
     "a pointer in place of weights": (
         {**CONFIG, "model.safetensors": "version https://git-lfs.github.com/spec/v1"},
