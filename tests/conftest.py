@@ -14,9 +14,11 @@ from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization.blocks import BlockQuantization
 
-# A job started in the background ignores Ctrl-C, and so do its children: the tests send it to both.
+# A job started in the background ignores Ctrl-C, one under nohup SIGHUP, and so do their children: tests send both.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # Fixtures that export the real model or a plan: what uses them is not quick.
