@@ -1,5 +1,6 @@
 """docs/models.md says what the exporter does: its lines are run again for a few types, one of each kind of answer."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,13 @@ def test_the_page_says_what_the_exporter_does(model_type: str, tiny_checkpoint: 
         assert found.why == why
 
 
-def test_the_page_has_every_type_and_none_is_wrong_or_crashes() -> None:
+@pytest.mark.skipif(not version("transformers").startswith("5.23."), reason="the page is of transformers 5.23")
+def test_the_page_has_every_type() -> None:
+    assert list(read_page(PAGE)) == model_types()
+
+
+def test_the_page_has_nothing_that_is_wrong_or_crashes() -> None:
     lines = read_page(PAGE)
-    assert list(lines) == model_types()
     assert not [name for name, (verdict, _) in lines.items() if verdict in ("wrong", "crash")]
 
 
