@@ -103,7 +103,8 @@ def _write_rotary(writer: GGUFWriter, name: str, config: PreTrainedConfig) -> No
         writer.add_rope_scaling_factor(full["factor"])
     if name == "gemma3":
         writer.add_float32(f"{writer.arch}.rope.freq_base_swa", rope["sliding_attention"]["rope_theta"])
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
+        writer.add_array(f"{writer.arch}.attention.sliding_window_pattern", slides)
     if full["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", rope_factors(full, head_dim_of(config)))
 
