@@ -9,6 +9,7 @@ from typing import Any
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
 from starling.export.checkpoints.checkpoint import TokenizerFiles
+from starling.export.tokenizers.byte_level import BYTE_LEVEL, byte_level_document, splits
 from starling.export.tokenizers.gguf_special_tokens import end_ids, stated_ids, token_kinds
 from starling.export.tokenizers.sentencepiece_bpe import (
     Piece,
@@ -19,15 +20,8 @@ from starling.export.tokenizers.sentencepiece_bpe import (
 )
 from starling.export.tokenizers.tokenizer_files import check_loads, templates_of
 
-BYTE_LEVEL: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-BYTES_ONLY = BYTE_LEVEL | {"use_regex": False}
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-
-
-def _splits(*patterns: str) -> list[dict[str, Any]]:
-    split = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
-    return [*split, BYTES_ONLY]
 
 
 def _words(digits: str) -> str:
@@ -38,8 +32,8 @@ def _words(digits: str) -> str:
 
 
 _GPT_2: list[dict[str, Any]] = [BYTE_LEVEL]
-_LLAMA_3 = _splits(_words(r"\p{N}{1,3}"))
-_QWEN_2 = _splits(_words(r"\p{N}"))
+_LLAMA_3 = splits(_words(r"\p{N}{1,3}"))
+_QWEN_2 = splits(_words(r"\p{N}"))
 _DIGITS_APART: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]
 _CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
 _TEKKEN = (
@@ -48,12 +42,12 @@ _TEKKEN = (
 )
 # tokenizer.ggml.pre -> the pre-tokenizers, as in llama.cpp's src/llama-vocab.cpp
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
-    "default": _splits(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "default": splits(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "granite-docling"), _GPT_2),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), _LLAMA_3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN_2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS_APART),
-    "tekken": _splits(_TEKKEN),
+    "tekken": splits(_TEKKEN),
 }
 # Words that are whole in the vocabulary are taken before any merge; and BOS is added where the file does not say.
 WHOLE_WORDS = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})
@@ -138,32 +132,20 @@ def _byte_level_json(metadata: dict[str, Any], token_ids: dict[str, int], where:
     template = template_post_processor(
         None if bos is None else (tokens[bos], bos), None if eos is None else (tokens[eos], eos)
     )
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
+    document = byte_level_document(
+        {token: index for index, token in enumerate(tokens)},
+        metadata.get("tokenizer.ggml.merges", []),
+        added=[
             added_token(index, token, special=kind == PieceKind.CONTROL)
             for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
             if kind in (PieceKind.CONTROL, PieceKind.USER_DEFINED)
         ],
-        "normalizer": NORMALIZERS.get(pre),
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
-        "post_processor": template,
-        "decoder": BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre in WHOLE_WORDS,
-            "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": metadata.get("tokenizer.ggml.merges", []),
-        },
-    }
+        normalizer=NORMALIZERS.get(pre),
+        pretokenizers=PRE_TOKENIZERS[pre],
+        post_processor=template,
+        decoder=BYTE_LEVEL,
+        whole_words=pre in WHOLE_WORDS,
+    )
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from starling.engine.errors import CheckpointError, StarlingError, one_line
 from starling.export.checkpoints.checkpoint import FILES
+from starling.export.tokenizers.byte_level import BYTES_ONLY, byte_level_document, splits
 from starling.export.tokenizers.sentencepiece_bpe import added_token, template_post_processor
 
 
@@ -25,33 +26,17 @@ def tekken_document(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no tekken.json that mistral-common reads: {one_line(error)}") from error
     special = tekken.num_special_tokens
     tokens = [tekken.id_to_byte_piece(i) for i in range(special, tekken.n_words)]
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [added_token(i, tekken.id_to_piece(i)) for i in range(special)],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
-        "post_processor": template_post_processor((tekken.id_to_piece(tekken.bos_id), tekken.bos_id), None),
-        "decoder": to_bytes,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,  # a word that is whole in the vocabulary is taken before any merge
-            "vocab": {
-                **{tekken.id_to_piece(i): i for i in range(special)},
-                **{_shown(token): special + rank for rank, token in enumerate(tokens)},
-            },
-            "merges": _merges(tokens),
-        },
-    }
+    vocab = {tekken.id_to_piece(i): i for i in range(special)}
+    vocab |= {_shown(token): special + rank for rank, token in enumerate(tokens)}
+    return byte_level_document(
+        vocab,
+        _merges(tokens),
+        added=[added_token(i, tekken.id_to_piece(i)) for i in range(special)],
+        pretokenizers=splits(pattern),
+        post_processor=template_post_processor((tekken.id_to_piece(tekken.bos_id), tekken.bos_id), None),
+        decoder=BYTES_ONLY,
+        whole_words=True,
+    )
 
 
 def _merges(tokens: list[bytes]) -> list[list[str]]:

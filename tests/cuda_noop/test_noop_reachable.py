@@ -17,7 +17,7 @@ from starling.profiling.gpu.packing.small_runtime import Reachable
 REACHABLE = Reachable.read()
 PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 
-if hashlib.sha256(PROVIDER.read_bytes()).hexdigest() != REACHABLE.library_sha256:
+if hashlib.sha256(PROVIDER.read_bytes()).hexdigest() != REACHABLE.provider_sha256:
     pytest.skip("the list is of the library for Python 3.12", allow_module_level=True)
 
 

@@ -36,7 +36,7 @@ _XZ_PRESET: Final = 4  # higher ones take minutes more and save a megabyte
 class Reachable:
     """Offsets of the fat binaries that the kit's graphs can reach, in the library with this SHA-256."""
 
-    library_sha256: str
+    provider_sha256: str
     offsets: frozenset[int]
 
     @staticmethod
@@ -74,7 +74,7 @@ def write_small_runtime(wheel: Path, archive: Path, architecture: int, say: Call
 
 def _small_library(library: bytes, architecture: int, say: Callable[[str], None]) -> bytes:
     reachable, digest = Reachable.read(), hashlib.sha256(library).hexdigest()
-    is_known = digest == reachable.library_sha256
+    is_known = digest == reachable.provider_sha256
     if not is_known:
         say(f"another CUDA library than that of {VERSION}: all its kernels are kept, and the archive is larger")
     result = trimmed(library, architecture, reachable.offsets if is_known else None)

@@ -13,9 +13,9 @@ from starling.engine.errors import PlanError
 
 
 class Wanted(NamedTuple):
-    """What an engine must fit: the library that loads it, the GPU, positions and rows of the KV cache."""
+    """What an engine must fit: the runtime that loads it, the GPU, positions and rows of the KV cache."""
 
-    library: Library
+    runtime: Library
     target: str
     max_seq: int
     max_batch: int
@@ -63,9 +63,9 @@ class _Refusal(NamedTuple):
 
 def _refusal(record: EngineRecord, wanted: Wanted) -> _Refusal | None:
     try:
-        record.require(wanted.library.name, wanted.library.version, wanted.target)
+        record.require(wanted.runtime.name, wanted.runtime.version, wanted.target)
     except PlanError as error:
-        return _Refusal(int(record.runtime == wanted.library.name), error)
+        return _Refusal(int(record.runtime == wanted.runtime.name), error)
     for passed, (what, has, needs, option) in enumerate(
         (
             ("rows", record.max_batch, wanted.max_batch, "--max-batch"),
