@@ -18,7 +18,6 @@ from starling.cli.shared.output import human_bytes, human_seconds, print_json
 from starling.cli.shared.progress_bar import progress_on_stderr
 from starling.engine.errors import UserError
 from starling.engine.names import ACTIVATION_SCHEMES, DIALECTS, DTYPES, SCHEMES
-from starling.export.bundle_folder import check_target
 
 if TYPE_CHECKING:
     from starling.engine.bundle.manifest import Bundle
@@ -141,6 +140,8 @@ def _check_settings(out: Path, options: dict[str, Any]) -> BlockQuantization | Q
         refuse_options(_QDQ_OPTIONS, "is for --dialect tensorrt")
     if options["check"] is False:
         refuse_options(["accept_quality"], "is about the comparison with PyTorch, which --no-check leaves out")
+    from starling.export.bundle_folder import check_target
+
     check_target(out, force=options["force"])
     quantization = _quantization(options)
     if scheme is not None:

@@ -195,7 +195,7 @@ def _limits(engine: Engine, options: dict[str, Any]) -> Limits:
 def _announce(
     engine: Engine, limits: Limits, options: dict[str, Any], host: str, port: int, *, with_keys: bool
 ) -> None:
-    if not with_keys and not ipaddress.ip_address(host).is_loopback:
+    if not with_keys and not _is_loopback(host):
         LOGGER.warning(f"{host} is open to other machines and no API key is set: see --api-key-file")
     shown = f"[{host}]" if ":" in host else host
     rows = f"{options['max_batch']} requests at a time, {options['max_queue']} may wait"

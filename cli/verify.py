@@ -63,15 +63,16 @@ def command(context: click.Context, /, bundle: Path, as_json: bool, max_batch: i
             found = [verify(opened, backend, rows) for rows in dict.fromkeys((1, max_batch))]
         finally:
             backend.close()
+    is_wrong = any(result.problem for result in found)
     if as_json:
-        print_json(_document(opened.folder, backend, found))
+        print_json(_document(opened.folder, backend, found, is_wrong))
     else:
-        _print(backend, found)
-    if any(result.problem for result in found):
+        _print(backend, found, is_wrong)
+    if is_wrong:
         context.exit(1)
 
 
-def _document(folder: Path, backend: Backend, found: list[Verification]) -> dict[str, Any]:
+def _document(folder: Path, backend: Backend, found: list[Verification], is_wrong: bool) -> dict[str, Any]:
     from starling.profiling.machine.environment import describe_environment
 
     return {
@@ -81,19 +82,18 @@ def _document(folder: Path, backend: Backend, found: list[Verification]) -> dict
         "bundle": str(folder),
         "provider": backend.provider,
         "kernels": backend.kernels,
-        "right": not any(result.problem for result in found),
+        "right": not is_wrong,
         "runs": [asdict(result) for result in found],
     }
 
 
-def _print(backend: Backend, found: list[Verification]) -> None:
+def _print(backend: Backend, found: list[Verification], is_wrong: bool) -> None:
     kernels = f" with {backend.kernels} kernels" if backend.kernels else ""
     rows = [("device", f"{backend.provider}{kernels}"), ("files", "all as bundle.json says")]
     for result in found:
         title = "one row" if result.rows == 1 else f"{result.rows} rows"
         rows.append((title, result.problem or _figures(result)))
-    wrong = any(result.problem for result in found)
-    rows.append(("verdict", "WRONG: do not use the bundle on this device" if wrong else "right"))
+    rows.append(("verdict", "WRONG: do not use the bundle on this device" if is_wrong else "right"))
     print_rows(rows)
 
 

@@ -153,9 +153,7 @@ def _is_in_use(left: Path, process: str) -> bool:
         return left in _WRITING
     try:
         lock = lock_folder(left)
-    except FileNotFoundError:
-        return True  # its run has just ended
-    except BlockingIOError:
+    except (FileNotFoundError, BlockingIOError):  # its run has just ended, or goes on
         return True
     if lock is not None:
         os.close(lock)

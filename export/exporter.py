@@ -240,12 +240,12 @@ def _check(
     progress.phase("comparing with PyTorch" if whole else f"comparing the first {CUT_LAYERS} layers with PyTorch")
     if options.dtype == "bf16":
         model = load_compared(compared)
-        return None, keep_logits(model, checkpoint, folder) if whole else None, _NO_BF16
+        return None, keep_logits(model, folder) if whole else None, _NO_BF16
     if whole:
-        return *measure(checkpoint, folder, arch.layers), None
+        return *measure(checkpoint, folder), None
     with tempfile.TemporaryDirectory(dir=folder) as temporary:  # goes with the working folder where this is killed
         _write_model(compared, Path(temporary), options, Silent())
-        parity, _ = measure(compared, Path(temporary), CUT_LAYERS)
+        parity, _ = measure(compared, Path(temporary))
     return (
         parity,
         None,

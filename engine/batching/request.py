@@ -14,6 +14,8 @@ from starling.engine.generation.results import GenerationChunk, GenerationResult
 from starling.engine.generation.sequence import GenerationSequence
 
 NEVER = inf
+#: Seconds between two looks at a request that nobody reads any more; a step takes as long.
+_SETTLE_POLL_S = 0.02
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +99,13 @@ class RequestHandle(Iterator[GenerationChunk]):
                 "give it more time, or ask for fewer tokens"
             )
         return result
+
+    async def settled(self) -> None:
+        """Wait, in asyncio, until the request has ended; its chunks stay unread."""
+        import asyncio
+
+        while not self.done:
+            await asyncio.sleep(_SETTLE_POLL_S)
 
     @property
     def partial(self) -> GenerationResult:

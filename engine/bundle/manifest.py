@@ -247,7 +247,9 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
     cuda_kernels = _cuda_kernels(top.inside("cuda_kernels")) if raw.get("cuda_kernels") is not None else None
     kept = _kept_reference(top.inside("verification")) if raw.get("verification") is not None else None
     named = {
-        **{"graph.file": graph.file, **others, "cuda_kernels.graph": cuda_kernels and cuda_kernels.graph},
+        "graph.file": graph.file,
+        **others,
+        "cuda_kernels.graph": cuda_kernels and cuda_kernels.graph,
         "verification.file": kept and kept.file,
     }
     for field, file in named.items():

@@ -6,7 +6,7 @@ its cost grows with it), and shows byte-fallback characters which a later invali
 
 import codecs
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import tokenizers
@@ -41,14 +41,15 @@ class DetokenizerFactory:
     library's table then costs 50 µs.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, special_ids: Collection[int]) -> None:
+    def __init__(self, core: tokenizers.Tokenizer, special_ids: Collection[int], vocab: Mapping[str, int]) -> None:
+        """`vocab`: the id of every token, added ones too."""
         self._core, self._special_ids = core, frozenset(special_ids)
         config = json.loads(core.decoder.__getstate__()) if core.decoder is not None else {}
         steps = config.get("decoders", [])
         self._byte_level = config.get("type") == "ByteLevel"
         self._sentencepiece = steps[:3] == SENTENCEPIECE and steps[3:] in ([], [STRIP_FIRST_SPACE])
         self._strips = bool(steps[3:])
-        texts = self._texts_by_id() if self._byte_level or self._sentencepiece else []
+        texts = self._texts_by_id(vocab) if self._byte_level or self._sentencepiece else []
         piece = _characters if self._byte_level else _text_or_byte
         self._pieces = [None if text is None else piece(text) for text in texts]
 
@@ -65,9 +66,8 @@ class DetokenizerFactory:
             return _SentencePiece(self._pieces, tail, strip=self._strips and not started)
         return _Window(self._core, tail)
 
-    def _texts_by_id(self) -> list[str | None]:
+    def _texts_by_id(self, vocab: Mapping[str, int]) -> list[str | None]:
         """Texts by id, None for special ids and gaps; those of a byte-level vocabulary with a character per byte."""
-        vocab = self._core.get_vocab(with_added_tokens=True)
         texts: list[str | None] = [None] * (max(vocab.values(), default=-1) + 1)
         for token, token_id in vocab.items():
             texts[token_id] = token
@@ -195,7 +195,7 @@ class _Window:
 
 def _as_bytes(texts: list[str | None], written: dict[str, str]) -> list[str | None]:
     """Tokens of GPT-2's alphabet with each byte as the character of that number; those in `written` as given there."""
-    alphabet = str.maketrans(_char_of_byte())
+    alphabet = str.maketrans(char_of_byte())
     return [None if text is None else written.get(text) or text.translate(alphabet) for text in texts]
 
 
@@ -210,7 +210,7 @@ def _characters(text: str) -> str | bytes:
         return encoded
 
 
-def _char_of_byte() -> dict[str, str]:
+def char_of_byte() -> dict[str, str]:
     """GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for U+0100 onwards."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in printable]

@@ -111,11 +111,8 @@ def _limit_memory(size: int) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    except (
-        ImportError,
-        ValueError,
-        OSError,
-    ):  # Windows has none, macOS none that holds: the time is limited all the same
+    except (ImportError, ValueError, OSError):
+        # Windows has none, macOS none that holds: the time is limited all the same.
         pass
 
 

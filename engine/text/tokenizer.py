@@ -31,11 +31,13 @@ class Tokenizer:
         self.special_tokens: Mapping[str, str] = {
             role: text for role, text in special_tokens.items() if core.token_to_id(text) is not None
         }
-        self._detokenizers = DetokenizerFactory(core, self.special_ids)
+        vocab = core.get_vocab(with_added_tokens=True)  # tens of ms: the library makes a new one at each call
+        self._detokenizers = DetokenizerFactory(core, self.special_ids, vocab)
+        self._largest_id = max(vocab.values(), default=0)
         self._special_pattern = literal_pattern(self._added[token_id] for token_id in self.special_ids)
         #: Characters of the longest token, markers and all: so many characters of a text are at least one token. (A
         #: token of bytes has one character for each; what a tokenizer drops from a text, seldom much, is not known.)
-        self.longest_token = max(map(len, core.get_vocab(with_added_tokens=True)), default=1)
+        self.longest_token = max(map(len, vocab), default=1)
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int) -> "Tokenizer":
@@ -59,10 +61,12 @@ class Tokenizer:
 
     def _check_ids(self, path: Path, vocab_size: int) -> None:
         encoding = self._core.encode("")  # what the post-processor adds may stand in no vocabulary
-        vocab = self._core.get_vocab(with_added_tokens=True)
-        largest = max([*vocab.values(), *encoding.ids], default=0)
+        largest = max([self._largest_id, *encoding.ids])
         if largest >= vocab_size:
-            tokens = {**vocab, **dict(zip(encoding.tokens, encoding.ids, strict=True))}
+            tokens = {
+                **self._core.get_vocab(with_added_tokens=True),
+                **dict(zip(encoding.tokens, encoding.ids, strict=True)),
+            }
             token = next(token for token, token_id in tokens.items() if token_id == largest)
             raise BundleError(
                 f"{path} has token {token!r} with id {largest}, but the model knows ids below {vocab_size}: "

@@ -25,35 +25,36 @@ HELD_OUT_TOKENS = 128  # of each held-out text
 CUT_LAYERS = 2
 
 
-def measure(checkpoint: Checkpoint, folder: Path, layers: int) -> tuple[Parity, dict[str, Any]]:
-    """Compare the bundle in `folder` with the PyTorch model of `checkpoint`, which has `layers` layers.
+def measure(checkpoint: Checkpoint, folder: Path) -> tuple[Parity, dict[str, Any]]:
+    """Compare the bundle in `folder` with the PyTorch model of `checkpoint`, which has as many layers.
 
     A few of PyTorch's logits stay in the folder; the second result is what bundle.json says of them.
     """
-    texts = _texts(checkpoint, folder)
+    bundle = Bundle.open(folder)
+    texts = _texts(bundle)
     rows = [text[:-1] for text in texts]
     positions = compared_positions(len(rows[0]))
     model = load_compared(checkpoint)
     reference = np.concatenate([reference_logits(model, row)[positions].numpy() for row in rows])
     del model  # the bundle is loaded next: the two need not fit at once
     next_ids = [text[p + 1] for text in texts for p in positions]
-    logits, kernels = bundle_logits(folder, rows)
+    logits, kernels = bundle_logits(bundle, rows)
     kept = rows[0][:REFERENCE_TOKENS]
     count = len(compared_positions(len(kept)))
     verification = keep_reference(folder, kept, reference[:count], logits[:count])
-    return compare(reference, logits, next_ids, layers, kernels), verification
+    return compare(reference, logits, next_ids, bundle.architecture.layers, kernels), verification
 
 
-def keep_logits(model: PreTrainedModel, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+def keep_logits(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     """Keep PyTorch's logits as `measure` does, for a bundle that the CPU does not run."""
-    text = _texts(checkpoint, folder)[0][:-1][:REFERENCE_TOKENS]
+    text = _texts(Bundle.open(folder))[0][:-1][:REFERENCE_TOKENS]
     return keep_reference(folder, text, reference_logits(model, text)[compared_positions(len(text))].numpy(), None)
 
 
-def _texts(checkpoint: Checkpoint, folder: Path) -> list[list[int]]:
+def _texts(bundle: Bundle) -> list[list[int]]:
     """Held-out texts of one length, each with the token that follows."""
-    longest = min(HELD_OUT_TOKENS, Bundle.open(folder).architecture.max_positions)
-    return held_out_rows(TextEncoder(folder, checkpoint.config.vocab_size), longest + 1)
+    arch = bundle.architecture
+    return held_out_rows(TextEncoder(bundle.folder, arch.vocab_size), min(HELD_OUT_TOKENS, arch.max_positions) + 1)
 
 
 def load_compared(checkpoint: Checkpoint) -> PreTrainedModel:

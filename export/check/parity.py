@@ -1,7 +1,6 @@
 """Compare a bundle with the PyTorch model on held-out text: prefill, a chunk after it, then token by token."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,9 +39,9 @@ class Parity:
         return asdict(self)
 
 
-def bundle_logits(folder: Path, rows: list[list[int]]) -> tuple[NDArray[np.float32], str | None]:
+def bundle_logits(bundle: Bundle, rows: list[list[int]]) -> tuple[NDArray[np.float32], str | None]:
     """Logits [rows * positions, vocab] of the bundle on the CPU after the tokens of `compared_positions`; kernels."""
-    backend = open_backend(Bundle.open(folder), name="onnxruntime-cpu", max_seq=len(rows[0]), max_batch=len(rows))
+    backend = open_backend(bundle, name="onnxruntime-cpu", max_seq=len(rows[0]), max_batch=len(rows))
     try:
         logits, _ = run_text(backend, rows)
     finally:

@@ -157,12 +157,11 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def check_tensors(source: TensorSource, config: PreTrainedConfig, where: str) -> Skeleton:
-    """Check that `source` has every tensor of the model, in its shape; the model's skeleton.
+def check_tensors(source: TensorSource, skeleton: Skeleton, where: str) -> None:
+    """Check that `source` has every tensor of the model, in its shape.
 
     Raises CheckpointError naming the first one that is missing or of another shape; `where` is the file or folder.
     """
-    skeleton = skeleton_of(config)
     present = set(source.names())
     for name, shape in skeleton.shapes.items():
         if name not in present:
@@ -175,4 +174,3 @@ def check_tensors(source: TensorSource, config: PreTrainedConfig, where: str) ->
             raise CheckpointError(
                 f"{where}: tensor {name} is {list(source.shape(name))}, config.json wants {list(shape)}: no fit"
             )
-    return skeleton

@@ -13,8 +13,8 @@ _MOST = (
     (re.compile(r"(num|n)_(\w+_)?layers?"), 1024),
     (re.compile(r"\w*experts"), 4096),
     (re.compile(r"num_labels"), 2**16),
-    (re.compile(r""), 2**31 - 1),
 )
+_MOST_OTHERWISE = 2**31 - 1
 #: Settings that name code of a model hub, which transformers would fetch and run.
 _IMPLEMENTATION = re.compile(r"_?\w+_implementation")
 
@@ -26,7 +26,7 @@ def check_config(values: Mapping[str, Any], where: str) -> None:
     """
     for name, value in _settings(values):
         if isinstance(value, int) and not isinstance(value, bool):
-            most = next(most for pattern, most in _MOST if not pattern.pattern or pattern.fullmatch(name))
+            most = next((most for pattern, most in _MOST if pattern.fullmatch(name)), _MOST_OTHERWISE)
             if abs(value) > most:
                 raise CheckpointError(f"{where}: {name} is {_short(value)}, more than {most:,}: get the file again")
         if _IMPLEMENTATION.fullmatch(name) and isinstance(value, str) and "/" in value:

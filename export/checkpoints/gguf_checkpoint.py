@@ -8,7 +8,7 @@ import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
 from starling.engine.errors import CheckpointError, StarlingError, UnsupportedModelError, one_line
-from starling.export.checkpoints.checkpoint import Checkpoint, check_tensors, skeleton_of
+from starling.export.checkpoints.checkpoint import Checkpoint, Skeleton, check_tensors, skeleton_of
 from starling.export.checkpoints.config_bounds import check_layers
 from starling.export.checkpoints.gguf_architectures import ARCHITECTURES
 from starling.export.checkpoints.gguf_config import architecture_name, gguf_config, other_metadata
@@ -34,8 +34,10 @@ def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
     except Exception as error:  # a value of another type than its key's, or out of range
         raise CheckpointError(f"{file.path}: its metadata cannot be used: {one_line(error)}") from error
     check_layers(config.num_hidden_layers, len(file.tensors), str(file.path))
-    tensors = GgufTensors(file, config)
-    config.architectures = [check_tensors(tensors, config, str(file.path)).class_name]
+    skeleton = skeleton_of(config)
+    tensors = GgufTensors(file, config, skeleton)
+    check_tensors(tensors, skeleton, str(file.path))
+    config.architectures = [skeleton.class_name]
     generation = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.pad}
     notes = [f"the file's {key} has no place in a bundle and was left out" for key in other_metadata(file)]
     return Checkpoint("gguf", name, config, tensors, tokenizer, generation, path=file.path, notes=tuple(notes))
@@ -44,11 +46,11 @@ def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
 class GgufTensors:
     """A TensorSource over a GGUF file: float32 for quantized tensors, the stored dtype for the others."""
 
-    def __init__(self, file: GgufFile, config: "PreTrainedConfig") -> None:
+    def __init__(self, file: GgufFile, config: "PreTrainedConfig", skeleton: Skeleton) -> None:
         self._file = file
         self._how = ARCHITECTURES[architecture_name(file)]
         self._heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
-        self._stored = _names_on_file(file, config)
+        self._stored = _names_on_file(file, config, skeleton)
 
     def names(self) -> Collection[str]:
         """See TensorSource."""
@@ -75,13 +77,13 @@ class GgufTensors:
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _names_on_file(file: GgufFile, config: "PreTrainedConfig") -> dict[str, str]:
+def _names_on_file(file: GgufFile, config: "PreTrainedConfig", skeleton: Skeleton) -> dict[str, str]:
     """transformers' name -> name on file, by the name map of the package gguf."""
     name = architecture_name(file)
     architecture = next(key for key, text in MODEL_ARCH_NAMES.items() if text == name)
     name_map = get_tensor_name_map(architecture, config.num_hidden_layers)
     names = {}
-    for wanted in skeleton_of(config).shapes:
+    for wanted in skeleton.shapes:
         stem, dot, leaf = wanted.rpartition(".")
         known = name_map.get_name(stem)
         stored = f"{known}{dot}{leaf}"

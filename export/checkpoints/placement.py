@@ -73,6 +73,9 @@ def place(stored: StoredTensors, config: PreTrainedConfig, where: str) -> Placem
         CheckpointError: a tensor is missing, or has another shape than the configuration says.
     """
     classes = model_classes(config)
+    empty = without_weights(
+        classes.loaded, classes.config
+    )  # first for its refusals: from_pretrained words them otherwise
     model, report = _load(classes, stored, where)
     placed = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, RecordedTensor)}
     _refuse_misfits(model, report["mismatched_keys"], where)
@@ -80,7 +83,7 @@ def place(stored: StoredTensors, config: PreTrainedConfig, where: str) -> Placem
     left_out = sorted(set(stored.names()) - used)
     notes = judge(left_out, stored, model, where)
 
-    part = without_weights(classes.language_model, classes.text_config)
+    part = without_weights(classes.language_model, classes.text_config) if classes.is_part else empty
     names = names_in_whole(model, part)
     _refuse_missing(part, {name for name, own in names.items() if own not in placed}, stored, where)
     tensors = {name: placed[own] for name, own in names.items() if own in placed}
@@ -103,7 +106,6 @@ def _load(
     classes: ModelClasses, stored: StoredTensors, where: str
 ) -> tuple[PreTrainedModel, dict[str, Collection[Any]]]:
     """The model with recorded tensors for weights, and transformers' report."""
-    without_weights(classes.loaded, classes.config)  # for its refusals, which from_pretrained words otherwise
     try:
         return from_pretrained(
             classes.loaded,

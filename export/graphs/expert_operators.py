@@ -50,12 +50,9 @@ def _shape(weight: ir.Value, transposed: bool) -> tuple[int, int, int]:
 
 
 def _whole(graph: ir.Graph, weight: ir.Value, *, transposed: bool, interleave: bool) -> ir.Value:
-    assert weight.shape is not None
     assert weight.dtype is not None
-    sizes = tuple(int(d) for d in weight.shape)  # type: ignore[arg-type]
-    shape = (sizes[0], sizes[2], sizes[1]) if transposed else sizes
     source = ExpertRows(rows_of(weight).names[0], transposed, interleave)
-    return new_weight(graph, f"{weight.name}_experts", weight.dtype, shape, source)
+    return new_weight(graph, f"{weight.name}_experts", weight.dtype, _shape(weight, transposed), source)
 
 
 def _blocks(

@@ -36,7 +36,7 @@ def read_pieces(model_file: Path) -> list[Piece]:
 
     Raises CheckpointError where the file cannot be parsed.
     """
-    return [Piece(piece.piece, piece.score, PieceKind(piece.type)) for piece in _proto(model_file).pieces]
+    return _pieces(_proto(model_file))
 
 
 def sentencepiece_document(model_file: Path, tokenizer_config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -56,7 +56,7 @@ def sentencepiece_document(model_file: Path, tokenizer_config: dict[str, Any]) -
         prefix_space=normalizer.add_dummy_prefix if prefix is None else bool(prefix),
         after_special=tokenizer_config.get("legacy") is not False,
     )
-    pieces = read_pieces(model_file)
+    pieces = _pieces(proto)
     adds_bos = tokenizer_config.get("add_bos_token", True) and trainer.bos_id >= 0
     adds_eos = tokenizer_config.get("add_eos_token", False) and trainer.eos_id >= 0
     document = bpe_document(
@@ -97,9 +97,8 @@ def compare_with_sentencepiece(
             f"{model_file} cuts {other!r} in a way that the tokenizer.json made of it does not: save one with "
             "transformers (AutoTokenizer, save_pretrained), if its ids are those that the model was trained with"
         )
-    user = [
-        piece.text.replace(WORD_START, " ") for piece in read_pieces(model_file) if piece.kind is PieceKind.USER_DEFINED
-    ]
+    pieces = _proto(model_file).pieces
+    user = [piece.piece.replace(WORD_START, " ") for piece in pieces if piece.type == PieceKind.USER_DEFINED]
     around = [piece for piece in user if not (same(piece) and same(f"a{piece}b {piece} c"))]
     notes = []
     if around:
@@ -110,6 +109,10 @@ def compare_with_sentencepiece(
             "letters that are composed of several characters may be normalized otherwise than by SentencePiece"
         )
     return notes
+
+
+def _pieces(proto: Any) -> list[Piece]:
+    return [Piece(piece.piece, piece.score, PieceKind(piece.type)) for piece in proto.pieces]
 
 
 def _proto(model_file: Path) -> Any:

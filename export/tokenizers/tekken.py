@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from starling.engine.errors import CheckpointError, StarlingError, one_line
+from starling.engine.text.detokenizer import char_of_byte
 from starling.export.checkpoints.checkpoint import FILES
 from starling.export.tokenizers.byte_level import BYTES_ONLY, byte_level_document, splits
 from starling.export.tokenizers.sentencepiece_bpe import added_token, template_post_processor
@@ -55,11 +56,4 @@ def _shown(token: bytes) -> str:
     return token.decode("latin-1").translate(_BYTE_CHARACTERS)
 
 
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's characters of the bytes: the printable ones are themselves, the others follow from 256."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(256 + place) for place, byte in enumerate(others)}
-
-
-_BYTE_CHARACTERS = _byte_characters()
+_BYTE_CHARACTERS = str.maketrans({byte: character for character, byte in char_of_byte().items()})

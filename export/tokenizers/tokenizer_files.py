@@ -38,14 +38,15 @@ def read_tokenizer_files(folder: Path, config: Any, generation: dict[str, Any]) 
     template, extra = templates_of(_named_templates(folder, tokenizer_config))
     where = str(folder / "tokenizer.json")
     document, notes = _tokenizer_document(folder, tokenizer_config)
-    check_document(document, where=where)
+    checked = check_document(document, where=where)
     notes += merge_added_tokens(document, tokenizer_config, folder)
     notes += drop_outside(document, config.vocab_size, where=where)
     ids = token_ids(document)
     special, without_id = _special_tokens(folder, tokenizer_config, ids)
     notes += [f"dropped {name} {text}: it has no id in the vocabulary" for name, text in without_id.items()]
     tokenizer_json = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    check_loads(tokenizer_json, where=where)
+    if tokenizer_json != checked:
+        check_loads(tokenizer_json, where=where)
     bos, pad = (_one_id(key, generation, config, tokenizer_config, ids) for key in ("bos", "pad"))
     return TokenizerFiles(
         tokenizer_json=tokenizer_json,
@@ -127,8 +128,8 @@ def drop_outside(document: dict[str, Any], vocab_size: int, *, where: str) -> li
     return [f"dropped {t['content']} (id {t['id']}): outside the vocabulary of {vocab_size}" for t in outside]
 
 
-def check_document(document: dict[str, Any], *, where: str) -> None:
-    """Check that `document` is a tokenizer.json that the tokenizers library loads.
+def check_document(document: dict[str, Any], *, where: str) -> str:
+    """Check that `document` is a tokenizer.json that the tokenizers library loads; the text that was loaded.
 
     Raises CheckpointError naming the file `where` if it is not.
     """
@@ -136,7 +137,9 @@ def check_document(document: dict[str, Any], *, where: str) -> None:
         token_ids(document)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{where} is no tokenizer of the tokenizers library ({error!r}): get it again") from error
-    check_loads(json.dumps(document, ensure_ascii=False), where=where)
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    check_loads(text, where=where)
+    return text
 
 
 def check_loads(tokenizer_json: str, *, where: str) -> None:

@@ -58,7 +58,9 @@ def angles_by_length(
         before, after = of_first(original), of_first(original + 1)
         if _equal(short, _first_positions(before, probe)) and _equal(after, _first_positions(whole, original + 1)):
             rest = positions - original  # positions that no short sequence has
-            both = [torch.cat((a, b[:, :rest], b), dim=1) for a, b in zip(_parts(before), _parts(whole), strict=True)]
+            both = [
+                torch.cat((a, b[:, :rest], b), dim=1) for a, b in zip(parts_of(before), parts_of(whole), strict=True)
+            ]
             return both[0] if isinstance(whole, Tensor) else tuple(both), original
     raise UnsupportedModelError("its rotary embedding changes with the length of the sequence")
 
@@ -119,12 +121,13 @@ def _cos_sin(angles: Angles, name: str) -> tuple[Tensor, Tensor]:
     raise UnsupportedModelError(f"{name}: its position embedding is neither cosines and sines nor complex numbers")
 
 
-def _parts(angles: Angles) -> tuple[Tensor, ...]:
+def parts_of(angles: Angles) -> tuple[Tensor, ...]:
+    """Cosines and sines, or the one tensor that is both."""
     return (angles,) if isinstance(angles, Tensor) else angles
 
 
 def _equal(a: Angles, b: Angles) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(_parts(a), _parts(b), strict=True))
+    return all(torch.equal(x, y) for x, y in zip(parts_of(a), parts_of(b), strict=True))
 
 
 def _first_positions(angles: Angles, count: int) -> Angles:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from starling.engine.errors import UnsupportedModelError
 from starling.export.tracing.masks import untraced
-from starling.export.tracing.rotary import Angles, RotaryTable, angles_by_length, make_table
+from starling.export.tracing.rotary import Angles, RotaryTable, angles_by_length, make_table, parts_of
 
 _APPLY = re.compile(r"apply_\w*(rotary|rope)\w*")
 
@@ -124,7 +124,7 @@ class RotaryCalls:
         if wanted not in self._found:
 
             def apply(angles: Angles, *given: Tensor) -> tuple[Tensor, ...]:
-                whole = (angles,) if isinstance(angles, Tensor) else angles
+                whole = parts_of(angles)
                 named = {name: whole[part] for name, (_, part) in parts.items()}
                 result = function(**named, **dict(zip(tensors, given, strict=False)), **options)
                 return (result,) if isinstance(result, Tensor) else result
@@ -167,7 +167,7 @@ class RotaryNode(nn.Module):
             raise UnsupportedModelError(f"{self._calls.name}: its rotary embedding takes more than positions")
         key = (self._name, tuple(sorted(arguments.items())))
         angles, _ = self._calls.angles(key)
-        parts = (angles,) if isinstance(angles, Tensor) else angles
+        parts = parts_of(angles)
         made = tuple(
             self._calls.placeholders.add(key, index, _like(part, x, position_ids)) for index, part in enumerate(parts)
         )
@@ -201,7 +201,7 @@ def _is_rotary(module: nn.Module) -> bool:
 def _same(a: RotaryTable, b: RotaryTable) -> bool:
     flags = ("interleaved", "sorted_first", "sequence_first", "long_from")
     return all(getattr(a, flag) == getattr(b, flag) for flag in flags) and all(
-        x.shape == y.shape and torch.equal(x, y) for x, y in ((a.cos, b.cos), (a.sin, b.sin))
+        torch.equal(x, y) for x, y in ((a.cos, b.cos), (a.sin, b.sin))
     )
 
 

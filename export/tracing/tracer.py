@@ -151,7 +151,7 @@ def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str, positions: int
         lowering = Lowering(model, real, dialect, TORCH_DTYPES[dtype], positions)
         parameters, tied = sum(p.numel() for p in model.parameters()), _tied_names(model)
         with lowering.installed():
-            heads = _survey(lowering, TORCH_DTYPES[dtype])
+            heads = _survey(lowering)
             architecture = _architecture(model, heads, positions, parameters, tied=bool(tied))
             lowering.register_tables()
             graph = _export(lowering, architecture, TORCH_DTYPES[dtype])
@@ -162,13 +162,13 @@ def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str, positions: int
     return Trace(graph, architecture, lowering.rotary.notes())
 
 
-def _survey(lowering: Lowering, dtype: torch.dtype) -> Heads:
+def _survey(lowering: Lowering) -> Heads:
     """Run the model once, without a graph, to see how it attends and rotates; the heads that its KV cache has.
 
     Raises:
         UnsupportedModelError: it does something that cannot be lowered faithfully, or its layers are of several kinds.
     """
-    ids, steps, _ = _example_inputs(lowering.dialect, dtype, 0, None)
+    ids, steps = _example_inputs(lowering.dialect)
     name = type(lowering.model).__name__
     try:
         _Traced(lowering, lowering.dialect.step_inputs())(ids, steps, [])
@@ -250,24 +250,19 @@ def _tied_names(model: PreTrainedModel) -> dict[str, str]:
     return tied
 
 
-def _example_inputs(
-    dialect: Dialect, dtype: torch.dtype, layers: int, heads: Heads | None
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Token ids, the dialect's inputs and the KV cache of `layers`, all zeros."""
+def _example_inputs(dialect: Dialect) -> tuple[Tensor, list[Tensor]]:
+    """Token ids and the dialect's inputs, all zeros."""
     sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "cache": _CACHE, "kept": _KEPT}
     steps = [torch.zeros([sizes[axis] for axis in s.axes], dtype=s.dtype) for s in dialect.step_inputs()]
-    past = []
-    if heads is not None:
-        shape = (_BATCH, heads.kv_heads, _CACHE, heads.key_dim)
-        past = [torch.zeros(shape, dtype=dtype) for _ in range(2 * layers)]
-    return torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64), steps, past
+    return torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64), steps
 
 
 def _export(lowering: Lowering, arch: Architecture, dtype: torch.dtype) -> ir.Model:
     dialect = lowering.dialect
     steps = dialect.step_inputs()
     names = [f"{i}.{side}" for i in range(arch.layers) for side in ("key", "value")]
-    inputs = _example_inputs(dialect, dtype, arch.layers, Heads(arch.kv_heads, arch.head_dim, arch.head_dim))
+    past = [torch.zeros(_BATCH, arch.kv_heads, _CACHE, arch.head_dim, dtype=dtype) for _ in names]
+    inputs = (*_example_inputs(dialect), past)
     dynamic = {
         INPUT_IDS: {0: "batch", 1: "sequence"},
         "step": [dict(enumerate(s.axes)) for s in steps],

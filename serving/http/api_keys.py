@@ -47,7 +47,8 @@ def read_api_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[st
         raise UserError(f"--api-key-file {file} cannot be read: {reason}; give another file") from None
     if len(content) > _MOST_BYTES:
         raise UserError(f"--api-key-file {file} has more than {_MOST_BYTES} bytes: give a file of keys, one a line")
-    keys = tuple(_key(line).decode() for line in content.split(b"\n") if _key(line).strip())
+    lines = map(_key, content.split(b"\n"))
+    keys = tuple(line.decode() for line in lines if line.strip())
     if not keys:
         raise UserError(f"--api-key-file {file} has no key: write one on each line")
     _check_mode(file, mode)

@@ -18,8 +18,6 @@ from starling.serving.metrics.prometheus import PrometheusMetrics
 
 T = TypeVar("T")
 
-#: Seconds between two looks at a request that nobody reads any more; a step takes as long.
-SETTLE_POLL_S = 0.02
 #: Threads that read requests. They take turns with the event loop's: the fewer, the sooner it has its own.
 WORKERS = 2
 
@@ -72,8 +70,7 @@ class Service:
             settling.add_done_callback(self._settling.discard)
 
     async def _settle(self, handle: RequestHandle) -> None:
-        while not handle.done:
-            await asyncio.sleep(SETTLE_POLL_S)
+        await handle.settled()
         self._running.discard(handle)
         self.metrics.record(handle.partial.timings)
 

@@ -32,8 +32,6 @@ from starling.serving.triton.socket_messages import (
     error_line,
 )
 
-#: Seconds between two looks at a request that nobody reads any more; a step takes as long.
-SETTLE_POLL_S = 0.02
 #: Called with each request that ended, on the socket's thread.
 Ended = Callable[[Timings], None]
 
@@ -88,8 +86,7 @@ class EngineSocket:
             finally:
                 gone.cancel()
                 handle.cancel()
-                while not handle.done:  # a delta that could not be made, an entry that is gone: it ends with a step
-                    await asyncio.sleep(SETTLE_POLL_S)
+                await handle.settled()  # a delta that could not be made, an entry that is gone: it ends with a step
                 self._ended(handle.partial.timings)
         except StarlingError as error:
             writer.write(error_line(refusal(error)))

@@ -40,14 +40,15 @@ def test_a_provider_that_does_not_start_is_seen_before_the_model_is_read(tmp_pat
         if "curand" not in library.name:
             shutil.copy(library, tmp_path)
     code = (
-        "import resource, sys\n"
+        "import sys\n"
         "from starling.engine.backends.open_backend import open_backend\n"
         "from starling.engine.bundle.manifest import Bundle\n"
+        "from starling.profiling.machine.describe import peak_rss_bytes\n"
         "try:\n"
         "    open_backend(Bundle.open(sys.argv[1]), name='onnxruntime-cuda', max_seq=64)\n"
         "except Exception as error:\n"
         "    print(error)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "print(peak_rss_bytes() // 1024)\n"
     )
     env = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
     command = [sys.executable, "-c", code, str(BUNDLES / "7b-fp16")]

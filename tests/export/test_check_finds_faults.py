@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import SMALL
+from families import SMALL, Family, random_folder
 from gguf_models import VOCABULARY, write_gguf
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig
+from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from starling.engine.errors import StarlingError
 from starling.export.check.bundle_quality import load_compared
@@ -29,7 +29,6 @@ from starling.export.weights import weight_file
 
 pytestmark = pytest.mark.slow
 
-CONFIG = LlamaConfig(**(SMALL | {"num_key_value_heads": 4, "head_dim": 16, "attention_bias": True}))
 GGUF_SHAPE = SMALL | {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "head_dim": 16}
 GEMMA = GGUF_SHAPE | {"sliding_window": 9, "tie_word_embeddings": True}
 GGUF_CONFIGS = {"llama": LlamaConfig(**GGUF_SHAPE), "gemma2": Gemma2Config(**GEMMA)}
@@ -40,19 +39,13 @@ Rows = Callable[[Any, str, int, int], torch.Tensor]
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Checkpoint) -> Path:
     """A checkpoint in several files, one tensor of which is in two: the later is right."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.3))
-    model.save_pretrained(folder, max_shard_size="100KB")
+    family = Family("faults", "llama", {"num_key_value_heads": 4, "head_dim": 16, "attention_bias": True})
+    folder = random_folder(family, tiny_checkpoint, tmp_path_factory.mktemp("checkpoint"), max_shard_size="100KB")
     first, *_, last = sorted(folder.glob("model-*.safetensors"))
     name = "model.layers.1.mlp.down_proj.weight"
     weights = {path: load_file(path) for path in (first, last)}
     save_file(weights[first] | {name: torch.randn(64, 96)}, first)
     save_file(weights[last] | {name: torch.randn(64, 96) * 0.15}, last)
-    (folder / "tokenizer.json").write_text(tiny_checkpoint.tokenizer.tokenizer_json, encoding="utf-8")
     return folder
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from families import Family, random_folder
+from families import Family, logits_by_position, random_folder
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
@@ -191,10 +191,7 @@ def steps_of(bundle: Path, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float3
     """Logits after all tokens at once; and by position, of a prefill, a chunk after it, and decode steps."""
     backend = open_backend(Bundle.open(bundle), name="onnxruntime-cpu", max_seq=64, max_batch=1)
     whole = backend.prefill(0, tokens, 0).logits()[0].copy()
-    steps = {11: backend.prefill(0, tokens[:12], 0).logits()[0].copy()}
-    steps[19] = backend.prefill(0, tokens[12:20], 12).logits()[0].copy()
-    for at in range(20, len(tokens)):
-        steps[at] = backend.decode([int(tokens[at])], [at]).logits()[0].copy()
+    steps = logits_by_position(backend, tokens)
     backend.close()
     return whole, steps
 

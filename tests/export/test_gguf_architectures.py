@@ -9,13 +9,12 @@ import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf_models import ARCHITECTURES as NAME_OF
-from gguf_models import VOCABULARY, rope_factors, write_gguf
+from gguf_models import VOCABULARY, rope_factors, rows_of, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, Gemma2TensorProcessor, LlamaTensorProcessor
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
 from starling.export.check.bundle_quality import load_compared
-from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.gguf_architectures import ARCHITECTURES
 from starling.export.checkpoints.gguf_file import PLAIN_TYPES, read_gguf
 from starling.export.checkpoints.gguf_rope import llama3_parameters
@@ -90,10 +89,6 @@ FAMILIES = {
     "stablelm-parallel": config("stablelm", use_parallel_residual=True, rope_parameters=HALF),
     "phi2": config("phi", num_key_value_heads=4, rope_parameters=HALF),
 }
-
-
-def rows_of(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    return checkpoint.tensors.rows(name, 0, checkpoint.tensors.shape(name)[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

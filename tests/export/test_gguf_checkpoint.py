@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf_models import write_gguf
+from gguf_models import rows_of, write_gguf
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -43,13 +43,9 @@ SHAPE: dict[str, Any] = {
 LLAMA = LlamaConfig(**SHAPE, rms_norm_eps=1e-5)
 
 
-def rows_of(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    return checkpoint.tensors.rows(name, 0, checkpoint.tensors.shape(name)[0])
-
-
 @pytest.fixture(scope="module")
-def demo() -> Checkpoint:
-    return open_checkpoint("demo")
+def demo(demo_checkpoint: Checkpoint) -> Checkpoint:
+    return demo_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from plain_checkpoints import edit_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
@@ -67,10 +68,6 @@ def save(folder: Path, config: PreTrainedConfig, model_class: Any = None, **opti
     model.save_pretrained(folder, **options)
     (folder / "tokenizer.json").write_text(starling_tokenizer_json(), encoding="utf-8")
     return model
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:

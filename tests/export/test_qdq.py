@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import Family, random_folder
 
+from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
 from starling.engine.verification import compared_positions
 from starling.export.check.parity import bundle_logits
@@ -155,7 +156,7 @@ def test_the_graph_computes_what_its_twin_computes(scheme: str, tiny_checkpoint:
     assert replaced == 2 * 7
     ids = torch.randint(3, 32000, (2, 48), generator=torch.Generator().manual_seed(1)).tolist()
     expected = np.concatenate([reference_logits(model, row)[compared_positions(48)].numpy() for row in ids])
-    difference = np.abs(bundle_logits(tmp_path / "b", ids)[0] - expected)
+    difference = np.abs(bundle_logits(Bundle.open(tmp_path / "b"), ids)[0] - expected)
     exact = load_reference(tiny_checkpoint.config, tiny_checkpoint.tensors)
     plain = np.concatenate([reference_logits(exact, row)[compared_positions(48)].numpy() for row in ids])
     if how.activations is None:

@@ -4,9 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from starling.engine.backends.backend import Backend
 from starling.export.checkpoints.checkpoint import Checkpoint, TensorSource
 from starling.export.quantization.smoothquant import SmoothedTensors
 
@@ -46,14 +49,23 @@ def make_random(model: torch.nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.3))
 
 
-def random_folder(family: Family, tokenizer: Checkpoint, folder: Path) -> Path:
-    """Save a model whose every weight matters."""
+def random_folder(family: Family, tokenizer: Checkpoint, folder: Path, **options: Any) -> Path:
+    """Save a model whose every weight matters; `options` are those of save_pretrained."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family.config(), dtype=torch.float32)
     make_random(model)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
     (folder / "tokenizer.json").write_text(tokenizer.tokenizer.tokenizer_json, encoding="utf-8")
     return folder
+
+
+def logits_by_position(backend: Backend, tokens: NDArray[np.int64]) -> dict[int, NDArray[np.float32]]:
+    """The logits [vocab] after a prefill of 12 tokens, a chunk of 8 after it, and each decode step."""
+    found = {11: backend.prefill(0, tokens[:12], 0).logits()[0].copy()}
+    found[19] = backend.prefill(0, tokens[12:20], 12).logits()[0].copy()
+    for at in range(20, len(tokens)):
+        found[at] = backend.decode([int(tokens[at])], [at]).logits()[0].copy()
+    return found
 
 
 def with_a_spike(checkpoint: Checkpoint, layer: int) -> TensorSource:

@@ -16,6 +16,8 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from starling.export.checkpoints.checkpoint import Checkpoint
+
 VOCABULARY = 300
 # model_type -> general.architecture, where the two differ
 ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "phi": "phi2"}
@@ -181,3 +183,8 @@ def write_byte_tokenizer(writer: GGUFWriter, pre: str) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
+
+
+def rows_of(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """One whole tensor, as the reader gives it."""
+    return checkpoint.tensors.rows(name, 0, checkpoint.tensors.shape(name)[0])

@@ -25,8 +25,6 @@ class Outcome:
 
     code: int
     bad: str
-    seconds: float
-    rss_mib: int
     text: str
 
 
@@ -48,8 +46,7 @@ def run_limited(work: Callable[[], object], log: Path, *, seconds: float) -> Out
     content = log.read_bytes()
     text = (content[:1000] + content[1000:][-3000:]).decode("utf-8", "replace")
     code = 0 if status is None else os.waitstatus_to_exitcode(status)
-    rss = used.ru_maxrss // 1024
-    return Outcome(code, _fault(status, code, rss, text), time.monotonic() - begin, rss, text)
+    return Outcome(code, _fault(status, code, used.ru_maxrss // 1024, text), text)
 
 
 def _fault(status: int | None, code: int, rss: int, text: str) -> str:

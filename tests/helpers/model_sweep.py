@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from families import make_random
+from families import logits_by_position, make_random
 from models_page import PAGE, read_page, write_page
 from tiny_configs import tiny_configs
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -68,7 +68,7 @@ def judge(model_type: str, tokenizer: str, folder: Path) -> Verdict:
     except Exception as error:
         return Verdict("crash", f"{type(error).__name__}: {one_line(error)}")
     try:
-        got = _logits_by_position(folder / "bundle", ids[0].numpy())
+        got = _logits_of(folder / "bundle", ids[0].numpy())
     except StarlingError as error:
         return Verdict("crash", f"it does not run: {error}")
     worst = max(float(np.abs(logits - made[at]).max()) for at, logits in got.items())
@@ -101,13 +101,9 @@ def _tiny_model(model_type: str, tokenizer: str, folder: Path, ids: torch.Tensor
     return Verdict("no-model", f"{type(first).__name__}: {one_line(first)}" if first else "")
 
 
-def _logits_by_position(bundle: Path, tokens: np.ndarray) -> dict[int, np.ndarray]:
-    """Of a prefill, a chunk after it, and decode steps."""
+def _logits_of(bundle: Path, tokens: np.ndarray) -> dict[int, np.ndarray]:
     backend = open_backend(Bundle.open(bundle), name="onnxruntime-cpu", max_seq=64, max_batch=1, threads=1)
-    got = {11: backend.prefill(0, tokens[:12], 0).logits()[0].copy()}
-    got[19] = backend.prefill(0, tokens[12:20], 12).logits()[0].copy()
-    for at in range(20, len(tokens)):
-        got[at] = backend.decode([int(tokens[at])], [at]).logits()[0].copy()
+    got = logits_by_position(backend, tokens)
     backend.close()
     return got
 

@@ -25,6 +25,12 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change fields of a JSON object in a file, which may not be there yet."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(before | changes), encoding="utf-8")
+
+
 def write_folder(folder: Path, **settings: Any) -> Path:
     """A Llama of one layer; `settings` go to its configuration."""
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

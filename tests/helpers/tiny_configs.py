@@ -3,22 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+from families import SMALL
 from transformers import AutoConfig, PreTrainedConfig
 
 #: Sizes by the names that configurations have for them; one that a configuration does not know is left out.
-SIZES: dict[str, Any] = {
-    "vocab_size": 32002,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
+SIZES: dict[str, Any] = SMALL | {
     "sliding_window": 9,
     # other names for them
     "n_embd": 64,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from command_line import refusal, starling
-from plain_checkpoints import END, TEMPLATE, byte_tokenizer, write_folder, write_gguf
+from plain_checkpoints import END, TEMPLATE, byte_tokenizer, edit_json, write_folder, write_gguf
 
 from starling.engine.errors import CheckpointError, StarlingError, UnsupportedModelError
 from starling.export.bundle_folder import write_tokenizer
@@ -29,10 +29,6 @@ def folder(plain: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(plain, tmp_path / "checkpoint"))
 
 
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
-
-
 def files_below(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
@@ -40,7 +36,7 @@ def files_below(folder: Path) -> set[Path]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_templates_name_may_be_a_files(folder: Path, name: str) -> None:
     named = [{"name": "default", "template": TEMPLATE}, {"name": name, "template": "a stranger's text"}]
-    edit(folder / "tokenizer_config.json", chat_template=named)
+    edit_json(folder / "tokenizer_config.json", chat_template=named)
     with pytest.raises(CheckpointError, match="a chat template is called"):
         open_checkpoint(str(folder))
 
@@ -48,7 +44,7 @@ def test_a_templates_name_may_be_a_files(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_a_templates_name_is_no_path(folder: Path, tmp_path: Path, name: str) -> None:
     named = [{"name": "default", "template": TEMPLATE}, {"name": name, "template": "a stranger's text"}]
-    edit(folder / "tokenizer_config.json", chat_template=named)
+    edit_json(folder / "tokenizer_config.json", chat_template=named)
     before = files_below(tmp_path)
     assert "a chat template is called" in refusal("export", folder, tmp_path / "out")
     assert files_below(tmp_path) == before
@@ -64,7 +60,7 @@ def test_a_gguf_key_is_no_path(tmp_path: Path, name: str) -> None:
 
 def test_a_good_name_becomes_a_file(folder: Path, tmp_path: Path) -> None:
     named = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use-2", "template": "tools"}]
-    edit(folder / "tokenizer_config.json", chat_template=named)
+    edit_json(folder / "tokenizer_config.json", chat_template=named)
     (tmp_path / "out").mkdir()
     write_tokenizer(tmp_path / "out", open_checkpoint(str(folder)).tokenizer, {})
     assert (tmp_path / "out" / "additional_chat_templates" / "tool_use-2.jinja").read_text() == "tools"
@@ -82,17 +78,17 @@ def only_vocab(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    edit(folder / "tokenizer_config.json", tokenizer_class="Evil", auto_map=AUTO_MAP, eos_token=END)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="Evil", auto_map=AUTO_MAP, eos_token=END)
 
 
 def its_own_model(folder: Path) -> None:
-    edit(folder / "config.json", model_type="evil", architectures=["Evil"], auto_map=AUTO_MAP)
+    edit_json(folder / "config.json", model_type="evil", architectures=["Evil"], auto_map=AUTO_MAP)
 
 
 def its_own_class_of_a_known_model(folder: Path) -> None:
-    edit(folder / "config.json", auto_map=AUTO_MAP, architectures=["Evil"])
-    edit(folder / "tokenizer_config.json", auto_map=AUTO_MAP, tokenizer_class="Evil")
-    edit(folder / "generation_config.json", custom_generate="evil", auto_map=AUTO_MAP)
+    edit_json(folder / "config.json", auto_map=AUTO_MAP, architectures=["Evil"])
+    edit_json(folder / "tokenizer_config.json", auto_map=AUTO_MAP, tokenizer_class="Evil")
+    edit_json(folder / "generation_config.json", custom_generate="evil", auto_map=AUTO_MAP)
 
 
 @pytest.mark.parametrize("spoil", [only_vocab, its_own_model, its_own_class_of_a_known_model], ids=lambda f: f.__name__)
@@ -110,7 +106,7 @@ def test_its_code_is_never_run_or_asked_about(folder: Path, tmp_path: Path, spoi
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 def test_code_of_a_hub_is_not_fetched(folder: Path, key: str) -> None:
-    edit(folder / "config.json", **{key: "kernels-community/evil"})
+    edit_json(folder / "config.json", **{key: "kernels-community/evil"})
     with pytest.raises(UnsupportedModelError, match=f"{key} is 'kernels-community/evil', code of a model hub"):
         open_checkpoint(str(folder))
 
@@ -156,7 +152,7 @@ def test_a_gguf_file_is_a_file(tmp_path: Path) -> None:
 )
 def test_a_shards_name_is_a_files(folder: Path, shard: object) -> None:
     (folder / "model.safetensors").unlink()  # it goes before an index
-    edit(folder / "model.safetensors.index.json", weight_map={"lm_head.weight": shard})
+    edit_json(folder / "model.safetensors.index.json", weight_map={"lm_head.weight": shard})
     with pytest.raises(CheckpointError):
         open_checkpoint(str(folder))
 
@@ -180,7 +176,7 @@ def test_a_shards_name_is_a_files(folder: Path, shard: object) -> None:
     ids=lambda settings: next(iter(settings)),
 )
 def test_a_configuration_out_of_range_is_a_line(folder: Path, settings: dict[str, Any]) -> None:
-    edit(folder / "config.json", **settings)
+    edit_json(folder / "config.json", **settings)
     with pytest.raises(StarlingError) as caught:
         open_checkpoint(str(folder))
     assert "\n" not in str(caught.value)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ import pytest
 from command_line import refusal, starling, starling_command
 from http_server import MODEL, Server, serving, wait_until
 from raw_http import body_of, exchange, request, status_of
+from triton_server import free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -133,16 +132,14 @@ def test_a_file_of_keys_that_anyone_may_write_to_is_refused(
 
 
 def test_of_two_servers_on_one_port_the_second_ends_before_it_loads_a_model(tiny_bundle: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = [_started(tiny_bundle, "--port", port, "--max-seq", "64") for _ in range(2)]
+    [port] = free_ports(1)
+    processes = [_started(tiny_bundle, "--port", str(port), "--max-seq", "64") for _ in range(2)]
     try:
         assert wait_until(lambda: any(process.poll() is not None for process in processes), 60)
         [ended] = [process for process in processes if process.poll() is not None]
         assert ended.returncode == 1
         assert b"choose another --port" in ended.communicate()[1]
-        assert wait_until(lambda: _status(int(port), "/ready") == 200, 60)
+        assert wait_until(lambda: _status(port, "/ready") == 200, 60)
     finally:
         for process in processes:
             process.kill()
@@ -162,9 +159,7 @@ def test_sighup_finishes_what_runs_as_sigterm_does(tiny_bundle: Path) -> None:
 
 
 def test_a_stderr_that_takes_nothing_does_not_end_the_server(tiny_bundle: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    [port] = free_ports(1)
     with Path("/dev/full").open("w") as full:
         process = _started(tiny_bundle, "--port", str(port), "--max-seq", "64", stderr=full)
         try:
@@ -216,14 +211,19 @@ def test_health_answers_while_long_texts_are_refused(server: Server) -> None:
     assert refused <= {200, 400}
     before = server.metric("process_resident_memory_bytes")
     with ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(lambda _: exchange(server.port, asked[0]), range(24)))
+        asking = [pool.submit(exchange, server.port, asked[0]) for _ in range(24)]
+        while not all(one.done() for one in asking):
+            begin = time.monotonic()
+            assert _status(server.port, "/health") == 200
+            assert time.monotonic() - begin < 10
+        answers = [one.result() for one in asking]
         assert {json.loads(body_of(answer))["error"]["code"] for answer in answers} == {"context_length_exceeded"}
     assert server.metric("process_resident_memory_bytes") - before < 150e6
 
 
 def _started(bundle: Path, *options: str, stderr: Any = subprocess.PIPE) -> subprocess.Popen[bytes]:
     command = starling_command("serve", bundle, "--model-name", MODEL, "--threads", "1", *options)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env={**os.environ})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
 
 
 def _status(port: int, path: str) -> int:

@@ -89,7 +89,6 @@ class TensorRTBackend(LaunchingBackend):
         self._logits = HostLogits(memory, kind, rows, self.vocab_size)
         self._launched = LaunchedSteps(memory, rows)
         self._fed = memory.host((2, rows), "int64")
-        #: Valid positions of each row, as the device has them after all that was launched.
         self._lengths = [0] * rows
         context = self._plan.context("prefill", fixed_shape=False)
         self._prefill = PrefillStep(
