@@ -24,7 +24,7 @@ from starling.engine.errors import PromptError
 if TYPE_CHECKING:
     from starling.engine.chat_session import ChatSession
     from starling.engine.engine import Engine
-    from starling.engine.generation.sampler import SamplingParams
+    from starling.engine.generation.sampling_params import SamplingParams
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops a reply"
 

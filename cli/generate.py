@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from starling.engine.batching.generation_stream import GenerationStream
     from starling.engine.engine import Engine
     from starling.engine.generation.results import GenerationResult
-    from starling.engine.generation.sampler import SamplingParams
+    from starling.engine.generation.sampling_params import SamplingParams
 
 INTERRUPTED = 130
 

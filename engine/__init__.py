@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from starling.engine.engine import Engine
     from starling.engine.errors import StarlingError
     from starling.engine.generation.results import GenerationChunk, GenerationResult, Timings
-    from starling.engine.generation.sampler import SamplingParams
+    from starling.engine.generation.sampling_params import SamplingParams
 
 __all__ = [
     "Bundle",

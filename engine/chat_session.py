@@ -8,7 +8,7 @@ from typing import Protocol, Unpack
 
 from starling.engine.batching.generation_stream import GenerationStream
 from starling.engine.generation.results import GenerationResult
-from starling.engine.generation.sampler import SamplingOverrides, SamplingParams
+from starling.engine.generation.sampling_params import SamplingOverrides, SamplingParams
 
 Message = dict[str, str]
 

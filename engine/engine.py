@@ -18,9 +18,10 @@ from starling.engine.batching.speculation import checked_speculation
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.chat_session import ChatSession
 from starling.engine.errors import PromptError, SamplingError, UserError, did_you_mean
+from starling.engine.generation.logits_processors import LogitsProcessor
 from starling.engine.generation.prompts import Prompt, checked_ids, common_prefix, is_single
 from starling.engine.generation.results import GenerationInterrupted, GenerationResult
-from starling.engine.generation.sampler import SamplingOverrides, SamplingParams
+from starling.engine.generation.sampling_params import SamplingOverrides, SamplingParams
 from starling.engine.generation.sequence import GenerationSequence, make_sequence
 from starling.engine.names import DEFAULT_MAX_SEQ
 from starling.engine.text.tokenizer import Tokenizer
@@ -210,12 +211,22 @@ class Engine:
 
         return ChatTemplates.load(self.bundle.folder)
 
-    def prepare(self, prompt: Prompt, params: SamplingParams, *, reply: bool = False) -> GenerationSequence:
-        """A sequence ready to run; any thread may ask for one. Raises PromptError or SamplingError."""
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        reply: bool = False,
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> GenerationSequence:
+        """A sequence ready to run; any thread may ask for one. Raises PromptError or SamplingError.
+
+        `processors` are this sequence's own, after those of `params`.
+        """
         begin = perf_counter()
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         checked = checked_ids(ids, self.bundle, self.max_seq)
-        return self._sequence(checked, params, reply=reply, encode_s=perf_counter() - begin)
+        return self._sequence(checked, params, reply=reply, encode_s=perf_counter() - begin, processors=processors)
 
     def reserve(self, user: object, end: Callable[[], None]) -> None:
         """Reserve the backend for one user until `release`: generating here raises UserError meanwhile.
@@ -259,18 +270,27 @@ class Engine:
         return [self.prepare(prompt, params, reply=reply) for prompt in prompts]
 
     def _sequence(
-        self, prompt: tuple[int, ...], params: SamplingParams, *, reused: int = 0, reply: bool, encode_s: float
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        *,
+        reused: int = 0,
+        reply: bool,
+        encode_s: float,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> GenerationSequence:
         return make_sequence(
             prompt,
             params,
             self.tokenizer,
             eos=self.bundle.tokens.eos,
+            vocab_size=self.bundle.architecture.vocab_size,
             max_seq=self.max_seq,
             reused=reused,
             reply=reply,
             encode_s=encode_s,
             on_device=self.backend.steps_ahead is not None and self.backend.steps_ahead.draws,
+            processors=processors,
         )
 
     def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:

@@ -16,8 +16,9 @@ from starling.engine.batching.serving_stats import ServingCounters, ServingStats
 from starling.engine.batching.speculation import checked_speculation
 from starling.engine.engine import Engine
 from starling.engine.errors import ClosedError, QueueFullError, UserError
+from starling.engine.generation.logits_processors import LogitsProcessor
 from starling.engine.generation.results import GenerationChunk
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 
 LOGGER = logging.getLogger(__name__)
 
@@ -75,19 +76,21 @@ class ServingLoop:
         reply: bool = False,
         on_chunk: Callable[[GenerationChunk], None] | None = None,
         request_id: str | None = None,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> RequestHandle:
         """Queue a prompt, text or token ids, which is encoded on the caller's thread; returns at once.
 
         `deadline_s` ends the request so many seconds from now. With `reply` the text is one of its own, as for a chat.
         `on_chunk` gets every chunk on the loop's thread, the last one always with a finish_reason ("failed" too); it
         must be quick, and what it raises ends its request. `request_id` names it in messages (default: a new id).
+        `processors` change its logits after those that `params` ask for; they are this request's own.
 
         Raises PromptError or SamplingError for bad input, QueueFullError where too many wait, ClosedError after
         `close`.
         """
         submitted = perf_counter()
         deadline = NEVER if deadline_s is None else submitted + _checked_seconds(deadline_s)
-        sequence = self.engine.prepare(prompt, params or SamplingParams(), reply=reply)
+        sequence = self.engine.prepare(prompt, params or SamplingParams(), reply=reply, processors=processors)
         sequence.submitted = submitted
         request = Request(sequence, ChunkQueue(on_chunk))
         if request_id is not None:

@@ -16,7 +16,7 @@ from starling.engine.errors import UserError, did_you_mean
 from starling.engine.names import BACKENDS, GPU_BACKENDS, SPECULATIONS
 
 if TYPE_CHECKING:
-    from starling.engine.generation.sampler import SamplingParams
+    from starling.engine.generation.sampling_params import SamplingParams
 
     _Choice = click.Choice[str]
 else:
@@ -187,7 +187,7 @@ def refuse_options(names: Iterable[str], why: str) -> None:
 
 def sampling_params(values: Mapping[str, Any], logprobs: int | None = None) -> SamplingParams:
     """The SamplingParams of a command's options. Raises SamplingError for an impossible value."""
-    from starling.engine.generation.sampler import SamplingParams
+    from starling.engine.generation.sampling_params import SamplingParams
 
     params = SamplingParams(**{name: values[name] for name in SAMPLING_NAMES}, logprobs=logprobs)
     if params.temperature == 0 and (idle := given_options(_DRAWING_NAMES)):

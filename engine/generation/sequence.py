@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
 from starling.engine.backends.backend import GREEDY, DeviceChoice
 from starling.engine.backends.logits import Logits
+from starling.engine.generation.logits_processors import LogitsProcessor, logits_processors
 from starling.engine.generation.results import FinishReason, GenerationChunk, GenerationResult, Timings
-from starling.engine.generation.sampler import (
-    Sampler,
-    SamplingParams,
-    TokenLogprob,
-    device_choice,
-    logprobs,
-    make_sampler,
-)
+from starling.engine.generation.sampler import Sampler, TokenLogprob, device_choice, logprobs, make_sampler
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.text.detokenizer import Detokenizer
 from starling.engine.text.stop_strings import StopMatcher
 from starling.engine.text.tokenizer import Tokenizer
@@ -40,6 +36,8 @@ class GenerationSequence:
     detokenizer: Detokenizer
     #: None where there is no stop string.
     stops: StopMatcher | None
+    #: Tokens before the first whose text may have one.
+    min_tokens: int = 0
     #: Seconds that encoding the prompt took; part of the time to first token.
     encode_s: float = 0.0
     #: How a backend that chooses tokens itself chooses; where `sample` is set its choice is not taken.
@@ -114,27 +112,37 @@ def make_sequence(
     tokenizer: Tokenizer,
     *,
     eos: tuple[int, ...],
+    vocab_size: int,
     max_seq: int,
     reused: int = 0,
     reply: bool = False,
     encode_s: float = 0.0,
     on_device: bool = False,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> GenerationSequence:
     """A sequence ready to run. Its last token needs no cache position: prompt and answer may be one token longer.
 
     `reply`: its text is one of its own, without the space that would continue the prompt. `on_device`: the backend
-    draws tokens itself where it can, the same ones as the host.
+    draws tokens itself where it can, the same ones as the host. `processors` come after those that `params` ask for.
+    Raises SamplingError for tokens in `params` that the model does not have.
     """
-    drawn = device_choice(params) if on_device else None
+    stop_ids = frozenset(params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos))
+    processors = [
+        *logits_processors(params, prompt, tokenizer, end_ids=sorted(stop_ids), vocab_size=vocab_size),
+        *processors,
+    ]
+    drawn = device_choice(params) if on_device and not processors else None
+    as_chosen = drawn is not None or (params.temperature == 0 and not processors)
     return GenerationSequence(
         prompt=prompt,
         reused=reused,
         limit=min(params.max_tokens, max_seq + 1 - len(prompt)),
         top_logprobs=params.logprobs,
-        stop_ids=frozenset(params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos)),
-        sample=None if params.is_greedy or drawn is not None else make_sampler(params, prompt),
+        stop_ids=stop_ids,
+        sample=None if as_chosen else make_sampler(params, processors),
         detokenizer=tokenizer.detokenizer(() if reply else prompt),
         stops=StopMatcher(params.stop) if params.stop else None,
+        min_tokens=params.min_tokens,
         encode_s=encode_s,
         choice=drawn or GREEDY,
     )
@@ -161,7 +169,7 @@ def append_token(
         reason = _STOP
     else:
         text = sequence.detokenizer.push(token)
-        if sequence.stops is not None:
+        if sequence.stops is not None and count >= sequence.min_tokens:
             text, stopped = sequence.stops.push(text)
             reason = _STOP if stopped else None
         if reason is None and count + 1 >= sequence.limit:
@@ -188,7 +196,7 @@ def append_token(
 def _with_held_back(sequence: GenerationSequence, text: str, reason: FinishReason) -> tuple[str, FinishReason]:
     """The text with what detokenizer and stop matcher still held; it may itself complete a stop string."""
     tail = sequence.detokenizer.flush()
-    if sequence.stops is None:
+    if sequence.stops is None or len(sequence.tokens) < sequence.min_tokens:
         return text + tail, reason
     tail, stopped = sequence.stops.push(tail)
     return text + tail + sequence.stops.flush(), _STOP if stopped else reason

@@ -23,7 +23,7 @@ from starling.engine.batching.request import RequestHandle
 from starling.engine.engine import Engine
 from starling.engine.errors import StarlingError
 from starling.engine.generation.results import GenerationChunk, GenerationResult
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
 from starling.profiling.distribution import distribution
 from starling.profiling.exact_prompts import prompt_tokens

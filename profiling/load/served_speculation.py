@@ -19,7 +19,7 @@ import click
 from starling.engine.engine import Engine
 from starling.engine.errors import StarlingError
 from starling.engine.generation.results import GenerationResult
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
 from starling.profiling.load.speculation_gain import KINDS, METHOD, prompt_ids, read_texts
 from starling.profiling.machine.environment import describe_environment

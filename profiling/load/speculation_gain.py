@@ -27,7 +27,7 @@ from rich.table import Table
 from starling.engine.engine import Engine
 from starling.engine.errors import StarlingError, UserError
 from starling.engine.generation.results import GenerationResult
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.names import SPECULATIONS
 from starling.profiling.machine.environment import describe_environment
 from starling.profiling.reports.profile_document import bundle_document

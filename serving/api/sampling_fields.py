@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starling.engine.errors import SamplingError, shown
-from starling.engine.generation.sampler import SamplingParams, check_max_tokens
+from starling.engine.generation.sampling_params import SamplingParams, check_max_tokens
 from starling.serving.api.api_errors import bad_field, from_engine
 from starling.serving.api.fields import Fields, Unsupported
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starling.engine.errors import UserError, one_line, shown
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.serving.api.api_errors import ApiError, bad_field
 from starling.serving.api.fields import Fields
 from starling.serving.api.messages import read_messages

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from starling.engine.errors import shown
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.serving.api.api_errors import ApiError, bad_field
 from starling.serving.api.fields import Fields, Unsupported
 from starling.serving.api.messages import read_messages

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from starling.engine.generation.results import FinishReason
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 
 #: The longest line on the socket, in bytes, and the longest prompt, in characters, which JSON makes 12 bytes at most.
 LINE_LIMIT = 2**24

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, text_array
 from starling.serving.triton.entry_interface import Answer, Call, Outputs
 from starling.serving.triton.socket_messages import Delta, Job, RequestError

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starling.engine.errors import SamplingError, one_line, shown
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.serving.api.sampling_fields import MOST_LOGPROBS
 from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, text_array
 from starling.serving.triton.entry_interface import Call, Outputs

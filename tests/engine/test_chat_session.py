@@ -9,7 +9,7 @@ from starling.engine.chat_session import ChatSession
 from starling.engine.engine import Engine
 from starling.engine.errors import PromptError
 from starling.engine.generation.results import GenerationResult
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
 

@@ -15,7 +15,7 @@ from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import BundleError, PromptError, SamplingError, UserError
 from starling.engine.generation.results import GenerationInterrupted
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.names import DEFAULT_MAX_SEQ
 
 MAX_SEQ = 48

@@ -13,7 +13,8 @@ from starling.engine.backends.open_backend import open_backend
 from starling.engine.batching.generation_stream import GenerationStream, generate
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.generation.results import GenerationResult
-from starling.engine.generation.sampler import SamplingParams, make_sampler
+from starling.engine.generation.sampler import make_sampler
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.generation.sequence import GenerationSequence, make_sequence
 from starling.engine.text.tokenizer import Tokenizer
 
@@ -42,7 +43,7 @@ def backend(bundle: Bundle) -> Iterator[Backend]:
 def sequence(
     tokenizer: Tokenizer, prompt: tuple[int, ...], params: SamplingParams = GREEDY, eos: tuple[int, ...] = ()
 ) -> GenerationSequence:
-    return make_sequence(prompt, params, tokenizer, eos=eos, max_seq=MAX_SEQ)
+    return make_sequence(prompt, params, tokenizer, eos=eos, vocab_size=32002, max_seq=MAX_SEQ)
 
 
 def run(backend: Backend, *sequences: GenerationSequence) -> list[GenerationResult]:

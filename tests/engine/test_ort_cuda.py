@@ -18,7 +18,7 @@ from starling.engine.backends.onnxruntime.onnxruntime_cuda import OrtCudaBackend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.generation.results import GenerationResult
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.exporter import ExportOptions, export_bundle

@@ -17,7 +17,9 @@ from transformers import (
 )
 
 from starling.engine.errors import BackendError, SamplingError
-from starling.engine.generation.sampler import PENALTIES, SamplingParams, logprobs, make_sampler, top_candidates
+from starling.engine.generation.logits_processors import RepetitionPenalty
+from starling.engine.generation.sampler import Sampler, logprobs, make_sampler, top_candidates
+from starling.engine.generation.sampling_params import PENALTIES, SamplingParams
 
 Logits = NDArray[np.float32]
 
@@ -43,15 +45,20 @@ def by_transformers(logits: Logits, params: SamplingParams, prompt: list[int]) -
     return torch.softmax(scores, dim=-1)[0].numpy()
 
 
+def sampler_of(params: SamplingParams, prompt: list[int]) -> Sampler:
+    penalty = params.repetition_penalty
+    return make_sampler(params, [RepetitionPenalty(penalty, prompt)] if penalty != 1 else [])
+
+
 def drawn_frequencies(logits: Logits, params: SamplingParams, prompt: list[int], draws: int) -> NDArray[np.float64]:
     counts = np.zeros(logits.size)
     if params.repetition_penalty == 1:
-        sampler = make_sampler(params, prompt)
+        sampler = sampler_of(params, prompt)
         for _ in range(draws):
             counts[sampler(logits)] += 1
     else:  # what was drawn would be penalized in the next draw
         for seed in range(draws):
-            counts[make_sampler(replaced(params, seed=seed), prompt)(logits)] += 1
+            counts[sampler_of(replaced(params, seed=seed), prompt)(logits)] += 1
     return counts / draws
 
 
@@ -131,14 +138,14 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
 
 def test_the_penalty_counts_what_was_chosen_and_each_token_once() -> None:
     logits = np.array([4.0, 3.0, 2.5, -1.0], np.float32)
-    sampler = make_sampler(SamplingParams(repetition_penalty=1.5), [3, 3])
+    sampler = sampler_of(SamplingParams(repetition_penalty=1.5), [3, 3])
     assert [sampler(logits) for _ in range(5)] == [0, 1, 0, 0, 0]  # 4 / 1.5 is more than 2.5, 3 / 1.5 is less
-    assert [make_sampler(SamplingParams(repetition_penalty=1.5), [0, 1, 0])(logits) for _ in range(2)] == [0, 0]
-    assert make_sampler(SamplingParams(repetition_penalty=1.5), [])(-logits) == 3
+    assert [sampler_of(SamplingParams(repetition_penalty=1.5), [0, 1, 0])(logits) for _ in range(2)] == [0, 0]
+    assert sampler_of(SamplingParams(repetition_penalty=1.5), [])(-logits) == 3
 
 
 def test_greedy_with_a_penalty_agrees_with_transformers_step_by_step() -> None:
-    history, sampler = [5, 9, 5], make_sampler(SamplingParams(repetition_penalty=1.3), [5, 9, 5])
+    history, sampler = [5, 9, 5], sampler_of(SamplingParams(repetition_penalty=1.3), [5, 9, 5])
     processor = RepetitionPenaltyLogitsProcessor(1.3)
     for step in range(200):
         logits = random_logits(300, seed=step % 3)
@@ -151,7 +158,7 @@ def test_greedy_with_a_penalty_agrees_with_transformers_step_by_step() -> None:
 def test_the_logits_are_left_as_they_were(settings: dict[str, Any]) -> None:
     logits = random_logits(500, seed=6)
     logits.setflags(write=False)
-    make_sampler(SamplingParams(**settings), [1, 2])(logits)
+    sampler_of(SamplingParams(**settings), [1, 2])(logits)
     assert np.array_equal(logits, random_logits(500, seed=6))
 
 
@@ -214,14 +221,22 @@ def test_logprobs_without_alternatives_and_with_all() -> None:
     ("name", "values"),
     [
         ("temperature", [-0.1, math.nan, math.inf, "1", None, True, [1], 10**400, -(10**400), 10**5000]),
-        ("top_k", [-1, 1.5, "5", None, True]),
+        ("top_k", [-2, 1.5, "5", None, True]),
         ("top_p", [0, -0.5, 1.01, math.nan, "x", None]),
         ("min_p", [-0.1, 1.1, math.nan, None]),
         ("repetition_penalty", [0, -1, math.nan, math.inf, None, 1e-46, 1e39]),
-        ("seed", [-1, 1.0, "7", True, -(10**5000)]),
+        ("seed", [-2, 1.0, "7", True, -(10**5000)]),
         ("max_tokens", [0, -1, 1.5, None, True]),
         ("stop", ["END", [""], ("",), (3,), None]),
         ("stop_token_ids", [5, (-1,), ("5",), (1.0,), None]),
+        ("presence_penalty", [2.01, -2.01, math.nan, "1", None, True]),
+        ("frequency_penalty", [2.01, -2.01, math.inf, None]),
+        (
+            "logit_bias",
+            ["5", 5, None, {"5": 1}, {5: 100.1}, {5: -101}, {5: math.nan}, {-1: 1}, {True: 1}, [5], [(5, 1)] * 2],
+        ),
+        ("bad_words", ["word", [""], (3,), None, ["a"] * 1025, ["a" * 1025]]),
+        ("min_tokens", [-1, 1.5, "1", None, True, 257]),
         ("ignore_eos", [1, None, "yes"]),
         ("logprobs", [-1, 2.5, True]),
     ],
@@ -237,7 +252,7 @@ def test_impossible_values_are_refused_by_name(name: str, values: list[Any]) -> 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_the_greatest_and_the_least_penalty_leave_numbers(penalty: float) -> None:
     logits = np.array([1e4, -1e4, 3, 2], np.float32)
-    assert make_sampler(SamplingParams(repetition_penalty=penalty), [0, 1, 2])(logits) in range(4)
+    assert sampler_of(SamplingParams(repetition_penalty=penalty), [0, 1, 2])(logits) in range(4)
 
 
 def test_the_limits_themselves_are_allowed() -> None:
@@ -245,3 +260,9 @@ def test_the_limits_themselves_are_allowed() -> None:
     params = SamplingParams(**numpy_numbers, top_p=1, min_p=1, seed=0, max_tokens=1, logprobs=0)
     assert params.top_k == 3
     assert SamplingParams().temperature == 0
+
+
+def test_minus_one_is_another_word_for_off() -> None:
+    assert SamplingParams(top_k=-1, seed=-1) == SamplingParams()
+    assert SamplingParams(logit_bias={7: 2, 3: -1}).logit_bias == ((7, 2.0), (3, -1.0))
+    assert SamplingParams(logit_bias=[[7, 2]]).logit_bias == ((7, 2.0),)

@@ -20,7 +20,8 @@ from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import BackendError
-from starling.engine.generation.sampler import SamplingParams, make_sampler
+from starling.engine.generation.sampler import make_sampler
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.export.check.torch_reference import load_reference
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from starling.engine import Engine
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.profiling.load import served_speculation
 from starling.profiling.load.speculation_gain import KINDS, Answer, measure, read_texts, report, summarize, tables
 

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from starling.engine.generation.sampler import SamplingOverrides, SamplingParams
+from starling.engine.generation.sampling_params import SamplingOverrides, SamplingParams
 
 GOOD = """\
 import starling

@@ -20,7 +20,7 @@ from starling.engine.errors import (
     StarlingError,
     UserError,
 )
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
 from starling.serving.api.api_errors import ApiError, from_engine
 from starling.serving.api.fields import Fields

@@ -13,7 +13,7 @@ from http_server import MODEL, Server, serving
 
 from starling.cli.serve import command as serve_command
 from starling.engine.generation import sampler
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.text import template_renderer
 from starling.serving.api import api_errors as errors
 from starling.serving.api import sampling_fields

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from starling.engine.backends.backend import Backend
 from starling.engine.engine import Engine
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # a peer's environment lacks our package
     from starling.profiling.peers.workers.worker import Arrived, Feed, Setup

@@ -21,7 +21,7 @@ from starling.engine.batching.serving_stats import ServingCounters
 from starling.engine.engine import Engine
 from starling.engine.errors import BackendError, RequestFailed
 from starling.engine.generation.results import GenerationChunk, GenerationResult
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 
 ROWS, MAX_SEQ = 4, 96
 SHORT, LONG = tuple(range(900, 905)), tuple(range(1000, 1061))

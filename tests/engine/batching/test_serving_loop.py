@@ -24,7 +24,7 @@ from starling.engine.errors import (
     UserError,
 )
 from starling.engine.generation.results import GenerationChunk
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
 
 ROWS, MAX_SEQ, PATIENCE = 4, 128, 60.0

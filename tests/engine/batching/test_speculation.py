@@ -21,7 +21,8 @@ from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError, UserError
 from starling.engine.generation.results import GenerationResult
-from starling.engine.generation.sampler import SamplingParams, make_sampler
+from starling.engine.generation.sampler import make_sampler
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.names import LOGITS_TO_KEEP
 from starling.engine.serving_loop import ServingLoop
 
@@ -92,6 +93,11 @@ def test_drawn_tokens_are_the_same_with_the_same_seed(engine: Engine, seed: int)
 def test_penalties_see_the_same_history(engine: Engine) -> None:
     assert both(engine, LIST, replace(DRAWN, repetition_penalty=1.05)).timings.drafted_tokens > 0
     assert both(engine, LIST, SamplingParams(max_tokens=40, repetition_penalty=1.1)).timings.drafted_tokens > 0
+    counted = {"presence_penalty": 0.2, "frequency_penalty": 0.1, "min_tokens": 38, "logit_bias": {30: 2}}
+    assert both(engine, LIST, replace(DRAWN, **counted)).timings.accepted_tokens > 0
+    assert (
+        both(engine, LIST, SamplingParams(max_tokens=40, bad_words=(" boat", "blue gas"))).timings.accepted_tokens > 0
+    )
 
 
 @pytest.mark.parametrize("params", [SamplingParams(max_tokens=32, logprobs=2), replace(DRAWN, logprobs=2)])

@@ -30,7 +30,8 @@ from starling.engine.backends.open_backend import open_backend
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
-from starling.engine.generation.sampler import SamplingParams, device_choice, make_sampler
+from starling.engine.generation.sampler import device_choice, make_sampler
+from starling.engine.generation.sampling_params import SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from starling.engine import Engine
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.generation.results import GenerationInterrupted, GenerationResult
-from starling.engine.generation.sampler import SamplingParams
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
 
 PROMPTS = [[1, 420, 6316, 28781], [1, 7596, 1247, 28747, 26256, 2936, 7653, 1413], [1, 315], list(range(900, 930))]
