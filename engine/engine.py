@@ -17,9 +17,10 @@ from starling.engine.batching.generation_stream import GenerationStream, generat
 from starling.engine.batching.speculation import checked_speculation
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.chat_session import ChatSession
-from starling.engine.errors import PromptError, SamplingError, UserError, did_you_mean
+from starling.engine.errors import BackendError, PromptError, SamplingError, UserError, did_you_mean
+from starling.engine.generation.continuation_scores import ContinuationScore, ContinuationScorer, split_continuation
 from starling.engine.generation.logits_processors import LogitsProcessor
-from starling.engine.generation.prompts import Prompt, checked_ids, common_prefix, is_single
+from starling.engine.generation.prompts import Prompt, check_count, checked_ids, common_prefix, is_single
 from starling.engine.generation.results import GenerationInterrupted, GenerationResult
 from starling.engine.generation.sampling_params import SamplingOverrides, SamplingParams
 from starling.engine.generation.sequence import GenerationSequence, make_sequence
@@ -77,6 +78,7 @@ class Engine:
             raise
         self._newest: GenerationStream | None = None
         self._first_row: GenerationSequence | None = None
+        self._scorer = ContinuationScorer(self.backend)
         #: Who has the backend for itself, and how to end that.
         self._reserved: tuple[object, Callable[[], None]] | None = None
         #: Seconds from opening the bundle to being ready.
@@ -172,10 +174,43 @@ class Engine:
         prompt = checked_ids(ids, self.bundle, self.max_seq)
         self._end_newest()
         cached = self._first_row.cached_ids() if self._first_row is not None else ()
-        # The last prompt token is always prefilled, for its logits.
-        reused = min(common_prefix(cached, prompt), len(prompt) - 1)
         chosen = sampling_params(params, overrides)
+        # The last prompt token is always prefilled, for its logits.
+        reused = min(common_prefix(cached, prompt), len(prompt) - 1) if chosen.prompt_logprobs is None else 0
         return self._start([self._sequence(prompt, chosen, reused=reused, reply=True, encode_s=encode_s)])
+
+    def score(self, prompt: Prompt, continuations: Sequence[Prompt], *, logprobs: int = 0) -> list[ContinuationScore]:
+        """How likely each continuation is after the prompt, token by token; the prompt is prefilled once.
+
+        A text is continued by texts (a space between the two begins the continuation), whose tokens are those of both
+        texts together as far as they are not the prompt's; token ids by ids. `logprobs` of the likeliest tokens are
+        reported beside each token. What the prompt has in common with the one scored before is not prefilled again.
+        Raises PromptError, and BackendError where the graph gives the last token's logits only.
+        """
+        self.backend.check_scores()
+        pairs = [self._scored_pair(prompt, each, f"continuations[{i}]") for i, each in enumerate(continuations)]
+        self._check_not_reserved()
+        self._end_newest()
+        self._first_row = None
+        try:
+            return [self._scorer.score(*pair, logprobs) for pair in pairs]
+        except BaseException:
+            self._scorer.forget()
+            raise
+
+    def _scored_pair(self, prompt: Prompt, continuation: Prompt, place: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if len(continuation) == 0:
+            raise PromptError(f"{place} is empty", detail="give at least one token", field="continuations")
+        if isinstance(continuation, str) and not isinstance(prompt, str):
+            raise PromptError(f"{place} is a text, but the prompt is token ids", detail="give ids for both")
+        ids = tuple(self.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+        if isinstance(continuation, str) and isinstance(prompt, str):
+            ids, rest = split_continuation(self.encode(prompt + continuation), ids)
+        else:
+            rest = checked_ids(cast(Sequence[int], continuation), self.bundle, self.max_seq)
+        # The last token's logits are not needed, so it takes no place in the cache.
+        check_count(len(ids) + len(rest) - 1, self.bundle, self.max_seq)
+        return checked_ids(ids, self.bundle, self.max_seq), rest
 
     def chat(self, system: str | None = None, template: str | None = None) -> ChatSession:
         """A multi-turn chat with an optional system message, by the bundle's template or the one named `template`."""
@@ -235,6 +270,7 @@ class Engine:
         """
         self._check_not_reserved()
         self._end_newest()
+        self._scorer.forget()
         self._first_row = None
         self._reserved = (user, end)
 
@@ -279,6 +315,8 @@ class Engine:
         encode_s: float,
         processors: Sequence[LogitsProcessor] = (),
     ) -> GenerationSequence:
+        if params.prompt_logprobs is not None:
+            self._check_scores()
         return make_sequence(
             prompt,
             params,
@@ -293,9 +331,16 @@ class Engine:
             processors=processors,
         )
 
+    def _check_scores(self) -> None:
+        try:
+            self.backend.check_scores()
+        except BackendError as error:
+            raise SamplingError(f"prompt_logprobs cannot be had: {error}", field="prompt_logprobs") from error
+
     def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:
         self._check_not_reserved()
         self._end_newest()
+        self._scorer.forget()
         self._first_row = sequences[0]
         self._newest = GenerationStream(generate(self.backend, sequences, self._speculation), sequences)
         return self._newest

@@ -21,6 +21,8 @@ PREFILL_CHUNK = 256
 #: Tokens of a row that `Backend.verify` takes at most: the newest one and a draft after it; and of all rows together.
 MOST_VERIFIED = 17
 MOST_VERIFIED_TOGETHER = 64
+#: Memory of the logits of one run of `Backend.score`, as float32.
+SCORE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,22 @@ class Backend(Protocol):
         """
         ...
 
+    #: Tokens that `score` takes at most: 0 where it is not to be had.
+    most_scored: int
+
+    def check_scores(self) -> None:
+        """Raise BackendError, with the reason, where `score` is not to be had."""
+        ...
+
+    def score(self, row: int, tokens: Tokens, start: int) -> StepOutput:
+        """`prefill` of at most `most_scored` tokens int64 [n], with logits after each of them.
+
+        The output has n rows: row j is what follows tokens 0..j. Its memory, SCORE_BYTES at most (more only for
+        MOST_VERIFIED rows of a larger vocabulary), is allocated by the first call. Raises BackendError as
+        `check_scores` does, and for more tokens than that.
+        """
+        ...
+
     def clear(self, row: int) -> None:
         """Forget what row `row` holds, so that numbers that are not finite cannot reach the next prompt there."""
         ...
@@ -162,6 +180,17 @@ def chunk_length(remaining: int, most: int) -> int:
     logits (measured on ONNX Runtime: otherwise they are the same bits).
     """
     return most - 1 if remaining == most + 1 and most > 2 else min(remaining, most)
+
+
+def most_scored(vocab_size: int, prefill_chunk: int) -> int:
+    """Tokens of one run of `Backend.score`: no more than a run prefills, nor than SCORE_BYTES hold the logits of."""
+    return min(prefill_chunk, max(MOST_VERIFIED, SCORE_BYTES // (4 * vocab_size)))
+
+
+def check_scored(count: int, most: int) -> None:
+    """Raise BackendError for a number of tokens that one run of `Backend.score` cannot take."""
+    if not 1 <= count <= most:
+        raise BackendError(f"{count} tokens are to be scored in one run: give 1 to {most}")
 
 
 class CacheSize(Protocol):

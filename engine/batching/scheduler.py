@@ -23,7 +23,7 @@ from starling.engine.batching.serving_stats import ServingCounters
 from starling.engine.batching.speculation import begin_drafts, longest_draft, write_drafts
 from starling.engine.errors import RequestFailed
 from starling.engine.generation.results import FinishReason, GenerationChunk
-from starling.engine.generation.sequence import append_token, interrupted_chunk
+from starling.engine.generation.sequence import append_token, interrupted_chunk, score_prompt
 from starling.engine.names import Speculation
 
 LOGGER = logging.getLogger(__name__)
@@ -278,6 +278,8 @@ class Scheduler:
         sequence, backend = request.sequence, self._backend
         begin, model_begin = self._now(), backend.model_seconds
         left = sequence.prompt[request.written :]
+        is_scored = sequence.top_prompt_logprobs is not None
+        most = min(most, backend.most_scored) if is_scored else most
         tokens = np.array(left[: chunk_length(len(left), most)], dtype=np.int64)
         is_last = len(tokens) == len(left)
         try:
@@ -285,9 +287,12 @@ class Scheduler:
                 sequence.queue_s = begin - sequence.submitted
                 if backend.steps_ahead is not None:
                     backend.steps_ahead.choose(request.row, sequence.choice, len(sequence.prompt) - 1)
-            output = backend.prefill(request.row, tokens, request.written)
-            token = output.tokens()[0] if is_last else 0
-            logits = output.logits()[0] if is_last and sequence.needs_logits else None
+            run = backend.score if is_scored else backend.prefill
+            output = run(request.row, tokens, request.written)
+            if is_scored:
+                score_prompt(sequence, output, request.written, len(tokens))
+            token = output.tokens()[-1] if is_last else 0
+            logits = output.logits()[-1] if is_last and sequence.needs_logits else None
         except Exception as error:
             yield request, self._fail(request, error)
             return
@@ -298,7 +303,11 @@ class Scheduler:
         if is_last:
             self._prefilling.popleft()
             sequence.prefilled = True
-            yield request, self._accept(request, token, logits)
+            if sequence.limit:
+                yield request, self._accept(request, token, logits)
+            else:  # the prompt alone was to be run
+                sequence.ttft_s = self._now() - sequence.submitted
+                yield request, self._end_early(request, "length")
         else:
             self._rows.hold(request)
 

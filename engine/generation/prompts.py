@@ -23,7 +23,7 @@ def is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
 def checked_ids(ids: Iterable[int], bundle: Bundle, max_seq: int) -> tuple[int, ...]:
     """The prompt as a tuple of ids. Raises PromptError for an empty one, ids outside the vocabulary, or too many."""
     if isinstance(ids, Sized):
-        _check_count(len(ids), bundle, max_seq)
+        check_count(len(ids), bundle, max_seq)
     try:
         checked = tuple(index(token) for token in ids)
     except TypeError as error:
@@ -37,11 +37,12 @@ def checked_ids(ids: Iterable[int], bundle: Bundle, max_seq: int) -> tuple[int, 
                 f"token id {token} at position {position} is outside the model's vocabulary (0 to {vocabulary - 1})",
                 detail="use this bundle's own tokenizer",
             )
-    _check_count(len(checked), bundle, max_seq)
+    check_count(len(checked), bundle, max_seq)
     return checked
 
 
-def _check_count(count: int, bundle: Bundle, max_seq: int) -> None:
+def check_count(count: int, bundle: Bundle, max_seq: int) -> None:
+    """Raise PromptError for more tokens than the KV cache holds."""
     if count > max_seq:
         raise PromptError(
             f"the prompt has {count} tokens, but the KV cache holds {max_seq}",

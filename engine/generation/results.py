@@ -34,7 +34,8 @@ class Timings:
     new_tokens: int
     #: Prompt tokens already in the KV cache from the turn before; `prompt_tokens - reused_tokens` were prefilled.
     reused_tokens: int
-    #: From the call to the first token: encoding the prompt, prefill, and choosing the token.
+    #: From the call to the first token: encoding the prompt, prefill, and choosing the token. Where no token is asked
+    #: for, to the end of the prefill.
     ttft_s: float
     #: The prefill's runs of the model alone.
     prefill_model_s: float
@@ -104,6 +105,9 @@ class GenerationResult:
     logprobs: tuple[TokenLogprob, ...] | None
     prompt_tokens: tuple[int, ...]
     timings: Timings
+    #: One entry per prompt token where SamplingParams.prompt_logprobs asked for them, else None. The first is None:
+    #: nothing comes before it.
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 class GenerationInterrupted(KeyboardInterrupt):
@@ -120,7 +124,7 @@ class GenerationChunk:
     """What one token added to a stream. The texts of all chunks joined are the result's text.
 
     `text` is often "" while a character or a possible stop string is incomplete. The last chunk has `finish_reason` and
-    `timings`; its `token` is None when the stream was interrupted, since no token came with it.
+    `timings`; its `token` is None where no token came with it: the stream was interrupted, or max_tokens was 0.
     """
 
     text: str

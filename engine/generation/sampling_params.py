@@ -41,6 +41,7 @@ class SamplingOverrides(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
+    prompt_logprobs: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,13 @@ class SamplingParams:
     logit_bias: is added to the logits of tokens, by their ids; -100 to 100. A mapping becomes a tuple of pairs.
     bad_words: up to 1,024 texts whose tokens must not appear in the answer, neither alone nor after a space.
     seed: the same seed gives the same choices for the same logits; None or -1 draws a fresh one.
-    max_tokens: the most tokens to generate.
+    max_tokens: the most tokens to generate; 0 runs the prompt alone.
     min_tokens: how many come before a token that ends the answer; stop strings are looked for after them.
     stop: up to 64 strings that end the text, not shown themselves.
     stop_token_ids: tokens that end it, beside the bundle's own.
     ignore_eos: go on after the bundle's end tokens.
     logprobs: how many of the likeliest tokens to report beside the chosen one's log-probability; None reports nothing.
+    prompt_logprobs: the same for each token of the prompt, all of which is then run, whatever the cache holds of it.
     """
 
     temperature: float = 0.0
@@ -82,6 +84,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, "0 (greedy) or more", lambda x: x >= 0)
@@ -102,7 +105,7 @@ class SamplingParams:
         if self.min_tokens > self.max_tokens:
             problem = f"min_tokens is {shown(self.min_tokens)}, but max_tokens is {shown(self.max_tokens)}"
             raise SamplingError(f"{problem}: give no more than that", field="min_tokens")
-        for name in ("seed", "logprobs"):
+        for name in ("seed", "logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), "0 or more, or None")
         for name in ("stop", "stop_token_ids", "bad_words"):
@@ -135,7 +138,7 @@ class SamplingParams:
 
 def check_max_tokens(value: Any, name: str = "max_tokens") -> None:
     """Raise SamplingError for a value that `SamplingParams.max_tokens` refuses; `name` is what its user calls it."""
-    _check_int(name, value, "1 or more", least=1)
+    _check_int(name, value, "0 or more")
 
 
 def _check_number(name: str, value: Any, wanted: str, test: Callable[[float], bool]) -> None:
@@ -175,8 +178,8 @@ def _checked_biases(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), float(bias)) for token, bias in pairs)
 
 
-def _check_int(name: str, value: Any, wanted: str, *, least: int = 0, at: str = "") -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+def _check_int(name: str, value: Any, wanted: str, *, at: str = "") -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
         raise SamplingError(f"{name}{at} is {shown(value)}: give a whole number, {wanted}", field=name)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from starling.engine.backends.backend import GREEDY, DeviceChoice
-from starling.engine.backends.logits import Logits
+from starling.engine.backends.backend import GREEDY, DeviceChoice, StepOutput
+from starling.engine.backends.logits import Logits, check_finite
 from starling.engine.generation.logits_processors import LogitsProcessor, logits_processors
 from starling.engine.generation.results import FinishReason, GenerationChunk, GenerationResult, Timings
 from starling.engine.generation.sampler import Sampler, TokenLogprob, device_choice, logprobs, make_sampler
@@ -40,6 +41,8 @@ class GenerationSequence:
     min_tokens: int = 0
     #: Seconds that encoding the prompt took; part of the time to first token.
     encode_s: float = 0.0
+    #: How many of the likeliest tokens to report for each token of the prompt; None: the prompt is not scored.
+    top_prompt_logprobs: int | None = None
     #: How a backend that chooses tokens itself chooses; where `sample` is set its choice is not taken.
     choice: DeviceChoice = GREEDY
     #: The answer. A token belongs to it once it is in `tokens`, which comes last: of one that Ctrl-C fell into, `texts`
@@ -49,6 +52,8 @@ class GenerationSequence:
     texts: list[str] = field(default_factory=list)
     #: Of each token, where they were asked for; else none.
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    #: Of each prompt token so far, where they were asked for; else none.
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     #: True once the last chunk was handed out.
     closed: bool = False
@@ -88,6 +93,7 @@ class GenerationSequence:
             logprobs=None if self.top_logprobs is None else tuple(self.logprobs[:count]),
             prompt_tokens=self.prompt,
             timings=self.timings(),
+            prompt_logprobs=None if self.top_prompt_logprobs is None else tuple(self.prompt_logprobs),
         )
 
     def timings(self) -> Timings:
@@ -144,8 +150,27 @@ def make_sequence(
         stops=StopMatcher(params.stop) if params.stop else None,
         min_tokens=params.min_tokens,
         encode_s=encode_s,
+        top_prompt_logprobs=params.prompt_logprobs,
         choice=drawn or GREEDY,
     )
+
+
+def score_prompt(sequence: GenerationSequence, output: StepOutput, first: int, count: int) -> None:
+    """Take the log-probabilities of the prompt's tokens that a run over tokens first..first+count says something of.
+
+    Those are the ones after each of them, as far as the prompt has them. Raises BackendError where one is no number.
+    """
+    if first == 0:
+        sequence.prompt_logprobs.append(None)
+    following = sequence.prompt[first + 1 : first + count + 1]
+    sequence.prompt_logprobs += token_logprobs(output, following, sequence.top_prompt_logprobs or 0)
+
+
+def token_logprobs(output: StepOutput, tokens: Sequence[int], top_n: int) -> list[TokenLogprob]:
+    """Log-probabilities of `tokens`: token j after row j of the output. Raises BackendError where one is no number."""
+    if -1 in output.tokens()[: len(tokens)]:
+        check_finite(math.nan)
+    return [logprobs(logits, token, top_n) for logits, token in zip(output.logits(), tokens, strict=False)]
 
 
 def append_token(
@@ -214,8 +239,9 @@ def interrupt(sequence: GenerationSequence, reason: FinishReason = "interrupted"
     """End an unfinished sequence where it is; returns the text that was held back, now part of its newest token's."""
     if sequence.finish_reason is not None:
         return ""
-    tail, sequence.finish_reason = _with_held_back(sequence, "", reason)
-    if not sequence.tokens:
+    if not sequence.tokens:  # what is held back is the prompt's
+        sequence.finish_reason = reason
         return ""
+    tail, sequence.finish_reason = _with_held_back(sequence, "", reason)
     sequence.texts[len(sequence.tokens) - 1] += tail
     return tail

@@ -30,7 +30,7 @@ class RangedBackend:
         self.kernels, self.kernels_note = backend.kernels, backend.kernels_note
         self.max_seq, self.max_batch, self.vocab_size = backend.max_seq, backend.max_batch, backend.vocab_size
         self.kv_cache_bytes, self.prefill_chunk = backend.kv_cache_bytes, backend.prefill_chunk
-        self.verified_rows = backend.verified_rows
+        self.verified_rows, self.most_scored = backend.verified_rows, backend.most_scored
         ahead = backend.steps_ahead
         self.steps_ahead: StepsAhead | None = None if ahead is None else RangedStepsAhead(ahead, self._annotate)
 
@@ -52,6 +52,15 @@ class RangedBackend:
         """As the backend's."""
         with self._annotate(f"decode {len(tokens)} rows", domain=DOMAIN, color="green"):
             return self._backend.decode(tokens, positions)
+
+    def check_scores(self) -> None:
+        """As the backend's."""
+        self._backend.check_scores()
+
+    def score(self, row: int, tokens: Tokens, start: int) -> StepOutput:
+        """As the backend's."""
+        with self._annotate(f"score {len(tokens)} tokens", domain=DOMAIN, color="blue"):
+            return self._backend.score(row, tokens, start)
 
     def check_verifies(self) -> None:
         """As the backend's."""

@@ -133,7 +133,7 @@ def test_token_ids_outside_the_vocabulary(ids: str, expected: str, tiny_bundle: 
         ("--top-p", "0", "top_p is 0.0: give a number above 0 and at most 1"),
         ("--min-p", "2", "min_p is 2.0: give a number from 0 to 1"),
         ("--repetition-penalty", "0", "repetition_penalty is 0.0: give a number from 1e-06 to 1e+06"),
-        ("--max-tokens", "0", "max_tokens is 0: give a whole number, 1 or more"),
+        ("--max-tokens", "-1", "max_tokens is -1: give a whole number, 0 or more"),
         ("--seed", "-1", "seed is -1: give a whole number"),
         ("--logprobs", "-1", "logprobs is -1: give a whole number"),
         ("--stop", "", "stop[0] is '': give a string that is not empty"),

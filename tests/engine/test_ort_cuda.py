@@ -1,7 +1,7 @@
 """The backend for CUDA, on ONNX Runtime's CPU provider and a stream that does its work late."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from starling.engine.backends.onnxruntime.onnxruntime_cuda import OrtCudaBackend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.generation.results import GenerationResult
+from starling.engine.generation.sampler import TokenLogprob
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
 from starling.export.checkpoints.checkpoint import Checkpoint
@@ -163,6 +164,31 @@ def test_drafts_are_verified(bundle: Bundle, oracle: Engine) -> None:
     same([got], [oracle.generate(repeated, params)])
 
 
+def test_a_prompt_is_scored_and_the_steps_launched_after_it_go_on_from_there(bundle: Bundle, oracle: Engine) -> None:
+    prompt = [1, *range(900, 930), *range(40, 70)]
+    params = replace(GREEDY, prompt_logprobs=2)
+    with engine_on_cuda(bundle) as (engine, backend):
+        assert backend._scored is None, "it takes memory only where somebody asks"
+        got = engine.generate([prompt, PROMPTS[0]], params)
+        assert backend._scored is not None
+        scores = engine.score(prompt, [[5, 6, 7], [9]])
+    expected = oracle.generate([prompt, PROMPTS[0]], params)
+    same(got, expected)
+    for result, theirs in zip(got, expected, strict=True):
+        check_entries(result.prompt_logprobs, theirs.prompt_logprobs)
+    for score, wanted in zip(scores, oracle.score(prompt, [[5, 6, 7], [9]]), strict=True):
+        check_entries(score.tokens, wanted.tokens)
+        assert score.is_greedy == wanted.is_greedy
+
+
+def check_entries(got: Sequence[TokenLogprob | None] | None, expected: Sequence[TokenLogprob | None] | None) -> None:
+    assert got is not None
+    assert expected is not None
+    assert [entry and entry.token for entry in got] == [entry and entry.token for entry in expected]
+    values = [entry.logprob for entry in got if entry]
+    assert values == pytest.approx([entry.logprob for entry in expected if entry], abs=0.02)
+
+
 def test_logits_that_are_no_numbers_end_the_request_and_leave_nothing(bundle: Bundle, oracle: Engine) -> None:
     with engine_on_cuda(bundle) as (engine, backend):
         stream = iter(engine.stream(PROMPTS[0], GREEDY))
@@ -190,6 +216,10 @@ def test_what_lies_outside_the_cache_is_refused(bundle: Bundle, position: int, r
         backend.decode([1] * (row + 1), [position] * (row + 1))
     with pytest.raises(BackendError, match="2 rows"):
         backend.verify(0, [[1], [2]], [0, 0])
+    with pytest.raises(BackendError, match="outside the KV cache"):
+        backend.score(row, np.array([1]), position)
+    with pytest.raises(BackendError, match=f"are to be scored in one run: give 1 to {POSITIONS}"):
+        backend.score(0, np.zeros(POSITIONS + 1, np.int64), 0)
     backend.close()
 
 

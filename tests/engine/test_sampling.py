@@ -226,7 +226,7 @@ def test_logprobs_without_alternatives_and_with_all() -> None:
         ("min_p", [-0.1, 1.1, math.nan, None]),
         ("repetition_penalty", [0, -1, math.nan, math.inf, None, 1e-46, 1e39]),
         ("seed", [-2, 1.0, "7", True, -(10**5000)]),
-        ("max_tokens", [0, -1, 1.5, None, True]),
+        ("max_tokens", [-1, 1.5, None, True]),
         ("stop", ["END", [""], ("",), (3,), None]),
         ("stop_token_ids", [5, (-1,), ("5",), (1.0,), None]),
         ("presence_penalty", [2.01, -2.01, math.nan, "1", None, True]),
@@ -239,6 +239,7 @@ def test_logprobs_without_alternatives_and_with_all() -> None:
         ("min_tokens", [-1, 1.5, "1", None, True, 257]),
         ("ignore_eos", [1, None, "yes"]),
         ("logprobs", [-1, 2.5, True]),
+        ("prompt_logprobs", [-1, 1.5, True, "2"]),
     ],
 )
 def test_impossible_values_are_refused_by_name(name: str, values: list[Any]) -> None:

@@ -114,8 +114,8 @@ def test_a_full_queue_tells_a_client_to_try_again(engine: Engine) -> None:
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_a_limit_is_refused_under_the_name_that_the_request_has_for_it(name: str) -> None:
     with pytest.raises(ApiError) as caught:
-        read_sampling(Fields({name: 0}), {}, max_tokens=4, logprobs=None)
-    assert (caught.value.param, caught.value.message) == (name, f"{name} is 0: give a whole number, 1 or more")
+        read_sampling(Fields({name: -1}), {}, max_tokens=4, logprobs=None)
+    assert (caught.value.param, caught.value.message) == (name, f"{name} is -1: give a whole number, 0 or more")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_limit_is_refused_under_the_name_that_the_request_has_for_it(name: str
         ({"stop": "a"}, "stop"),
         ({"seed": -1}, "seed"),
         ({"ignore_eos": 1}, "ignore_eos"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
     ],
     ids=str,
 )

@@ -173,8 +173,7 @@ TYPES: dict[str, tuple[list[Any], list[Any]]] = {
 #: Good and bad values of each range.
 RANGES: dict[str, tuple[list[float], list[float]]] = {
     "": ([], []),
-    "1 or more": ([1, 10**30], [0, -1]),
-    "0 or more": ([0, 10**9], [-1]),
+    "0 or more": ([0, 1, 10**30], [-1]),
     "above 0": ([60], [0, -1]),
     "above 0 to 1": ([0.01, 1], [0, 1.01]),
     "1e-6 to 1e6": ([1e-6, 2, 1e6], [0, 1e-7, 2e6]),

@@ -16,7 +16,9 @@ from starling.engine.backends.backend import (
     StepOutput,
     Tokens,
     check_room,
+    check_scored,
     chunk_length,
+    most_scored,
 )
 from starling.engine.backends.onnxruntime.huge_pages import huge_pages
 from starling.engine.backends.onnxruntime.step_buffers import (
@@ -122,14 +124,18 @@ class OrtBackend:
         self._cache = allocate_cache(self._ort, bundle, max_batch, max_seq)
         longest = max(self.prefill_chunk, MOST_VERIFIED_TOGETHER)
         self._inputs = INPUTS[bundle.dialect](max_batch, longest, max_seq)
-        self._why_no_verify = _why_no_verify(bundle)
-        self._kept = KeptPositions(MOST_VERIFIED) if self._why_no_verify is None else None
+        self._bundle, self._why_last_only = bundle, _why_last_only(bundle)
+        can_keep = self._why_last_only is None
+        self.most_scored = most_scored(self.vocab_size, self.prefill_chunk) if can_keep else 0
+        self._kept = KeptPositions(max(MOST_VERIFIED, self.most_scored)) if can_keep else None
         # A page of it takes memory when it is written to.
         self._outputs = StepOutputs(bundle, max(max_batch, MOST_VERIFIED_TOGETHER))
         self._verifications: dict[tuple[int, int, int], _Verification] = {}
         self._row_bindings: dict[int, Any] = {}
         self._steps: dict[int, _Step] = {}
         self._row_output = self._outputs.output(1)
+        #: What `score` writes to, allocated by its first call.
+        self._scores: StepOutputs | None = None
         self.verified_rows = self._find_verified_rows()
 
     def prefill(self, row: int, tokens: Tokens, start: int) -> StepOutput:
@@ -164,8 +170,24 @@ class OrtBackend:
 
     def check_verifies(self) -> None:
         """Raise BackendError where the graph gives the last position's logits only."""
-        if self._why_no_verify is not None:
-            raise BackendError(self._why_no_verify)
+        self._check_keeps("no draft can be verified")
+
+    def check_scores(self) -> None:
+        """Raise BackendError where the graph gives the last position's logits only."""
+        self._check_keeps("no prompt can be scored")
+
+    def score(self, row: int, tokens: Tokens, start: int) -> StepOutput:
+        """Write `tokens` int64 [n] at start..start+n of row `row`; the output has n rows."""
+        self.check_scores()
+        count = len(tokens)
+        check_scored(count, self.most_scored)
+        check_room(self, row, start + count - 1)
+        self._scores = outputs = self._scores or StepOutputs(self._bundle, self.most_scored)
+        binding = self._bind(row, 1, kept=count, outputs=outputs)  # 0.2 ms, of a run of many tokens
+        self._inputs.bind(binding, 1, count)
+        self._inputs.write_chunk(tokens, start)
+        self._run(binding)
+        return outputs.output(count)
 
     def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> StepOutput:
         """Write `tokens` [k, n] at `starts`[i]..+n of row first + i; the output has k * n rows."""
@@ -189,12 +211,13 @@ class OrtBackend:
         self._row_bindings.clear()
         self._steps.clear()
         self._verifications.clear()
+        self._scores = None
         self._cache.clear()
         self._session = None
 
     def _find_verified_rows(self) -> int:
         """ONNX Runtime's GroupQueryAttention takes several new tokens of one row only, that of the kernels of many."""
-        if self._why_no_verify is not None:
+        if self._why_last_only is not None:
             return 0
         self.verified_rows = self.max_batch if self.kernels is not None else 1
         if self.verified_rows == 1 or self.max_seq < 2:
@@ -208,6 +231,11 @@ class OrtBackend:
             for buffer in self._cache.values():
                 buffer.numpy()[:2, :, :2] = 0
         return self.max_batch
+
+    def _check_keeps(self, consequence: str) -> None:
+        if self._why_last_only is not None:
+            problem, remedy = self._why_last_only
+            raise BackendError(f"{problem}, so {consequence}: {remedy}")
 
     def _run(self, binding: Any) -> None:
         begin = perf_counter()
@@ -243,7 +271,7 @@ class OrtBackend:
         self._inputs.bind(binding, 1, length)
         return binding
 
-    def _bind(self, first: int, rows: int, kept: int = 1) -> Any:
+    def _bind(self, first: int, rows: int, kept: int = 1, outputs: StepOutputs | None = None) -> Any:
         """A binding whose past and present are the same memory: rows first..first+rows of the cache.
 
         Its outputs are those of the last `kept` positions of each row.
@@ -257,7 +285,7 @@ class OrtBackend:
             binding.bind_output(f"present.{name}", "cpu", 0, kind, shape, pointer)
         if self._kept is not None:
             self._kept.bind(binding, kept)
-        self._outputs.bind(binding, rows, kept)
+        (outputs or self._outputs).bind(binding, rows, kept)
         return binding
 
 
@@ -266,12 +294,12 @@ def _failed_run(error: Exception) -> BackendError:
     return BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}")
 
 
-def _why_no_verify(bundle: Bundle) -> str | None:
-    """Why the graph cannot give logits after several tokens of a row; None where it can."""
+def _why_last_only(bundle: Bundle) -> tuple[str, str] | None:
+    """Why the graph cannot give logits after several tokens of a row, and what to do; None where it can."""
     if any(spec.name == LOGITS_TO_KEEP for spec in bundle.graph.inputs):
         return None
     how = "export the model again" if bundle.dialect == "ort" else "export it with --dialect ort"
-    return f"{bundle.folder}: its graph gives the last token's logits only, so no draft can be verified: {how}"
+    return f"{bundle.folder}: its graph gives the last token's logits only", how
 
 
 def _kernels(bundle: Bundle) -> tuple[KernelLibrary | None, str | None]:

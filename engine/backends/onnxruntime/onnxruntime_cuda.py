@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from starling.engine.backends.backend import MOST_VERIFIED, DeviceChoice, Tokens, check_room, chunk_length
+from starling.engine.backends.backend import (
+    MOST_VERIFIED,
+    DeviceChoice,
+    Tokens,
+    check_room,
+    check_scored,
+    chunk_length,
+    most_scored,
+)
 from starling.engine.backends.cuda.cuda_device import CudaDevice, Device, address_of
 from starling.engine.backends.cuda.cuda_runtime import CudaRuntime
 from starling.engine.backends.cuda.device_memory import DeviceMemory
@@ -116,6 +124,9 @@ class OrtCudaBackend(LaunchingBackend):
             closing.callback(memory.close)
             self._captures = capture and profile_prefix is None
             self.prefill_chunk = max(min(prefill_chunk or PREFILL_CHUNK, max_seq), min(MOST_VERIFIED, max_seq))
+            self.most_scored = most_scored(self.vocab_size, self.prefill_chunk)
+            #: What `score` writes to, allocated by its first call.
+            self._scored: tuple[_Tensors, HostLogits] | None = None
             operators = self._kernels(bundle) if kernels else None
             graph = bundle.cuda_graph
             if operators is not None:
@@ -164,13 +175,14 @@ class OrtCudaBackend(LaunchingBackend):
         self._batch = self._tensors(rows, rows, feeds_itself=True)
         self._chunk = self._tensors(self.prefill_chunk, MOST_VERIFIED, feeds_itself=False)
         self._logits = HostLogits(memory, self._kind, max(rows, MOST_VERIFIED), self.vocab_size)
-        self._launched = LaunchedSteps(memory, max(rows, MOST_VERIFIED))
+        self._most_kept = max(MOST_VERIFIED, self.most_scored)
+        self._launched = LaunchedSteps(memory, max(rows, self._most_kept))
         self._fed_tokens, self._fed_lengths = memory.host((rows,), "int64"), memory.host((rows,), "int32")
         self._prompt = memory.host((positions,), "int64")
         self._ends = memory.host((positions,), "int32")
         self._saved = memory.allocate(rows * (TOKEN_BYTES + LENGTH_BYTES))
-        kept = memory.host((MOST_VERIFIED,), "int64")
-        kept[:] = np.arange(-MOST_VERIFIED, 0)
+        kept = memory.host((self._most_kept,), "int64")
+        kept[:] = np.arange(-self._most_kept, 0)
         self._kept = memory.allocate(kept.nbytes)
         memory.copy(self._kept, address_of(kept), kept.nbytes)
         # GroupQueryAttention reads these on the host: the longest row of a run, and for a decode step, whose CUDA graph
@@ -214,21 +226,26 @@ class OrtCudaBackend(LaunchingBackend):
         while first < len(tokens):
             length = chunk_length(len(tokens) - first, self.prefill_chunk)
             copy(chunk.ids, address_of(self._prompt) + first * TOKEN_BYTES, length * TOKEN_BYTES)
-            self._run_row(row, length, 1, start + first + length)
+            self._run_row(row, chunk, length, 1, start + first + length)
             first += length
-        copy(self._batch.ids + row * TOKEN_BYTES, chunk.next_tokens, TOKEN_BYTES)
-        copy(self._batch.lengths + row * LENGTH_BYTES, chunk.next_lengths, LENGTH_BYTES)
+        self._continue_with(row, chunk, 1)
 
-    def _run_row(self, row: int, length: int, kept: int, end: int) -> None:
+    def _continue_with(self, row: int, tensors: _Tensors, kept: int) -> None:
+        """Have the row's next step read the last of the `kept` tokens that a run of the row has chosen."""
+        copy, last = self._memory.copy, tensors.next_tokens + (kept - 1) * TOKEN_BYTES
+        copy(self._batch.ids + row * TOKEN_BYTES, last, TOKEN_BYTES)
+        copy(self._batch.lengths + row * LENGTH_BYTES, tensors.next_lengths, LENGTH_BYTES)
+
+    def _run_row(self, row: int, tensors: _Tensors, length: int, kept: int, end: int) -> None:
         """Run `length` tokens of one row, up to position `end`, with logits for the last `kept` of them."""
         self._ends[end - 1] = end - 1
-        self._memory.copy(self._chunk.lengths, address_of(self._ends[end - 1 :]), LENGTH_BYTES)
+        self._memory.copy(tensors.lengths, address_of(self._ends[end - 1 :]), LENGTH_BYTES)
         self._longest[0] = end
         binding = self._row_bindings.get(row)
         if binding is None:
             binding = self._row_bindings[row] = self._session.io_binding()
             self._bind_cache(binding, row, 1)
-        self._bind(binding, self._chunk, (1, length), kept, self._longest)
+        self._bind(binding, tensors, (1, length), kept, self._longest)
         self._run(binding, self._uncaptured)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> DeviceOutput:
@@ -262,12 +279,41 @@ class OrtCudaBackend(LaunchingBackend):
 
         def run() -> None:
             self._memory.copy(self._chunk.ids, address_of(self._prompt), length * TOKEN_BYTES)
-            self._run_row(first, length, length, starts[0] + length)
+            self._run_row(first, self._chunk, length, length, starts[0] + length)
 
         self._launched.launch(run, length, self._chunk.next_tokens)
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin
         return DeviceOutput(chosen, self._logits, self._chunk.logits)
+
+    def check_scores(self) -> None:
+        """Every graph for CUDA scores."""
+
+    def score(self, row: int, tokens: Tokens, start: int) -> DeviceOutput:
+        """Write `tokens` int64 [n] at start..start+n of row `row`; the output has n rows."""
+        count = len(tokens)
+        check_scored(count, self.most_scored)
+        check_room(self, row, start + count - 1)
+        begin = perf_counter()
+        self.drop()
+        tensors, logits = self._scored = self._scored or self._score_memory()
+        self._prompt[:count] = tokens
+
+        def run() -> None:
+            self._memory.copy(tensors.ids, address_of(self._prompt), count * TOKEN_BYTES)
+            self._run_row(row, tensors, count, count, start + count)
+            self._continue_with(row, tensors, count)
+
+        self._launched.launch(run, count, tensors.next_tokens)
+        chosen = self._launched.oldest()
+        self._lengths[row] = start + count
+        self.model_seconds += perf_counter() - begin
+        return DeviceOutput(chosen, logits, tensors.logits)
+
+    def _score_memory(self) -> tuple[_Tensors, HostLogits]:
+        most = self.most_scored
+        tensors = self._tensors(most, most, feeds_itself=False)
+        return tensors, HostLogits(self._memory, self._kind, most, self.vocab_size)
 
     def clear(self, row: int) -> None:
         """Nothing to do: the operators read no position after a row's end (on an H200 with a cache full of NaN)."""
@@ -362,7 +408,7 @@ class OrtCudaBackend(LaunchingBackend):
     ) -> None:
         """Bind the buffers' beginnings for [rows, length] tokens with logits for the last `kept` of each row."""
         rows, where, of = shape[0], "cuda", ONNX_TYPES
-        skipped = self._kept + (MOST_VERIFIED - kept) * TOKEN_BYTES
+        skipped = self._kept + (self._most_kept - kept) * TOKEN_BYTES
         binding.bind_input("input_ids", where, 0, of["int64"], list(shape), tensors.ids)
         binding.bind_input("seqlens_k", where, 0, of["int32"], [rows], tensors.lengths)
         binding.bind_input("total_sequence_length", "cpu", 0, of["int32"], [], longest.ctypes.data)

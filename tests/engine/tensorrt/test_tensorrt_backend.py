@@ -178,6 +178,12 @@ def test_drafts_are_refused(gpu: Opened) -> None:
             attempt()
 
 
+def test_scores_are_refused(gpu: Opened) -> None:
+    for attempt in (gpu.backend.check_scores, lambda: gpu.backend.score(0, tokens(2), 3)):
+        with pytest.raises(BackendError, match="no prompt can be scored: score with a bundle of --dialect ort"):
+            attempt()
+
+
 def test_two_steps_at_most_are_on_their_way(gpu: Opened) -> None:
     gpu.backend.prefill(0, tokens(3), 0)
     gpu.backend.launch(1)

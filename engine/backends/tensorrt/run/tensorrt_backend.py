@@ -58,7 +58,7 @@ class TensorRTBackend(LaunchingBackend):
         self.model_seconds = 0.0
         self.note: str | None = None
         self.kernels: str | None = None
-        self.verified_rows = 0
+        self.verified_rows = self.most_scored = 0
         self.kernels_note: str | None = None
         with ExitStack() as closing:
             self._memory = memory = DeviceMemory(device)
@@ -127,6 +127,17 @@ class TensorRTBackend(LaunchingBackend):
     def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> NoReturn:
         """Raise BackendError, as `check_verifies` does."""
         self.check_verifies()
+
+    def check_scores(self) -> NoReturn:
+        """Raise BackendError: the engines give logits after a step's last token only."""
+        raise BackendError(
+            "TensorRT engines give the last token's logits only, so no prompt can be scored: "
+            "score with a bundle of --dialect ort and --backend onnxruntime"
+        )
+
+    def score(self, row: int, tokens: Tokens, start: int) -> NoReturn:
+        """Raise BackendError, as `check_scores` does."""
+        self.check_scores()
 
     def clear(self, row: int) -> None:
         """Zero the row: masked positions enter a product with 0, which leaves NaN what it is."""
