@@ -178,7 +178,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _limits(engine: Engine, options: dict[str, Any]) -> Limits:
-    from starling.serving.http.request_bodies import API_DEFAULTS, Limits
+    from starling.serving.http.request_bodies import API_DEFAULTS, MOST_CHOICES, Limits
 
     most = options["max_prompt"] or engine.max_seq
     if most > engine.max_seq:
@@ -188,6 +188,7 @@ def _limits(engine: Engine, options: dict[str, Any]) -> Limits:
         models=options["model_name"] or (engine.bundle.folder.resolve().name,),
         max_seq=engine.max_seq,
         max_prompt=most,
+        max_choices=min(MOST_CHOICES, options["max_batch"] + options["max_queue"]),
         defaults=API_DEFAULTS | {name: value for name, value in own.items() if value is not None},
     )
 

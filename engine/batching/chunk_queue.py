@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from threading import Condition
 
 from starling.engine.errors import UserError
@@ -51,7 +51,7 @@ class ChunkQueue:
         with self._changed:
             return self._changed.wait_for(lambda: self.complete, timeout_s)
 
-    async def chunks(self) -> AsyncIterator[GenerationChunk]:
+    async def chunks(self) -> AsyncGenerator[GenerationChunk, None]:
         """The chunks, for a task on a running asyncio loop. Raises UserError where a callback gets them."""
         import asyncio  # 30 ms that a program without it need not pay
 

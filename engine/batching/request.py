@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from math import inf
 from uuid import uuid4
@@ -69,15 +70,16 @@ class RequestHandle(Iterator[GenerationChunk]):
         self._raise_failure(chunk)
         return chunk
 
-    async def chunks(self) -> AsyncIterator[GenerationChunk]:
+    async def chunks(self) -> AsyncGenerator[GenerationChunk, None]:
         """The chunks, for asyncio. A reader that stops before the end, or is cancelled, cancels the request.
 
         Raises RequestFailed where the request failed.
         """
         try:
-            async for chunk in self._request.queue.chunks():
-                self._raise_failure(chunk)
-                yield chunk
+            async with aclosing(self._request.queue.chunks()) as chunks:
+                async for chunk in chunks:
+                    self._raise_failure(chunk)
+                    yield chunk
         finally:
             if not self.done:
                 self.cancel()

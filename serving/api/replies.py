@@ -6,6 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from starling.engine.generation.results import Timings
@@ -14,6 +15,32 @@ from starling.serving.api.token_texts import TokenTexts
 
 #: Tokens with the offset of their text in the answer, in characters.
 Logprobs: TypeAlias = Sequence[tuple[int, TokenLogprob]]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of the prompts and of the answers, their end tokens counted."""
+
+    prompt: int
+    answer: int
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.prompt + other.prompt, self.answer + other.answer)
+
+    def document(self) -> dict[str, int]:
+        """OpenAI's `usage`."""
+        total = self.prompt + self.answer
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.answer, "total_tokens": total}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One choice, ended."""
+
+    text: str
+    #: None where none were asked for.
+    logprobs: Logprobs | None
+    finish_reason: str
 
 
 class Reply(ABC):
@@ -34,29 +61,34 @@ class Reply(ABC):
             "model": model,
         }
 
-    def opening(self) -> dict[str, Any] | None:
-        """The chunk before the first text, if there is one."""
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The chunk before a choice's first text, if there is one."""
         return None
 
-    def chunk(self, text: str, logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:
-        """A piece of the answer."""
-        return self._head | {"choices": [self._piece(text, logprobs, finish_reason)]} | self._no_usage
+    def chunk(self, index: int, text: str, logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:
+        """A piece of a choice."""
+        piece = {"index": index} | self._piece(text, logprobs, finish_reason)
+        return self._head | {"choices": [piece]} | self._no_usage
 
-    def usage_chunk(self, timings: Timings) -> dict[str, Any]:
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The chunk without choices that ends a stream with usage."""
-        return self._head | {"choices": [], "usage": usage(timings)}
+        return self._head | {"choices": [], "usage": usage.document()}
 
-    def whole(self, text: str, logprobs: Logprobs | None, finish_reason: str, timings: Timings) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The whole answer as one object."""
-        return self._head | {"choices": [self._choice(text, logprobs, finish_reason)], "usage": usage(timings)}
+        shown = [
+            {"index": index} | self._choice(choice.text, choice.logprobs, choice.finish_reason)
+            for index, choice in enumerate(choices)
+        ]
+        return self._head | {"choices": shown, "usage": usage.document()}
 
     @abstractmethod
     def _piece(self, text: str, logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:
-        """The choice of a chunk."""
+        """A chunk's choice, without its index."""
 
     @abstractmethod
     def _choice(self, text: str, logprobs: Logprobs | None, finish_reason: str) -> dict[str, Any]:
-        """The choice of a whole answer."""
+        """A whole answer's choice, without its index."""
 
 
 class CompletionReply(Reply):
@@ -67,7 +99,7 @@ class CompletionReply(Reply):
 
     def _piece(self, text: str, logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:
         shown = None if logprobs is None else self._texts.completion(logprobs)
-        return {"index": 0, "text": text, "logprobs": shown, "finish_reason": finish_reason}
+        return {"text": text, "logprobs": shown, "finish_reason": finish_reason}
 
     _choice = _piece
 
@@ -78,9 +110,9 @@ class ChatReply(Reply):
     prefix = "chatcmpl"
     kinds = ("chat.completion", "chat.completion.chunk")
 
-    def opening(self) -> dict[str, Any]:
+    def opening(self, index: int) -> dict[str, Any]:
         """The chunk that names the role."""
-        choice = self._delta({"role": "assistant", "content": ""}, None, None)
+        choice = {"index": index} | self._delta({"role": "assistant", "content": ""}, None, None)
         return self._head | {"choices": [choice]} | self._no_usage
 
     def _piece(self, text: str, logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:
@@ -88,16 +120,15 @@ class ChatReply(Reply):
 
     def _choice(self, text: str, logprobs: Logprobs | None, finish_reason: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": 0, "message": message, "logprobs": self._shown(logprobs), "finish_reason": finish_reason}
+        return {"message": message, "logprobs": self._shown(logprobs), "finish_reason": finish_reason}
 
     def _delta(self, delta: dict[str, Any], logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "delta": delta, "logprobs": self._shown(logprobs), "finish_reason": finish_reason}
+        return {"delta": delta, "logprobs": self._shown(logprobs), "finish_reason": finish_reason}
 
     def _shown(self, logprobs: Logprobs | None) -> dict[str, Any] | None:
         return None if logprobs is None else self._texts.chat(logprobs)
 
 
-def usage(timings: Timings) -> dict[str, int]:
-    """Tokens of the prompt and of the answer, the end token counted."""
-    prompt, answer = timings.prompt_tokens, timings.new_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+def usage_of(timings: Timings) -> Usage:
+    """What one generation used."""
+    return Usage(timings.prompt_tokens, timings.new_tokens)

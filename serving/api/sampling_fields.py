@@ -16,7 +16,6 @@ MOST_LOGPROBS = 20
 
 _PENALTY = "it is not supported; use repetition_penalty (above 1 makes repetition less likely)"
 UNSUPPORTED_SAMPLING: Unsupported = {
-    "n": ((1,), "only 1 choice is generated; send a request for each"),
     "presence_penalty": ((0,), _PENALTY),
     "frequency_penalty": ((0,), _PENALTY),
     "logit_bias": (({},), "it is not supported"),

@@ -16,7 +16,7 @@ from starling.serving.api.messages import read_messages
 from starling.serving.api.sampling_fields import MOST_LOGPROBS, SAMPLING_FIELDS, read_deadline, read_sampling
 from starling.serving.batch.input_source import LONGEST_LINE, Source
 
-_OWN = SAMPLING_FIELDS | {"id", "prompt", "messages", "template", "logprobs"}
+_OWN = SAMPLING_FIELDS | {"id", "prompt", "messages", "template", "logprobs", "n"}
 _OPENAI = frozenset({"custom_id", "method", "url", "body"})
 #: What a body in OpenAI's format may say besides.
 _BODY = _OWN | {"model", "stream", "top_logprobs", "user", "metadata", "store"}
@@ -97,6 +97,7 @@ class EntryReader:
         logprobs = None if openai else fields.optional("logprobs", int)
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
             raise bad_field("logprobs", f"logprobs is {shown(logprobs)}: give 0 to {MOST_LOGPROBS}")
+        fields.only("n", 1, why="only 1 choice is generated; write a line for each")
         defaults = dict(self.defaults)
         params = read_sampling(fields, defaults, max_tokens=defaults.pop("max_tokens"), logprobs=logprobs)
         template = fields.optional("template", str)

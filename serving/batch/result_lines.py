@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from starling.engine.generation.results import GenerationResult
-from starling.serving.api.replies import usage
+from starling.serving.api.replies import usage_of
 from starling.serving.batch.input_lines import Entry
 
 
@@ -22,7 +22,7 @@ def result_record(entry: Entry, result: GenerationResult) -> dict[str, Any]:
         "id": record_id(entry),
         "text": result.text,
         "finish_reason": result.finish_reason,
-        "usage": usage(result.timings),
+        "usage": usage_of(result.timings).document(),
     }
     if result.logprobs is not None:
         record["logprobs"] = [
@@ -51,4 +51,4 @@ def _openai_body(entry: Entry, result: GenerationResult) -> dict[str, Any]:
     else:
         choice = ended | {"message": {"role": "assistant", "content": result.text}}
     kind = "text_completion" if entry.messages is None else "chat.completion"
-    return {"object": kind, "choices": [choice], "usage": usage(result.timings)}
+    return {"object": kind, "choices": [choice], "usage": usage_of(result.timings).document()}

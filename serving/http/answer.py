@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ from starling.engine.batching.request import RequestHandle
 from starling.engine.errors import RequestFailed
 from starling.engine.generation.results import FinishReason, GenerationChunk, Timings
 from starling.serving.api.api_errors import ApiError, out_of_time, shutting_down, unexpected
-from starling.serving.api.replies import Logprobs, Reply
+from starling.serving.api.replies import Choice, Logprobs, Reply, Usage, usage_of
+from starling.serving.http.interleave import interleave
 from starling.serving.http.request_bodies import ApiRequest
 from starling.serving.http.request_log import RequestTrace, request_trace
 from starling.serving.http.service import Service
@@ -28,20 +30,47 @@ _EVENT_HEADERS = [
 DONE = b"data: [DONE]\n\n"
 
 
-class Answer:
-    """An ASGI response that reads one request to its end."""
+class _Candidate:
+    """One generation of the request, as far as it has come."""
 
-    def __init__(self, service: Service, handle: RequestHandle, request: ApiRequest, reply: Reply) -> None:
-        self._service, self._handle, self._request, self._reply = service, handle, request, reply
+    def __init__(self, index: int, handle: RequestHandle, *, counts_prompt: bool) -> None:
+        self.index, self.handle = index, handle
+        #: Whether its prompt's tokens count: those of one prompt count once.
+        self.counts_prompt = counts_prompt
+        self.texts: list[str] = []
+        #: Tokens that are part of the text, each with the offset of its own text in it.
+        self.logprobs: list[Any] = []
+        #: Of all tokens, the end token too.
+        self.log_probability = 0.0
+        self.finish_reason = ""
+        self.timings: Timings | None = None
+        self.offset = 0
+        #: Whether its end is in the metrics.
+        self.recorded = False
+        self.opened = False
+
+    @property
+    def likelihood(self) -> float:
+        """Mean log-probability of a token: what `best_of` goes by."""
+        return self.log_probability / max(1, self.timings.new_tokens if self.timings else 1)
+
+
+class Answer:
+    """An ASGI response that reads the generations of one request to their end."""
+
+    def __init__(self, service: Service, handles: Sequence[RequestHandle], request: ApiRequest, reply: Reply) -> None:
+        """`handles` has `request.candidates` generations of the first prompt, then those of the next."""
+        self._service, self._request, self._reply = service, request, reply
         self._ends = _end_tokens(service, request)
-        #: Characters sent so far.
-        self._offset = 0
-        self._recorded = False
+        self._candidates = [
+            _Candidate(index, handle, counts_prompt=index % request.candidates == 0)
+            for index, handle in enumerate(handles)
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer. A client that goes away cancels its request, which frees the row within a step."""
+        """Send the answer. A client that goes away cancels its request, which frees the rows within a step."""
         trace = request_trace(scope)
-        watcher = asyncio.create_task(_cancel_on_disconnect(receive, self._handle))
+        watcher = asyncio.create_task(self._cancel_on_disconnect(receive))
         try:
             if self._request.stream:
                 await self._stream(trace, scope, receive, send)
@@ -49,29 +78,58 @@ class Answer:
                 await self._whole(trace, scope, receive, send)
         finally:
             watcher.cancel()
-            self._service.finish(self._handle, recorded=self._recorded)
+            for candidate in self._candidates:
+                self._service.finish(candidate.handle, recorded=candidate.recorded)
 
     async def _whole(self, trace: RequestTrace, scope: Scope, receive: Receive, send: Send) -> None:
-        texts: list[str] = []
-        entries: list[Any] = []
-        reason, timings = "", None
         try:
-            async for chunk in self._chunks(trace):
-                texts.append(chunk.text)
-                entries += self._logprobs(chunk) or ()
-                reason, timings = chunk.finish_reason or "", chunk.timings
+            async with aclosing(self._chunks(trace)) as chunks:
+                async for candidate, chunk in chunks:
+                    candidate.texts.append(chunk.text)
+                    candidate.logprobs += self._logprobs(candidate, chunk) or ()
+                    if chunk.logprob is not None:
+                        candidate.log_probability += chunk.logprob.logprob
         except ApiError as error:
             await Refusal(error)(scope, receive, send)
             return
-        assert timings is not None
-        logprobs = None if self._request.params.logprobs is None else entries
-        whole = partial(self._reply.whole, "".join(texts), logprobs, reason, timings)
+        choices = [self._choice(candidate) for candidate in self._chosen()]
+        whole = partial(self._reply.whole, choices, self._usage())
         # Twenty alternatives of each of thousands of tokens take a second to write, in which streams go on.
-        content = await self._service.work(lambda: _in_pieces(whole())) if entries else _json(whole())
+        has_logprobs = any(choice.logprobs for choice in choices)
+        content = await self._service.work(lambda: _in_pieces(whole())) if has_logprobs else _json(whole())
         await Response(content, media_type="application/json")(scope, receive, send)
 
+    def _chosen(self) -> list[_Candidate]:
+        """The choices of each prompt: its candidates, or the likeliest of them."""
+        choices, per_prompt = self._request.choices, self._request.candidates
+        if choices == per_prompt:
+            return self._candidates
+        prompts = [self._candidates[i : i + per_prompt] for i in range(0, len(self._candidates), per_prompt)]
+        return [
+            candidate
+            for candidates in prompts
+            for candidate in sorted(candidates, key=lambda one: one.likelihood, reverse=True)[:choices]
+        ]
+
+    def _choice(self, candidate: _Candidate) -> Choice:
+        logprobs = None if self._request.params.logprobs is None else candidate.logprobs
+        return Choice("".join(candidate.texts), logprobs, candidate.finish_reason)
+
+    def _usage(self) -> Usage:
+        total = Usage(0, 0)
+        for candidate in self._candidates:
+            if candidate.timings is not None:
+                used = usage_of(candidate.timings)
+                total += used if candidate.counts_prompt else Usage(0, used.answer)
+        return total
+
     async def _stream(self, trace: RequestTrace, scope: Scope, receive: Receive, send: Send) -> None:
-        events = self._events(trace)
+        async with aclosing(self._events(trace)) as events:
+            await self._send_events(events, trace, scope, receive, send)
+
+    async def _send_events(
+        self, events: AsyncGenerator[bytes, None], trace: RequestTrace, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         try:
             # The status waits for the first token: a request that fails before it gets its own.
             first = await anext(events)
@@ -91,50 +149,68 @@ class Answer:
             await _send_body(send, _event(refusal.body()))
         await send({"type": "http.response.body", "body": DONE})
 
-    async def _events(self, trace: RequestTrace) -> AsyncIterator[bytes]:
-        timings: Timings | None = None
-        opening = self._reply.opening()
-        async for chunk in self._chunks(trace):
-            if opening is not None:
-                yield _event(opening)
-                opening = None
-            logprobs = self._logprobs(chunk)
-            if chunk.text or logprobs or chunk.finish_reason:
-                yield _event(self._reply.chunk(chunk.text, logprobs, chunk.finish_reason))
-            timings = chunk.timings
-        if self._request.include_usage and timings is not None:
-            yield _event(self._reply.usage_chunk(timings))
+    async def _events(self, trace: RequestTrace) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._chunks(trace)) as chunks:
+            async for candidate, chunk in chunks:
+                index = candidate.index
+                if not candidate.opened:
+                    candidate.opened = True
+                    opening = self._reply.opening(index)
+                    if opening is not None:
+                        yield _event(opening)
+                logprobs = self._logprobs(candidate, chunk)
+                if chunk.text or logprobs or chunk.finish_reason:
+                    yield _event(self._reply.chunk(index, chunk.text, logprobs, chunk.finish_reason))
+        if self._request.include_usage:
+            yield _event(self._reply.usage_chunk(self._usage()))
 
-    async def _chunks(self, trace: RequestTrace) -> AsyncIterator[GenerationChunk]:
-        """The chunks of a request that ends well. Raises ApiError for one that does not."""
+    async def _chunks(self, trace: RequestTrace) -> AsyncGenerator[tuple[_Candidate, GenerationChunk], None]:
+        """The chunks of all candidates, as they come. Raises ApiError where one does not end well."""
+        sources = [self._chunks_of(candidate, trace) for candidate in self._candidates]
+        if len(sources) == 1:  # the usual case needs no tasks
+            async with aclosing(sources[0]) as only:
+                async for chunk in only:
+                    yield self._candidates[0], chunk
+            return
+        async with aclosing(interleave(sources)) as chunks:
+            async for index, chunk in chunks:
+                yield self._candidates[index], chunk
+
+    async def _chunks_of(self, candidate: _Candidate, trace: RequestTrace) -> AsyncGenerator[GenerationChunk, None]:
         try:
-            async for chunk in self._handle.chunks():
+            async for chunk in candidate.handle.chunks():
                 if chunk.timings is not None and chunk.finish_reason is not None:
-                    self._record_end(trace, chunk.timings, chunk.finish_reason)
+                    self._record_end(candidate, trace, chunk.timings, chunk.finish_reason)
                 if chunk.finish_reason == "deadline":
                     raise out_of_time(f"deadline_s was {self._request.deadline_s}: the answer was not complete by then")
                 if chunk.finish_reason in ("cancelled", "interrupted"):
                     raise shutting_down()
                 yield chunk
         except RequestFailed as error:
-            self._record_end(trace, self._handle.partial.timings, "failed")
+            self._record_end(candidate, trace, candidate.handle.partial.timings, "failed")
             trace.note_failure(error)
             raise unexpected(trace.id) from error
 
-    def _record_end(self, trace: RequestTrace, timings: Timings, reason: FinishReason) -> None:
+    def _record_end(self, candidate: _Candidate, trace: RequestTrace, timings: Timings, reason: FinishReason) -> None:
         """The one place where a generation's end enters the metrics and the log."""
-        self._recorded = True
+        candidate.recorded, candidate.timings, candidate.finish_reason = True, timings, reason
         self._service.metrics.record(timings)
-        trace.note_end(timings, reason)
+        trace.note_end(timings, reason, prompt_tokens=timings.prompt_tokens if candidate.counts_prompt else 0)
 
-    def _logprobs(self, chunk: GenerationChunk) -> Logprobs | None:
-        offset = self._offset
-        self._offset += len(chunk.text)
+    def _logprobs(self, candidate: _Candidate, chunk: GenerationChunk) -> Logprobs | None:
+        offset = candidate.offset
+        candidate.offset += len(chunk.text)
         if self._request.params.logprobs is None:
             return None
         if chunk.logprob is None or chunk.token in self._ends:
             return []
         return [(offset, chunk.logprob)]
+
+    async def _cancel_on_disconnect(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        for candidate in self._candidates:
+            candidate.handle.cancel()
 
 
 class Refusal(JSONResponse):
@@ -152,12 +228,6 @@ class Refusal(JSONResponse):
     def render(self, content: Any) -> bytes:
         """The body. Half a surrogate pair, which JSON can bring in and UTF-8 cannot hold, becomes a question mark."""
         return _json(content)
-
-
-async def _cancel_on_disconnect(receive: Receive, handle: RequestHandle) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    handle.cancel()
 
 
 async def _send_body(send: Send, body: bytes) -> None:

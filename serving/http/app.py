@@ -123,11 +123,11 @@ class _Endpoints:
         if self._service.draining:
             raise shutting_down()
         body = await read_body(request, self._max_body)
-        wanted, handle = await self._service.start(
+        wanted, handles = await self._service.start(
             lambda: read(json_object(body), self._service.limits), request_trace(request.scope).id
         )
         reply = form(wanted.model, self._service.texts, stream=wanted.stream, with_usage=wanted.include_usage)
-        return Answer(self._service, handle, wanted, reply)
+        return Answer(self._service, handles, wanted, reply)
 
     def _model(self, name: str) -> dict[str, Any]:
         limits = self._service.limits

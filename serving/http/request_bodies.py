@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from starling.engine.errors import shown
@@ -29,7 +29,6 @@ API_DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
 
 UNSUPPORTED_COMPLETION: Unsupported = {
     "echo": ((False,), "the prompt is not repeated in the answer"),
-    "best_of": ((1,), "only 1 choice is generated"),
     "suffix": (("",), "text is generated at the end of the prompt only"),
 }
 UNSUPPORTED_CHAT: Unsupported = {
@@ -47,9 +46,13 @@ UNSUPPORTED_CHAT: Unsupported = {
 IGNORED_CHAT = IGNORED_FIELDS | {"parallel_tool_calls"}
 
 #: All that a body may name; anything else is refused.
-_COMMON = SAMPLING_FIELDS | {"model", "stream", "stream_options", "logprobs"}
-COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", *UNSUPPORTED_COMPLETION}
+_COMMON = SAMPLING_FIELDS | {"model", "stream", "stream_options", "logprobs", "n"}
+COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "best_of", *UNSUPPORTED_COMPLETION}
 CHAT_FIELDS = _COMMON | IGNORED_CHAT | {"messages", "template", "top_logprobs", *UNSUPPORTED_CHAT}
+
+
+#: OpenAI's own limit on `n`.
+MOST_CHOICES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +64,44 @@ class Limits:
     max_seq: int
     #: Longest prompt, in tokens.
     max_prompt: int
+    #: Generations of one request, of all its prompts together: more than run and wait at once can never be taken.
+    max_choices: int = MOST_CHOICES
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest:
-    """One request, checked but for its prompt's length. It has either a `prompt` or chat `messages`."""
+    """One request, checked but for its prompts' lengths. It has either `prompts` or chat `messages`."""
 
     model: str
     params: SamplingParams
     stream: bool
     include_usage: bool
     deadline_s: float | None
-    prompt: str | list[int] = ""
+    prompts: tuple[str | list[int], ...] = ()
     messages: Messages | None = None
+    #: Choices that each prompt gets, and generations of it that they are taken from, the likeliest first.
+    choices: int = 1
+    candidates: int = 1
     #: The chat template by name; None is the bundle's default.
     template: str | None = None
+
+    @property
+    def generations(self) -> int:
+        """How many generations answer it."""
+        return self.candidates * (len(self.prompts) or 1)
+
+    def params_of(self, candidate: int) -> SamplingParams:
+        """The settings of one of a prompt's candidates: each draws its own tokens, the same ones for the same seed.
+
+        The likelihood of candidates, of which the best are returned, needs their log-probabilities.
+        """
+        params = self.params
+        if candidate and params.seed is not None:
+            params = replace(params, seed=params.seed + candidate)
+        if self.candidates > self.choices and params.logprobs is None:
+            params = replace(params, logprobs=0)
+        return params
 
     @property
     def prompt_field(self) -> str:
@@ -92,7 +117,22 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
     fields.refuse_unsupported(UNSUPPORTED_COMPLETION)
     logprobs = _count("logprobs", fields.optional("logprobs", int))
     params = read_sampling(fields, limits.defaults, max_tokens=COMPLETION_TOKENS, logprobs=logprobs)
-    return ApiRequest(model, params, *_streaming(fields), read_deadline(fields), prompt=_prompt(fields))
+    stream, include_usage = _streaming(fields)
+    prompts = _prompts(fields)
+    choices = _choices(fields, "n", 1, MOST_CHOICES)
+    candidates = _choices(fields, "best_of", choices, MOST_CHOICES)
+    _check_candidates(choices, candidates, stream=stream)
+    _check_together(limits, len(prompts), choices, candidates)
+    return ApiRequest(
+        model,
+        params,
+        stream,
+        include_usage,
+        read_deadline(fields),
+        prompts=prompts,
+        choices=choices,
+        candidates=candidates,
+    )
 
 
 def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
@@ -102,6 +142,8 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
     model = _model(fields, limits)
     fields.refuse_unsupported(UNSUPPORTED_CHAT)
     params = read_sampling(fields, limits.defaults, max_tokens=limits.max_seq, logprobs=_chat_logprobs(fields))
+    choices = _choices(fields, "n", 1, MOST_CHOICES)
+    _check_together(limits, 1, choices, choices)
     return ApiRequest(
         model,
         params,
@@ -109,6 +151,8 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
         read_deadline(fields),
         messages=read_messages(fields),
         template=fields.optional("template", str),
+        choices=choices,
+        candidates=choices,
     )
 
 
@@ -136,19 +180,48 @@ def _streaming(fields: Fields) -> tuple[bool, bool]:
     return stream, include_usage
 
 
-def _prompt(fields: Fields) -> str | list[int]:
+def _prompts(fields: Fields) -> tuple[str | list[int], ...]:
+    """One prompt, text or token ids, or a list of them."""
     value = fields.values.get("prompt")
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
     if value is None:
         raise bad_field("prompt", "prompt is missing: give a string or token ids", "missing_required_parameter")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(type(token) is int for token in value):
-        return value
-    if isinstance(value, list) and all(isinstance(item, str | list) for item in value):
-        raise bad_field("prompt", f"prompt has {len(value)} prompts: send a request for each; they run together")
-    raise bad_field("prompt", "prompt is neither a string nor a list of token ids")
+    given = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
+    for prompt in given:
+        if not isinstance(prompt, str) and not _is_ids(prompt):
+            raise bad_field("prompt", "prompt is neither a string nor a list of token ids, nor a list of such prompts")
+    return tuple(given)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _choices(fields: Fields, name: str, default: int, most: int) -> int:
+    count = fields.get(name, int, default)
+    if not 1 <= count <= most:
+        raise bad_field(name, f"{name} is {shown(count)}: give 1 to {most}", "invalid_value")
+    return count
+
+
+def _check_candidates(choices: int, candidates: int, *, stream: bool) -> None:
+    if candidates < choices:
+        problem = f"best_of is {candidates}, but n is {choices}: give at least as many"
+        raise bad_field("best_of", problem, "invalid_value")
+    if candidates > choices and stream:
+        problem = "best_of is above n: which choices are the best is known at the end, so send it without stream"
+        raise bad_field("best_of", problem, "invalid_value")
+
+
+def _check_together(limits: Limits, prompts: int, choices: int, candidates: int) -> None:
+    """Refuse what could never be queued as a whole."""
+    if prompts * candidates <= limits.max_choices:
+        return
+    name = "best_of" if candidates > choices else "n"
+    given = f"{name} is {candidates}"
+    if prompts > 1:
+        name, given = "prompt", f"{prompts} prompts with {candidates} generation(s) of each"
+    problem = f"{given}: this server takes {limits.max_choices} in one request; send several requests"
+    raise bad_field(name, problem, "invalid_value")
 
 
 def _chat_logprobs(fields: Fields) -> int | None:

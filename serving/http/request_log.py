@@ -45,14 +45,22 @@ class RequestTrace:
         #: Whether the whole response has been handed over for sending.
         self.complete = False
         self.client_gone = False
-        self._timings: Timings | None = None
+        #: Of each generation that has ended, in that order.
+        self._timings: list[Timings] = []
+        self._prompt_tokens = 0
         self._finish_reason: FinishReason | None = None
         self._refusal: ApiError | None = None
         self._failure: BaseException | None = None
 
-    def note_end(self, timings: Timings, reason: FinishReason) -> None:
-        """The generation has ended."""
-        self._timings, self._finish_reason = timings, reason
+    def note_end(self, timings: Timings, reason: FinishReason, *, prompt_tokens: int) -> None:
+        """A generation has ended; `prompt_tokens` are those that no other one of the request has counted.
+
+        Of several the log has the first that ended for a reason which its client did not ask for, else the newest.
+        """
+        self._timings.append(timings)
+        self._prompt_tokens += prompt_tokens
+        if self._finish_reason in (None, "stop", "length"):
+            self._finish_reason = reason
 
     def note_refusal(self, error: ApiError) -> None:
         """The client gets this error."""
@@ -80,6 +88,7 @@ class RequestTrace:
 
     def _fields(self) -> dict[str, Any]:
         timings, client = self._timings, self._scope.get("client")
+        first = [one.ttft_ms for one in timings if one.new_tokens]
         return {
             "request_id": self.id,
             "client": client[0] if client else None,
@@ -87,9 +96,9 @@ class RequestTrace:
             # Percent-encoded, and without the query, in which some clients put what nobody should see.
             "path": quote(self._scope["path"][:_MOST_OF_A_PATH], errors="replace"),
             "status": CLIENT_GONE if self.client_gone else self.status,
-            "prompt_tokens": timings.prompt_tokens if timings else None,
-            "completion_tokens": timings.new_tokens if timings else None,
-            "ttft_ms": round(timings.ttft_ms, 1) if timings and timings.new_tokens else None,
+            "prompt_tokens": self._prompt_tokens if timings else None,
+            "completion_tokens": sum(one.new_tokens for one in timings) if timings else None,
+            "ttft_ms": round(min(first), 1) if first else None,
             "total_ms": round((perf_counter() - self._begin) * 1e3, 1),
             "finish_reason": self._finish_reason,
             "error": self._error(),

@@ -11,7 +11,7 @@ from starling.engine.batching.request import RequestHandle
 from starling.engine.engine import Engine
 from starling.engine.errors import StarlingError
 from starling.engine.serving_loop import ServingLoop
-from starling.serving.api.api_errors import bad_field, from_engine, shutting_down
+from starling.serving.api.api_errors import ApiError, bad_field, from_engine, shutting_down
 from starling.serving.api.token_texts import TokenTexts
 from starling.serving.http.request_bodies import ApiRequest, Limits
 from starling.serving.metrics.prometheus import PrometheusMetrics
@@ -42,8 +42,8 @@ class Service:
         """Whether the serving loop has ended by a failure: nothing is answered until the process starts anew."""
         return self._loop.failure is not None
 
-    async def start(self, read: Callable[[], ApiRequest], request_id: str) -> tuple[ApiRequest, RequestHandle]:
-        """Read a request and queue it, under the id of its HTTP request.
+    async def start(self, read: Callable[[], ApiRequest], request_id: str) -> tuple[ApiRequest, list[RequestHandle]]:
+        """Read a request and queue it, under the id of its HTTP request; a handle for each candidate of each prompt.
 
         All that takes the longer the longer the request is (JSON, template, tokenizer) runs on a worker; streams go on
         meanwhile. Raises ApiError: what `read` raises, 400 for a bad prompt, 429 where the queue is full, 503 at the
@@ -51,9 +51,15 @@ class Service:
         """
         if self.draining:
             raise shutting_down()
-        request, handle = await self.work(lambda: self._read_and_submit(read, request_id))
-        self._running.add(handle)
-        return request, handle
+        handles: list[RequestHandle] = []
+        try:
+            request = await self.work(lambda: self._read_and_submit(read, request_id, handles))
+        except ApiError:
+            for handle in handles:  # those before the one that was refused
+                self.finish(handle, recorded=False)
+            raise
+        self._running.update(handles)
+        return request, handles
 
     async def work(self, task: Callable[[], T]) -> T:
         """What a task returns that takes long, for the event loop."""
@@ -83,29 +89,45 @@ class Service:
         """End the workers; what they have not begun is dropped."""
         self._workers.shutdown(wait=False, cancel_futures=True)
 
-    def _read_and_submit(self, read: Callable[[], ApiRequest], request_id: str) -> tuple[ApiRequest, RequestHandle]:
+    def _read_and_submit(
+        self, read: Callable[[], ApiRequest], request_id: str, handles: list[RequestHandle]
+    ) -> ApiRequest:
+        """The request, whose generations are submitted and put into `handles` one after the other."""
         request = read()
         try:
-            return request, self._submit(request, request_id)
+            for ids in self._encoded(request):  # all of them, before one is submitted
+                self._submit(request, ids, request_id, handles)
         except StarlingError as error:
             raise from_engine(error, request.prompt_field) from None
+        return request
 
-    def _submit(self, request: ApiRequest, request_id: str) -> RequestHandle:
-        ids = self._encoded(request)
-        if len(ids) > self.limits.max_prompt:
-            raise bad_field(
-                request.prompt_field,
-                f"the prompt has {len(ids)} tokens, but this server takes {self.limits.max_prompt}: shorten it",
-                "context_length_exceeded",
+    def _submit(self, request: ApiRequest, ids: list[int], request_id: str, handles: list[RequestHandle]) -> None:
+        for candidate in range(request.candidates):
+            name = request_id if request.generations == 1 else f"{request_id}-{len(handles)}"
+            handle = self._loop.submit(
+                ids,
+                request.params_of(candidate),
+                deadline_s=request.deadline_s,
+                reply=request.messages is not None,
+                request_id=name,
             )
-        is_chat = request.messages is not None
-        return self._loop.submit(
-            ids, request.params, deadline_s=request.deadline_s, reply=is_chat, request_id=request_id
-        )
+            handles.append(handle)
 
-    def _encoded(self, request: ApiRequest) -> list[int]:
+    def _encoded(self, request: ApiRequest) -> list[list[int]]:
+        """The prompts' token ids, none longer than the server takes."""
+        limit = self.limits.max_prompt
         if request.messages is not None:
-            return self.engine.apply_chat_template(request.messages, request.template, limit=self.limits.max_prompt)
-        if isinstance(request.prompt, list):
-            return request.prompt
-        return self.engine.encode(request.prompt, limit=self.limits.max_prompt)
+            encoded = [self.engine.apply_chat_template(request.messages, request.template, limit=limit)]
+        else:
+            encoded = [
+                self.engine.encode(prompt, limit=limit) if isinstance(prompt, str) else prompt
+                for prompt in request.prompts
+            ]
+        for ids in encoded:
+            if len(ids) > limit:
+                raise bad_field(
+                    request.prompt_field,
+                    f"the prompt has {len(ids)} tokens, but this server takes {limit}: shorten it",
+                    "context_length_exceeded",
+                )
+        return encoded

@@ -30,7 +30,7 @@ from starling.serving.http.service import Service
 from starling.serving.triton.engine_socket import refusal
 
 MAX_SEQ = 16
-REQUEST = ApiRequest("tiny", SamplingParams(max_tokens=2), False, False, None, prompt=[1, 2, 3])
+REQUEST = ApiRequest("tiny", SamplingParams(max_tokens=2), False, False, None, prompts=([1, 2, 3],))
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +79,13 @@ def test_a_detail_is_in_the_message_but_not_in_the_log() -> None:
 
 
 def test_a_prompt_beyond_the_cache_tells_a_client_what_a_client_can_do(engine: Engine) -> None:
-    long = replace(REQUEST, prompt=[1] * (MAX_SEQ + 4))
+    long = replace(REQUEST, prompts=([1] * (MAX_SEQ + 4),))
     said = refused(engine, long)
     assert said.message == f"the prompt has {MAX_SEQ + 4} tokens, but this server takes {MAX_SEQ}: shorten it"
     assert (said.status, said.param, said.code) == (400, "prompt", "context_length_exceeded")
     assert refused(engine, long, max_prompt=8).message.endswith("this server takes 8: shorten it")
     with pytest.raises(PromptError) as caught:
-        engine.prepare(long.prompt, long.params)
+        engine.prepare(long.prompts[0], long.params)
     assert "raise --max-seq" in str(caught.value)
     assert (caught.value.field, caught.value.code) == ("prompt", "context_length_exceeded")
     to_triton = f"the prompt has {MAX_SEQ + 4} tokens, but the KV cache holds {MAX_SEQ}: shorten it"
@@ -94,7 +94,7 @@ def test_a_prompt_beyond_the_cache_tells_a_client_what_a_client_can_do(engine: E
 
 @pytest.mark.parametrize("prompt", [[], [10**9], [-1]], ids=str)
 def test_what_is_no_prompt_is_refused(engine: Engine, prompt: list[int]) -> None:
-    said = refused(engine, replace(REQUEST, prompt=prompt))
+    said = refused(engine, replace(REQUEST, prompts=(prompt,)))
     assert (said.status, said.param, said.code) == (400, "prompt", None)
 
 

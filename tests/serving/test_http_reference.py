@@ -81,7 +81,7 @@ def test_numeric_defaults_are_those_of_the_code() -> None:
     defaults: dict[str, Any] = {
         name: getattr(SamplingParams(), name) for name in ("top_k", "min_p", "repetition_penalty")
     }
-    defaults |= requests.API_DEFAULTS | {"max_tokens": requests.COMPLETION_TOKENS, "top_logprobs": 0}
+    defaults |= requests.API_DEFAULTS | {"max_tokens": requests.COMPLETION_TOKENS, "top_logprobs": 0, "n": 1}
     rows = [row for endpoint in PATHS for row in TAKEN[endpoint] if re.fullmatch(r"[\d.]+", row[4])]
     assert {name_of(row): float(row[4]) for row in rows} == defaults
 
@@ -153,7 +153,10 @@ def ask(
 
 #: Good and bad values of the types that are not just a range of numbers.
 TYPES: dict[str, tuple[list[Any], list[Any]]] = {
-    "string, or list of token ids": (["Hi", [5, 6], ["Hi"], [[5]]], ["", [], [5, "x"], 5, ["a", "b"], {}]),
+    "string, list of token ids, or list of such prompts": (
+        ["Hi", [5, 6], ["Hi"], [[5]], ["a", "b"], ["a", [5]], [[5], [6]]],
+        ["", [], [5, "x"], ["x", 5], [[5], []], 5, {}, ["a", "b", "c"]],
+    ),
     "list of messages": (
         [
             [{"role": role, "content": "Hi"}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
@@ -179,6 +182,9 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
     "1e-6 to 1e6": ([1e-6, 2, 1e6], [0, 1e-7, 2e6]),
     "0 to 1": ([0, 1], [-0.1, 1.1]),
     "0 to 20": ([0, 20], [-1, 21]),
+    # Two: as many as this server runs and lets wait.
+    "1 to 128": ([1, 2], [0, 3, 129]),
+    "`n` to 128": ([1, 2], [0, 3, 129]),
 }
 #: Ends an answer that would go on to the end of the cache.
 ANY_TOKEN = {"stop_token_ids": list(range(32100))}
@@ -228,7 +234,7 @@ def test_errors_are_those_of_the_table(server: Server) -> None:
         seen[status, error["type"], error["code"]] = headers
 
     for change in (
-        *({"temperature": -1}, {"prompt": None}, {"no_such": 1}, {"n": 2}, {"top_p": "x"}, {"logprobs": 21}),
+        *({"temperature": -1}, {"prompt": None}, {"no_such": 1}, {"suffix": "x"}, {"top_p": "x"}, {"logprobs": 21}),
         *({"stop": ["a"] * 5}, {"prompt": "word " * 100}, {"model": "x"}, {"prompt": "x" * 300_000}),
         long | {"deadline_s": 0.2},
     ):

@@ -18,7 +18,6 @@ from command_line import copy_bundle, replace_file, starling_command
 from http_server import MODEL, Server, serving, wait_until
 
 from starling.engine import Engine
-from starling.engine.generation.results import Timings
 from starling.engine.serving_loop import ServingLoop
 from starling.serving.api.replies import CompletionReply
 from starling.serving.http.answer import Answer
@@ -249,7 +248,7 @@ def test_probes_are_logged_at_debug_only(server: Server, texts: Server) -> None:
 
 def test_fifty_requests_at_once_are_fifty_whole_lines(server: Server) -> None:
     def ask(number: int) -> None:
-        bad: dict[str, Any] = [{}, {"stream": True}, {"top_p": 7}, {"model": HOSTILE}, {"stream": True, "n": 2}][
+        bad: dict[str, Any] = [{}, {"stream": True}, {"top_p": 7}, {"model": HOSTILE}, {"stream": True, "suffix": "x"}][
             number % 5
         ]
         post(server, BASE | bad, f"many-{number}")
@@ -345,7 +344,7 @@ class Unforeseen(CompletionReply):
             raise ValueError("secret path /etc/x\n2026-01-01T00:00:00.000Z ERROR forged: line")
         return super().chunk(*arguments)
 
-    def whole(self, text: str, logprobs: Any, finish_reason: str, timings: Timings) -> dict[str, Any]:
+    def whole(self, *arguments: Any) -> dict[str, Any]:
         raise ValueError("secret path /etc/x\n2026-01-01T00:00:00.000Z ERROR forged: line")
 
 
@@ -361,11 +360,11 @@ def test_an_unforeseen_exception_is_a_500_without_its_words_and_a_traceback_in_t
 
     async def endpoint(request: Request) -> Answer:
         document = await request.json()
-        wanted, handle = await service.start(
+        wanted, handles = await service.start(
             lambda: completion_request(document, service.limits), request_trace(request.scope).id
         )
         reply = Unforeseen(MODEL, service.texts, stream=stream, with_usage=False)
-        return Answer(service, handle, wanted, reply)
+        return Answer(service, handles, wanted, reply)
 
     app = Starlette(routes=[Route("/x", endpoint, methods=["POST"])], exception_handlers={Exception: _failed})
     before = _figures(service)
