@@ -30,8 +30,7 @@ def write_experts(graph: ir.Graph, node: ir.Node, how: BlockQuantization | None)
         None if bias is None else _whole(graph, bias, transposed=False, interleave=spread)
         for bias, spread in ((up_bias, interleave), (down_bias, False))
     ]
-    shapes = [_shape(weight, transposed) for weight, _ in weights]
-    if how is None or any(columns % how.block_size for _, _, columns in shapes):
+    if how is None or any(_shape(weight, transposed)[-1] % how.block_size for weight, _ in weights):
         (first, second) = (_whole(graph, w, transposed=transposed, interleave=spread) for w, spread in weights)
         moe = ir.node("MoE", [x, logits, first, biases[0], second, biases[1]], attributes=attributes, domain=MICROSOFT)
         return insert(graph, node, moe)
@@ -42,11 +41,11 @@ def write_experts(graph: ir.Graph, node: ir.Node, how: BlockQuantization | None)
     return insert(graph, node, ir.node("QMoE", inputs, attributes=attributes, domain=MICROSOFT))
 
 
-def _shape(weight: ir.Value, transposed: bool) -> tuple[int, int, int]:
-    """(experts, rows, columns) of the weight as it is stored in the bundle."""
+def _shape(weight: ir.Value, transposed: bool) -> tuple[int, ...]:
+    """(experts, rows, columns) of a weight, (experts, rows) of a bias, as it is stored in the bundle."""
     assert weight.shape is not None
-    experts, rows, columns = (int(d) for d in weight.shape)  # type: ignore[arg-type]
-    return (experts, columns, rows) if transposed else (experts, rows, columns)
+    experts, *sizes = (int(d) for d in weight.shape)  # type: ignore[arg-type]
+    return (experts, *(reversed(sizes) if transposed else sizes))
 
 
 def _whole(graph: ir.Graph, weight: ir.Value, *, transposed: bool, interleave: bool) -> ir.Value:
