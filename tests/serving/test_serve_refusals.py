@@ -44,7 +44,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
     (BASE, {"best_of": 2, "stream": True}, 400, "best_of"),
     (BASE, {"prompt": ["Hi", 5]}, 400, "prompt"),
     (BASE, {"prompt": ["a", "b"], "n": 2}, 400, "prompt"),
-    (BASE, {"max_tokens": 0}, 400, "max_tokens"),
+    (BASE, {"max_tokens": -1}, 400, "max_tokens"),
     (BASE, {"max_tokens": "8"}, 400, "max_tokens"),
     (BASE, {"max_tokens": True}, 400, "max_tokens"),
     (BASE, {"temperature": -0.5}, 400, "temperature"),
