@@ -80,6 +80,11 @@ LOGGER = logging.getLogger("starling.serve")
     show_default=True,
     help="json writes one object a line.",
 )
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse fields of a request that nobody knows, in place of naming them in x-starling-ignored.",
+)
 @serving_options
 @engine_options
 @speculation_option
@@ -189,6 +194,7 @@ def _limits(engine: Engine, options: dict[str, Any]) -> Limits:
         max_seq=engine.max_seq,
         max_prompt=most,
         max_choices=min(MOST_CHOICES, options["max_batch"] + options["max_queue"]),
+        strict=options["strict"],
         defaults=API_DEFAULTS | {name: value for name, value in own.items() if value is not None},
     )
 

@@ -228,15 +228,26 @@ class Engine:
         return self.tokenizer.encode(text)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], template: str | None = None, *, limit: int | None = None
+        self,
+        messages: Sequence[Mapping[str, str]],
+        template: str | None = None,
+        *,
+        limit: int | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of `messages` ({"role", "content"}) up to where the assistant's answer begins.
 
-        Raises PromptError where the bundle has no such template, the template refuses the messages, or they are longer
-        than `limit` tokens can hold, as `encode` does.
+        `variables` are handed to the template by their names: JSON values, `{"enable_thinking": False}` for example.
+        Raises PromptError where the bundle has no such template, the template refuses the messages, a variable may not
+        be given, or they are longer than `limit` tokens can hold, as `encode` does.
         """
         return self.chat_templates.encode(
-            messages, self.tokenizer, name=template, add_generation_prompt=True, limit=limit or self.max_seq
+            messages,
+            self.tokenizer,
+            name=template,
+            add_generation_prompt=True,
+            limit=limit or self.max_seq,
+            client_variables=variables,
         )
 
     @cached_property

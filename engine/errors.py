@@ -18,8 +18,11 @@ _LONGEST_LINE = 600
 _MOST_SHOWN = 60
 
 
-def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """` (did you mean 'NAME'?)` for a message about an unknown `word`, with the nearest of `names`; "" for none."""
+def did_you_mean(word: str, names: Iterable[str], *, least: float = _ALIKE) -> str:
+    """` (did you mean 'NAME'?)` for a message about an unknown `word`, with the nearest of `names`.
+
+    "" where none is at least so alike.
+    """
     from difflib import SequenceMatcher  # only a mistake needs it
 
     def plain(text: str) -> str:
@@ -27,7 +30,7 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
     alike = {name: SequenceMatcher(None, plain(name), plain(word)).ratio() for name in names}
     nearest = max(alike.values(), default=0.0)
-    if nearest < _ALIKE:
+    if nearest < least:
         return ""
     return f" (did you mean {' or '.join(repr(name) for name in alike if alike[name] == nearest)}?)"
 

@@ -126,6 +126,24 @@ _SAMPLING = [
         show_default=True,
         help="Above 1 makes what was said less likely.",
     ),
+    click.option(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Above 0 makes what the answer has already less likely; -2 to 2.",
+    ),
+    click.option(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="The same for each time that the answer has it.",
+    ),
+    click.option("--bad-words", multiple=True, help="Text that must not appear in the answer; repeatable."),
+    click.option(
+        "--min-tokens", type=int, default=0, show_default=True, help="Tokens before one that ends the answer."
+    ),
     click.option("--seed", type=int, help="Makes draws repeatable.  [default: a fresh one]"),
     click.option("--stop", multiple=True, help="End before this string; repeatable. $'\\n' is a line end in bash."),
     click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token."),

@@ -49,8 +49,7 @@ class SamplingParams:
     """How to choose tokens and when to stop. Raises SamplingError for a value of the wrong type or range.
 
     temperature: 0 takes the likeliest token (greedy) and ignores top_k, top_p, min_p and seed.
-    top_k: keep the k likeliest tokens, and those as likely as the last of them; 0 or -1
-        keeps all.
+    top_k: keep the k likeliest tokens, and those as likely as the last of them; 0 or -1 keeps all.
     top_p: keep the likeliest tokens until their probability reaches p, and those as likely as the last; 1 keeps all.
     min_p: keep tokens at least p times as likely as the likeliest; 0 keeps all.
     repetition_penalty: above 1 makes tokens of the prompt and the answer less likely; 1 is off; 1e-6 to 1e6.

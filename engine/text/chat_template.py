@@ -14,6 +14,7 @@ from starling.engine.bundle.manifest import FILES
 from starling.engine.errors import BundleError, PromptError, one_line, shown
 from starling.engine.names import EXTRA_TEMPLATES
 from starling.engine.text.template_renderer import SHARED, TemplateRefused
+from starling.engine.text.template_variables import check_variables
 from starling.engine.text.tokenizer import Literals, Tokenizer, literal_pattern, read_json_object
 
 DEFAULT = "default"
@@ -79,14 +80,19 @@ class ChatTemplates:
         name: str | None = None,
         add_generation_prompt: bool = True,
         limit: int = MOST_TOKENS,
+        client_variables: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> list[int]:
         """Token ids of a chat, BOS and the like only where the template writes them.
 
-        Each message has a `role` and a `content`, both strings; `variables` go to the template. Raises PromptError for
-        messages of another form, an unknown template name, a bundle without a template, what the template refuses, a
-        template that takes more time or memory than it may, and for texts that `limit` tokens cannot hold.
+        Each message has a `role` and a `content`, both strings; `variables` go to the template, and so do those of a
+        client, which are checked. Raises PromptError for messages of another form, an unknown template name, a bundle
+        without a template, variables that may not be given, what the template refuses, a template that takes more time
+        or memory than it may, and for texts that `limit` tokens cannot hold.
         """
+        if client_variables:
+            check_variables(client_variables, tokenizer.special_tokens)
+            variables = {**client_variables, **variables}
         literals, text = self._render_hidden(messages, tokenizer, name, add_generation_prompt, variables, limit)
         return tokenizer.encode_with_literals(text, literals)
 

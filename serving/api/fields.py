@@ -19,6 +19,10 @@ _WORDS = {
 #: Fields whose values are the client's texts: no message, which may end up in a log, quotes them.
 _TEXTS = frozenset({"prompt", "messages", "suffix", "prediction", "tools", "functions", "response_format", "stop"})
 
+#: How alike the name of an unknown field is to a known one's where it is taken for that, misspelt (difflib's ratio).
+#: `max_token` has 0.95, `max_new_tokens` 0.83, `repeat_penalty` 0.88, `top_a` 0.8 and `request_id` at most 0.6.
+LIKE_A_KNOWN = 0.75
+
 #: Fields that are taken only with a value that changes nothing: those values, and what to do without the others.
 Unsupported: TypeAlias = Mapping[str, tuple[tuple[object, ...], str]]
 
@@ -69,13 +73,20 @@ class Fields:
         for name, (accepted, why) in table.items():
             self.only(name, *accepted, why=why)
 
-    def refuse_unknown(self, known: Collection[str]) -> None:
-        """Refuse fields of other names, which would be ignored otherwise."""
-        for name in self.values:
-            if name not in known:
-                short = name[:60]  # a name may be as long as the body
+    def refuse_unknown(
+        self, known: Collection[str], *, elsewhere: Collection[str] = (), least: float = 0.0
+    ) -> tuple[str, ...]:
+        """Refuse fields of other names: all, or those at least so alike to one known here or elsewhere. Returns others.
+
+        Likeness is difflib's ratio: a slip (`max_token`) has more than LIKE_A_KNOWN.
+        """
+        others = tuple(name for name in self.values if name not in known)
+        for name in others:
+            short = name[:60]  # a name may be as long as the body
+            if least == 0 or did_you_mean(short, {*known, *elsewhere}, least=least):
                 near = did_you_mean(short, known)
                 raise bad_field(short, f"there is no parameter {short!r} here{near}: leave it out", "unknown_parameter")
+        return others
 
 
 def _checked(name: str, value: Any, kind: type[T]) -> T:

@@ -1,4 +1,4 @@
-"""Chat messages in the forms that OpenAI's API knows, as the bundle's chat template takes them."""
+"""Chat messages in the forms that OpenAI's API knows, as the bundle's chat template takes them, and its variables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from starling.serving.api.fields import Fields
 #: Roles, and what templates call them: `developer` is the newer name of the system message.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _KEYS = {"role", "content", "name"}
+#: Fields of a chat that go to its template as they are.
+TEMPLATE_FIELDS = frozenset({"chat_template_kwargs", "reasoning_effort"})
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
@@ -19,6 +21,16 @@ def read_messages(fields: Fields) -> list[dict[str, Any]]:
     if not messages:
         raise bad_field("messages", "messages is empty: give at least one message")
     return [_message(f"messages[{index}]", value) for index, value in enumerate(messages)]
+
+
+def read_template_variables(fields: Fields) -> dict[str, Any]:
+    """Variables for the chat template; `reasoning_effort` is one of them. Raises ApiError for another type.
+
+    What they may hold is for `ChatTemplates.encode` to check.
+    """
+    variables = dict(fields.get("chat_template_kwargs", dict, {}))
+    effort = fields.optional("reasoning_effort", str)
+    return variables if effort is None else variables | {"reasoning_effort": effort}
 
 
 def _message(where: str, value: Any) -> dict[str, Any]:

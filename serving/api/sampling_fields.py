@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,23 +15,37 @@ from starling.serving.api.fields import Fields, Unsupported
 MOST_STOPS = 4
 MOST_LOGPROBS = 20
 
-_PENALTY = "it is not supported; use repetition_penalty (above 1 makes repetition less likely)"
-UNSUPPORTED_SAMPLING: Unsupported = {
-    "presence_penalty": ((0,), _PENALTY),
-    "frequency_penalty": ((0,), _PENALTY),
-    "logit_bias": (({},), "it is not supported"),
+#: Fields of vLLM and SGLang that would change the answer, with what changes nothing.
+_OTHER_SERVERS: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "no_repeat_ngram_size": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
 }
+UNSUPPORTED_SAMPLING: Unsupported = {name: (neutral, "it is not supported") for name, neutral in _OTHER_SERVERS.items()}
 SAMPLING_FIELDS = frozenset(
     {
         *("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
+        *("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "bad_words"),
         *("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "deadline_s"),
         *UNSUPPORTED_SAMPLING,
     }
 )
 #: Fields that say nothing about the answer.
-IGNORED_FIELDS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+IGNORED_FIELDS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}) | {
+    "prompt_cache_options",
+    "prompt_cache_retention",
+}
 
-_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+#: A token id as a JSON key.
+_TOKEN_ID = re.compile("[0-9]{1,9}")
+_COUNTS = ("top_k", "seed", "min_tokens")
 
 
 def read_sampling(
@@ -43,11 +58,15 @@ def read_sampling(
     fields.refuse_unsupported(UNSUPPORTED_SAMPLING)
     values: dict[str, Any] = dict(defaults)
     values |= {name: value for name in _FLOATS if (value := fields.optional(name, float)) is not None}
-    values |= {name: value for name in ("top_k", "seed") if (value := fields.optional(name, int)) is not None}
+    values |= {name: value for name in _COUNTS if (value := fields.optional(name, int)) is not None}
     if "ignore_eos" in fields.values:
         values["ignore_eos"] = fields.required("ignore_eos", bool)
     if "stop" in fields.values:
         values["stop"] = _stops(fields)
+    if "logit_bias" in fields.values:
+        values["logit_bias"] = _logit_bias(fields)
+    if "bad_words" in fields.values:
+        values["bad_words"] = fields.required("bad_words", list)
     values["stop_token_ids"] = tuple(fields.get("stop_token_ids", list, []))
     try:
         values["max_tokens"] = _max_tokens(fields, max_tokens)
@@ -72,6 +91,15 @@ def _max_tokens(fields: Fields, default: int) -> int:
     limit = fields.required(name, int)
     check_max_tokens(limit, name)
     return limit
+
+
+def _logit_bias(fields: Fields) -> dict[int, Any]:
+    """Biases by token id; JSON's keys are strings."""
+    biases = fields.required("logit_bias", dict)
+    for key in biases:
+        if not _TOKEN_ID.fullmatch(key):
+            raise bad_field("logit_bias", f"logit_bias has the key {shown(key)}: give token ids as keys")
+    return {int(key): value for key, value in biases.items()}
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

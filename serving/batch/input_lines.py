@@ -12,11 +12,11 @@ from starling.engine.errors import UserError, one_line, shown
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.serving.api.api_errors import ApiError, bad_field
 from starling.serving.api.fields import Fields
-from starling.serving.api.messages import read_messages
+from starling.serving.api.messages import TEMPLATE_FIELDS, read_messages, read_template_variables
 from starling.serving.api.sampling_fields import MOST_LOGPROBS, SAMPLING_FIELDS, read_deadline, read_sampling
 from starling.serving.batch.input_source import LONGEST_LINE, Source
 
-_OWN = SAMPLING_FIELDS | {"id", "prompt", "messages", "template", "logprobs", "n"}
+_OWN = SAMPLING_FIELDS | {"id", "prompt", "messages", "template", "logprobs", "n"} | TEMPLATE_FIELDS
 _OPENAI = frozenset({"custom_id", "method", "url", "body"})
 #: What a body in OpenAI's format may say besides.
 _BODY = _OWN | {"model", "stream", "top_logprobs", "user", "metadata", "store"}
@@ -40,6 +40,8 @@ class Entry:
     prompt: str | list[int]
     messages: list[dict[str, Any]] | None
     template: str | None
+    #: What goes to the template as it is.
+    variables: dict[str, Any]
     #: Whether it came in OpenAI's batch format, and gets its answer in that.
     openai: bool
 
@@ -100,8 +102,9 @@ class EntryReader:
         fields.only("n", 1, why="only 1 choice is generated; write a line for each")
         defaults = dict(self.defaults)
         params = read_sampling(fields, defaults, max_tokens=defaults.pop("max_tokens"), logprobs=logprobs)
-        template = fields.optional("template", str)
-        meaning = json.dumps([self.salt, prompt, messages, template, str(params)], ensure_ascii=True)
+        template, variables = fields.optional("template", str), read_template_variables(fields)
+        said = [prompt, messages, template, *([variables] if variables else [])]
+        meaning = json.dumps([self.salt, *said, str(params)], ensure_ascii=True)
         return Entry(
             id=id_,
             line=number,
@@ -111,6 +114,7 @@ class EntryReader:
             prompt=prompt,
             messages=messages,
             template=template,
+            variables=variables,
             openai=openai,
         )
 

@@ -62,7 +62,7 @@ class _Run:
 
         try:
             is_chat = entry.messages is not None
-            prompt = self._engine.apply_chat_template(entry.messages or [], entry.template) if is_chat else entry.prompt
+            prompt = self._prompt(entry)
             handle = self._loop.submit(
                 prompt, entry.params, deadline_s=entry.deadline_s, reply=is_chat, on_chunk=on_chunk
             )
@@ -70,6 +70,11 @@ class _Run:
             self._on_bad_line(BadLine(f"line {entry.line}: {error}"))
             return
         self._running[entry.line] = (entry, handle)
+
+    def _prompt(self, entry: Entry) -> str | list[int]:
+        if entry.messages is None:
+            return entry.prompt
+        return self._engine.apply_chat_template(entry.messages, entry.template, variables=entry.variables)
 
     def _record(self, entry: Entry, handle: RequestHandle) -> Record:
         try:

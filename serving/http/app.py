@@ -32,7 +32,7 @@ _FAILED = "the serving loop has ended by a failure, which is in the log: start t
 _CORS: dict[str, Any] = {
     "allow_methods": ("GET", "POST"),
     "allow_headers": ("*",),
-    "expose_headers": ("x-request-id", "Retry-After"),
+    "expose_headers": ("x-request-id", "x-starling-ignored", "Retry-After"),
 }
 
 
@@ -126,6 +126,7 @@ class _Endpoints:
         wanted, handles = await self._service.start(
             lambda: read(json_object(body), self._service.limits), request_trace(request.scope).id
         )
+        request_trace(request.scope).note_ignored(wanted.ignored)
         reply = form(wanted.model, self._service.texts, stream=wanted.stream, with_usage=wanted.include_usage)
         return Answer(self._service, handles, wanted, reply)
 

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 from starling.engine.errors import shown
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.serving.api.api_errors import ApiError, bad_field
-from starling.serving.api.fields import Fields, Unsupported
-from starling.serving.api.messages import read_messages
+from starling.serving.api.fields import LIKE_A_KNOWN, Fields, Unsupported
+from starling.serving.api.messages import TEMPLATE_FIELDS, read_messages, read_template_variables
 from starling.serving.api.sampling_fields import (
     IGNORED_FIELDS,
     MOST_LOGPROBS,
@@ -40,15 +40,21 @@ UNSUPPORTED_CHAT: Unsupported = {
     "modalities": ((["text"],), "only text is generated"),
     "audio": ((), "it is not supported"),
     "prediction": ((), "it is not supported"),
-    "reasoning_effort": ((), "it is not supported"),
+    "moderation": ((), "it is not supported"),
+    "verbosity": (("medium",), "it is not supported; say it in a message"),
+    "web_search_options": ((), "it is not supported"),
+    "add_generation_prompt": ((True,), "the answer always begins a message of its own"),
+    "chat_template": ((), "it is not supported; `template` names one of the bundle's"),
+    "continue_final_message": ((False,), "the answer always begins a message of its own"),
+    "documents": (([],), "it is not supported; put them into a message"),
 }
 #: Without tools it says nothing about the answer either.
 IGNORED_CHAT = IGNORED_FIELDS | {"parallel_tool_calls"}
 
-#: All that a body may name; anything else is refused.
+#: All that a body may name. Anything else is refused where it looks misspelt or the server is strict, else ignored.
 _COMMON = SAMPLING_FIELDS | {"model", "stream", "stream_options", "logprobs", "n"}
 COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "best_of", *UNSUPPORTED_COMPLETION}
-CHAT_FIELDS = _COMMON | IGNORED_CHAT | {"messages", "template", "top_logprobs", *UNSUPPORTED_CHAT}
+CHAT_FIELDS = _COMMON | IGNORED_CHAT | {"messages", "template", "top_logprobs", *TEMPLATE_FIELDS, *UNSUPPORTED_CHAT}
 
 
 #: OpenAI's own limit on `n`.
@@ -67,6 +73,13 @@ class Limits:
     #: Generations of one request, of all its prompts together: more than run and wait at once can never be taken.
     max_choices: int = MOST_CHOICES
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    #: Whether unknown fields are all refused.
+    strict: bool = False
+
+    @property
+    def least_alike(self) -> float:
+        """How alike an unknown field's name must be to a known one's to be refused."""
+        return 0.0 if self.strict else LIKE_A_KNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +98,10 @@ class ApiRequest:
     candidates: int = 1
     #: The chat template by name; None is the bundle's default.
     template: str | None = None
+    #: What the client hands to the template.
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    #: Names of fields that nobody knows.
+    ignored: tuple[str, ...] = ()
 
     @property
     def generations(self) -> int:
@@ -112,7 +129,7 @@ class ApiRequest:
 def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
     """The body of /v1/completions. Raises ApiError that names the field."""
     fields = Fields(document)
-    fields.refuse_unknown(COMPLETION_FIELDS)
+    ignored = fields.refuse_unknown(COMPLETION_FIELDS, elsewhere=CHAT_FIELDS, least=limits.least_alike)
     model = _model(fields, limits)
     fields.refuse_unsupported(UNSUPPORTED_COMPLETION)
     logprobs = _count("logprobs", fields.optional("logprobs", int))
@@ -132,13 +149,14 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
         prompts=prompts,
         choices=choices,
         candidates=candidates,
+        ignored=ignored,
     )
 
 
 def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
     """The body of /v1/chat/completions. Raises ApiError that names the field."""
     fields = Fields(document)
-    fields.refuse_unknown(CHAT_FIELDS)
+    ignored = fields.refuse_unknown(CHAT_FIELDS, elsewhere=COMPLETION_FIELDS, least=limits.least_alike)
     model = _model(fields, limits)
     fields.refuse_unsupported(UNSUPPORTED_CHAT)
     params = read_sampling(fields, limits.defaults, max_tokens=limits.max_seq, logprobs=_chat_logprobs(fields))
@@ -153,6 +171,8 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
         template=fields.optional("template", str),
         choices=choices,
         candidates=choices,
+        variables=read_template_variables(fields),
+        ignored=ignored,
     )
 
 

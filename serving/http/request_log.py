@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from asyncio import CancelledError
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +19,7 @@ from starling.serving.api.api_errors import ApiError
 LOGGER = logging.getLogger("starling.serve.request")
 
 HEADER = b"x-request-id"
+IGNORED_HEADER = b"x-starling-ignored"
 #: What a client's own id must be to be taken: a word that fits any log.
 SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@,~-]{1,128}")
 #: Asked every few seconds by machines; in the log at the level debug only.
@@ -27,12 +29,14 @@ CLIENT_GONE = 499
 #: The fields of a request's line, in JSON all of them.
 FIELDS = (
     *("request_id", "client", "method", "path", "status", "prompt_tokens", "completion_tokens"),
-    *("ttft_ms", "total_ms", "finish_reason", "error", "error_code"),
+    *("ttft_ms", "total_ms", "finish_reason", "ignored", "error", "error_code"),
 )
 
 _IN_MESSAGE = FIELDS[2:5]
 _KEY = "starling.request"
 _MOST_OF_A_PATH = 100
+#: Of fields that were ignored: how many are named, with how many characters, and what a name may not have in a header.
+_MOST_NAMES, _LONGEST_NAME, _UNFIT = 16, 64, re.compile(r"[^A-Za-z0-9_.-]")
 
 
 class RequestTrace:
@@ -45,6 +49,8 @@ class RequestTrace:
         #: Whether the whole response has been handed over for sending.
         self.complete = False
         self.client_gone = False
+        #: Names of fields that were ignored, as a header may have them; "" for none.
+        self.ignored = ""
         #: Of each generation that has ended, in that order.
         self._timings: list[Timings] = []
         self._prompt_tokens = 0
@@ -61,6 +67,12 @@ class RequestTrace:
         self._prompt_tokens += prompt_tokens
         if self._finish_reason in (None, "stop", "length"):
             self._finish_reason = reason
+
+    def note_ignored(self, names: Sequence[str]) -> None:
+        """Fields of the request that nobody knows: the response's header names them, and so does the log."""
+        shown = [_UNFIT.sub("?", name[:_LONGEST_NAME]) for name in names[:_MOST_NAMES]]
+        more = len(names) - len(shown)
+        self.ignored = ", ".join([*shown, *([f"{more} more"] if more else [])])
 
     def note_refusal(self, error: ApiError) -> None:
         """The client gets this error."""
@@ -101,6 +113,7 @@ class RequestTrace:
             "ttft_ms": round(min(first), 1) if first else None,
             "total_ms": round((perf_counter() - self._begin) * 1e3, 1),
             "finish_reason": self._finish_reason,
+            "ignored": self.ignored or None,
             "error": self._error(),
             "error_code": self._refusal.code if self._refusal and not self.client_gone else None,
         }
@@ -135,7 +148,10 @@ class RequestLog:
         async def send_noted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 trace.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (HEADER, trace.id.encode())]}
+                own = [(HEADER, trace.id.encode())]
+                if trace.ignored:
+                    own.append((IGNORED_HEADER, trace.ignored.encode()))
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
             elif not message.get("more_body", False):
                 trace.complete = True
             await send(message)

@@ -117,7 +117,11 @@ class Service:
         """The prompts' token ids, none longer than the server takes."""
         limit = self.limits.max_prompt
         if request.messages is not None:
-            encoded = [self.engine.apply_chat_template(request.messages, request.template, limit=limit)]
+            encoded = [
+                self.engine.apply_chat_template(
+                    request.messages, request.template, limit=limit, variables=request.variables
+                )
+            ]
         else:
             encoded = [
                 self.engine.encode(prompt, limit=limit) if isinstance(prompt, str) else prompt

@@ -28,6 +28,11 @@ _SUPPORTED = (
     Tensor("top_p", "FP32"),
     Tensor("temperature", "FP32"),
     Tensor("repetition_penalty", "FP32"),
+    Tensor("presence_penalty", "FP32"),
+    Tensor("frequency_penalty", "FP32"),
+    Tensor("min_tokens", "INT32"),
+    Tensor("min_length", "INT32"),
+    Tensor("bad_words", "STRING", _ANY),
     Tensor("random_seed", "UINT64"),
     Tensor("seed", "UINT64"),
     Tensor("return_log_probs", "BOOL"),
@@ -37,14 +42,9 @@ _SUPPORTED = (
     Tensor("stream", "BOOL"),
 )
 _UNSUPPORTED = (
-    Unsupported(Tensor("bad_words", "STRING", _ANY), ("",)),
     Unsupported(Tensor("beam_width", "INT32"), (1,)),
     Unsupported(Tensor("num_return_sequences", "INT32"), (1,)),
     Unsupported(Tensor("length_penalty", "FP32"), (1.0, 0.0)),
-    Unsupported(Tensor("min_length", "INT32"), (1, 0)),
-    Unsupported(Tensor("min_tokens", "INT32"), (1, 0)),
-    Unsupported(Tensor("presence_penalty", "FP32"), (0.0,)),
-    Unsupported(Tensor("frequency_penalty", "FP32"), (0.0,)),
     Unsupported(Tensor("return_context_logits", "BOOL"), (False,)),
     Unsupported(Tensor("return_generation_logits", "BOOL"), (False,)),
     Unsupported(Tensor("return_perf_metrics", "BOOL"), (False,)),
@@ -97,7 +97,11 @@ def _sampling(inputs: Inputs) -> SamplingParams:
         top_k=top_k,
         top_p=top_p,
         repetition_penalty=inputs.one("repetition_penalty", 1.0),
-        seed=_seed(inputs),
+        presence_penalty=inputs.one("presence_penalty", 0.0),
+        frequency_penalty=inputs.one("frequency_penalty", 0.0),
+        bad_words=tuple(word for word in inputs.all("bad_words") if word),
+        seed=_either(inputs, "seed", "random_seed"),
+        min_tokens=_either(inputs, "min_tokens", "min_length") or 0,
         max_tokens=inputs.one("max_tokens"),
         stop=tuple(word for word in inputs.all("stop_words") if word),
         # As in TensorRT-LLM, end_id replaces the model's own end tokens, and -1 leaves none.
@@ -119,11 +123,12 @@ def _draw(inputs: Inputs) -> tuple[float, int, float]:
     return temperature, top_k or 0, 1.0 if top_p is None else top_p
 
 
-def _seed(inputs: Inputs) -> int | None:
-    seeds = {name: inputs.one(name) for name in ("seed", "random_seed") if name in inputs}
-    if len(set(seeds.values())) > 1:
-        raise RequestError(f"seed is {seeds['seed']} and random_seed {seeds['random_seed']}: give one of them")
-    return next(iter(seeds.values()), None)
+def _either(inputs: Inputs, name: str, older: str) -> int | None:
+    """A setting by its name or the one that it had in older versions."""
+    given = {each: inputs.one(each) for each in (name, older) if each in inputs}
+    if len(set(given.values())) > 1:
+        raise RequestError(f"{name} is {given[name]} and {older} {given[older]}: give one of them")
+    return next(iter(given.values()), None)
 
 
 def _answer(inputs: Inputs) -> Answer:

@@ -28,16 +28,14 @@ _FLAGS = {
 _IMAGE = Unsupported(Tensor("image", "STRING", (-1,)), ("",))
 #: vLLM's defaults where they differ from the engine's.
 _DEFAULTS: dict[str, Any] = {"temperature": 1.0, "max_tokens": 16}
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
-_COUNTS = ("top_k", "seed", "max_tokens", "logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_COUNTS = ("top_k", "seed", "max_tokens", "min_tokens", "logprobs")
+_OTHERS = ("stop_token_ids", "ignore_eos", "logit_bias", "bad_words")
 #: Settings of vLLM that this engine lacks, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1, None),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
     "length_penalty": (1.0,),
-    "min_tokens": (0,),
     "early_stopping": (False,),
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
@@ -45,8 +43,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "detokenize": (True,),
     "prompt_logprobs": (None,),
-    "bad_words": (None, []),
-    "logit_bias": (None, {}),
     "truncate_prompt_tokens": (None,),
     "guided_decoding": (None,),
 }
@@ -112,12 +108,12 @@ def _sampling(settings: dict[str, Any], *, with_logprobs: bool) -> SamplingParam
             raise RequestError(f"{_SETTINGS}: {name} is not supported: leave it out or give {json.dumps(neutral[0])}")
     values = {**_DEFAULTS, **{name: _unquoted(value) for name, value in settings.items() if name != "stop"}}
     for name in values:
-        if name not in (*_NUMBERS, *_COUNTS, "stop_token_ids", "ignore_eos"):
+        if name not in (*_NUMBERS, *_COUNTS, *_OTHERS):
             raise RequestError(f"{_SETTINGS}: {name} is no setting that this model knows")
-    if values.get("top_k") == -1:  # vLLM's word for all
-        values["top_k"] = 0
     stop = settings.get("stop") or []
     values["stop"] = _tuple("stop", [stop] if isinstance(stop, str) else stop, "a string or a list of strings")
+    values["bad_words"] = _tuple("bad_words", settings.get("bad_words") or [], "a list of strings")
+    values["logit_bias"] = _biases(values.get("logit_bias") or {})
     values["stop_token_ids"] = _tuple("stop_token_ids", values.get("stop_token_ids") or [], "a list of token ids")
     most = values.get("logprobs")
     if isinstance(most, int) and most > MOST_LOGPROBS:
@@ -134,6 +130,16 @@ def _tuple(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
         raise RequestError(f"{_SETTINGS}: {name} is {shown(value)}: give {wanted}")
     return tuple(value)
+
+
+def _biases(value: Any) -> dict[int, Any]:
+    """Biases by token id; JSON's keys are strings."""
+    try:
+        return {int(token): bias for token, bias in value.items()}
+    except (AttributeError, ValueError):
+        raise RequestError(
+            f"{_SETTINGS}: logit_bias is {shown(value)}: give an object with token ids as keys"
+        ) from None
 
 
 def _unquoted(value: Any) -> Any:

@@ -125,7 +125,7 @@ def test_a_limit_is_refused_under_the_name_that_the_request_has_for_it(name: str
         ({"stop_token_ids": (1, -2)}, "stop_token_ids"),
         ({"stop": ("a", "")}, "stop"),
         ({"stop": "a"}, "stop"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
         ({"ignore_eos": 1}, "ignore_eos"),
         ({"max_tokens": -1}, "max_tokens"),
     ],

@@ -5,14 +5,16 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from click.testing import CliRunner
 from http_server import MODEL, Server, serving
+from openai.types import completion_create_params as completion_fields
+from openai.types.chat import completion_create_params as chat_fields
 
 from starling.cli.serve import command as serve_command
-from starling.engine.generation import sampler
+from starling.engine.generation import sampling_params
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.text import template_renderer
 from starling.serving.api import api_errors as errors
@@ -31,6 +33,8 @@ REFUSED: dict[str, Unsupported] = {
     "completions": {**sampling_fields.UNSUPPORTED_SAMPLING, **requests.UNSUPPORTED_COMPLETION},
     "chat": {**sampling_fields.UNSUPPORTED_SAMPLING, **requests.UNSUPPORTED_CHAT},
 }
+#: Further settings with a number as default.
+COUNTED = ("presence_penalty", "frequency_penalty", "min_tokens")
 BASE: dict[str, dict[str, Any]] = {
     "completions": {"model": MODEL, "prompt": "Once", "max_tokens": 1},
     "chat": {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
@@ -79,7 +83,7 @@ def test_the_tables_have_the_fields_of_the_code(endpoint: str) -> None:
 
 def test_numeric_defaults_are_those_of_the_code() -> None:
     defaults: dict[str, Any] = {
-        name: getattr(SamplingParams(), name) for name in ("top_k", "min_p", "repetition_penalty")
+        name: getattr(SamplingParams(), name) for name in ("top_k", "min_p", "repetition_penalty", *COUNTED)
     }
     defaults |= requests.API_DEFAULTS | {"max_tokens": requests.COMPLETION_TOKENS, "top_logprobs": 0, "n": 1}
     rows = [row for endpoint in PATHS for row in TAKEN[endpoint] if re.fullmatch(r"[\d.]+", row[4])]
@@ -91,7 +95,7 @@ def test_limits_endpoints_metrics_and_the_logs_fields_are_those_of_the_code() ->
     assert limits["strings in `stop`"] == str(sampling_fields.MOST_STOPS)
     assert limits["alternatives of `logprobs`"] == str(sampling_fields.MOST_LOGPROBS)
     assert limits["time for the body to arrive"] == f"{body.BODY_TIMEOUT_S} s"
-    assert limits["characters of one of them"] == str(sampler.LONGEST_STOP)
+    assert limits["characters of one of them"] == str(sampling_params.LONGEST_STOP)
     assert limits["time for the request line and headers to arrive"] == f"{connections.HEADERS_TIMEOUT_S:g} s"
     assert limits["client that does not read its answer"] == f"{connections.UNREAD_TIMEOUT_S:g} s"
     assert limits["idle connection"] == f"{connections.IDLE_TIMEOUT_S} s"
@@ -106,7 +110,7 @@ def test_limits_endpoints_metrics_and_the_logs_fields_are_those_of_the_code() ->
         f"Further limits: {connections.HEADERS_TIMEOUT_S:g} s for a request's headers, {body.BODY_TIMEOUT_S} s for "
         f"its body, {connections.IDLE_TIMEOUT_S} s for an idle connection, {connections.UNREAD_TIMEOUT_S:g} s for a "
         f"client that reads nothing, {template.replace(', ', ' and ')} for the chat template, "
-        f"{sampler.MOST_STOP_STRINGS} stop strings of {sampler.LONGEST_STOP:,} characters "
+        f"{sampling_params.MOST_STOP_STRINGS} stop strings of {sampling_params.LONGEST_STOP:,} characters "
         f"({sampling_fields.MOST_STOPS} by this API), "
         f"{sampling_fields.MOST_LOGPROBS} alternatives of logprobs"
     ) in help_text
@@ -167,7 +171,9 @@ TYPES: dict[str, tuple[list[Any], list[Any]]] = {
     ),
     "string, or list of strings": (["x", ["a", "b", "c", "d"]], ["", [""], ["a"] * 5, 5]),
     "list of token ids": ([[], [5]], ["x", [-1], ["x"]]),
-    "object": ([{"include_usage": True}], [[], {"include_usage": "yes"}, "x"]),
+    "object": ([], [[], "x"]),
+    "object of numbers": ([{}, {"5": 1, "31999": -100}], [[], {"x": 1}, {"5": "1"}, {"5": 101}]),
+    "list of strings": ([[], ["a", "b c"]], ["a", [1], [""]]),
     "true or false": ([True, False], ["yes", 1]),
     "string": ([], [5, ["x"]]),
     "whole number": ([], ["1", 1.5, True]),
@@ -176,7 +182,10 @@ TYPES: dict[str, tuple[list[Any], list[Any]]] = {
 #: Good and bad values of each range.
 RANGES: dict[str, tuple[list[float], list[float]]] = {
     "": ([], []),
+    "-1 or more": ([-1, 0, 10**9], [-2]),
     "0 or more": ([0, 1, 10**30], [-1]),
+    "-2 to 2": ([-2, 0.5, 2], [-2.1, 3]),
+    "0 to `max_tokens`": ([0, 1], [-1, 2]),
     "above 0": ([60], [0, -1]),
     "above 0 to 1": ([0.01, 1], [0, 1.01]),
     "1e-6 to 1e6": ([1e-6, 2, 1e6], [0, 1e-7, 2e6]),
@@ -188,7 +197,18 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
 }
 #: Ends an answer that would go on to the end of the cache.
 ANY_TOKEN = {"stop_token_ids": list(range(32100))}
-GOOD: dict[str, list[Any]] = {"model": [MODEL], "template": ["default"]}
+GOOD: dict[str, list[Any]] = {
+    "model": [MODEL],
+    "template": ["default"],
+    "stream_options": [{"include_usage": True}],
+    "chat_template_kwargs": [{}, {"enable_thinking": False, "list": [1, 2.5, None, {"a": "<s>"}]}],
+    "reasoning_effort": ["low"],
+}
+#: Bad values of some fields, beside those of their types.
+BAD: dict[str, list[Any]] = {
+    "stream_options": [{"include_usage": "yes"}],
+    "chat_template_kwargs": [{"messages": []}, {"eos_token": "x"}, {"two words": 1}, {"a": "x" * 70000}],
+}
 
 
 @pytest.mark.parametrize("endpoint", PATHS)
@@ -200,7 +220,7 @@ def test_fields_are_taken_as_their_row_says(server: Server, endpoint: str) -> No
             quick = ANY_TOKEN if value == 10**30 else {}
             status, error, _ = ask(server, endpoint, {name: value} | quick)
             assert status == 200, (name, value, error)
-        for value in bad:
+        for value in [*bad, *BAD.get(name, [])]:
             status, error, _ = ask(server, endpoint, {name: value})
             assert status == 400, (name, value)
             assert re.split(r"[.\[]", error["param"])[0] == name, (name, value, error)
@@ -219,10 +239,23 @@ def test_fields_are_ignored_and_refused_as_their_row_says(server: Server, endpoi
             assert ask(server, endpoint, {name: value})[0] == 200, (name, value)
         status, error, _ = ask(server, endpoint, {name: {"other": "value"}})
         assert (status, error["param"], error["code"]) == (400, name, "unsupported_parameter")
-    other = ({*KNOWN["chat"], *KNOWN["completions"]} - KNOWN[endpoint]) | {"temprature"}
-    for name in other:
+    other = {*KNOWN["chat"], *KNOWN["completions"]} - KNOWN[endpoint]
+    like = {"max_token", "max_new_tokens", "repeat_penalty", "temprature", "top_a", "stops"}
+    for name in other | like:
         status, error, _ = ask(server, endpoint, {name: 1})
         assert (status, error["param"], error["code"]) == (400, name, "unknown_parameter")
+    for name in ("request_id", "priority_class", "no_such"):
+        status, _, headers = ask(server, endpoint, {name: 1})
+        assert (status, headers["x-starling-ignored"]) == (200, name)
+
+
+def test_every_field_of_openais_client_is_taken_ignored_or_refused_by_name() -> None:
+    own = {"completions": completion_fields, "chat": chat_fields}
+    for endpoint, module in own.items():
+        kinds = (module.CompletionCreateParamsStreaming, module.CompletionCreateParamsNonStreaming)
+        names = {name for kind in kinds for name in get_type_hints(kind)}
+        assert len(names) > 15
+        assert names <= KNOWN[endpoint], names - KNOWN[endpoint]
 
 
 def test_errors_are_those_of_the_table(server: Server) -> None:
@@ -234,7 +267,7 @@ def test_errors_are_those_of_the_table(server: Server) -> None:
         seen[status, error["type"], error["code"]] = headers
 
     for change in (
-        *({"temperature": -1}, {"prompt": None}, {"no_such": 1}, {"suffix": "x"}, {"top_p": "x"}, {"logprobs": 21}),
+        *({"temperature": -1}, {"prompt": None}, {"max_token": 1}, {"suffix": "x"}, {"top_p": "x"}, {"logprobs": 21}),
         *({"stop": ["a"] * 5}, {"prompt": "word " * 100}, {"model": "x"}, {"prompt": "x" * 300_000}),
         long | {"deadline_s": 0.2},
     ):

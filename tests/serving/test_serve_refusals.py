@@ -52,21 +52,33 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
     (BASE, {"temperature": 10**400}, 400, "temperature"),
     (BASE, {"temperature": "\ud800"}, 400, "temperature"),
     (BASE, {"top_p": 0}, 400, "top_p"),
-    (BASE, {"top_k": -1}, 400, "top_k"),
-    (BASE, {"seed": -1}, 400, "seed"),
+    (BASE, {"top_k": -2}, 400, "top_k"),
+    (BASE, {"seed": -2}, 400, "seed"),
     (BASE, {"stop": ""}, 400, "stop"),
     (BASE, {"stop": ["a"] * 5}, 400, "stop"),
     (BASE, {"logprobs": 21}, 400, "logprobs"),
     (BASE, {"echo": True}, 400, "echo"),
-    (BASE, {"presence_penalty": 0.5}, 400, "presence_penalty"),
-    (BASE, {"frequency_penalty": 1}, 400, "frequency_penalty"),
-    (BASE, {"logit_bias": {"5": 1}}, 400, "logit_bias"),
+    (BASE, {"presence_penalty": 2.5}, 400, "presence_penalty"),
+    (BASE, {"frequency_penalty": -3}, 400, "frequency_penalty"),
+    (BASE, {"logit_bias": {"5": 101}}, 400, "logit_bias"),
+    (BASE, {"logit_bias": {"five": 1}}, 400, "logit_bias"),
+    (BASE, {"logit_bias": {"32002": 1}}, 400, "logit_bias"),
+    (BASE, {"logit_bias": {"5": "1"}}, 400, "logit_bias"),
+    (BASE, {"bad_words": [" "]}, 400, "bad_words"),
+    (BASE, {"min_tokens": 3}, 400, "min_tokens"),
+    (BASE, {"use_beam_search": True}, 400, "use_beam_search"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"bos_token": "x"}}, 400, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"deep": [[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]}}, 400, "chat_template_kwargs"),
+    (CHAT, {"reasoning_effort": 1}, 400, "reasoning_effort"),
+    (CHAT, {"verbosity": "low"}, 400, "verbosity"),
+    (BASE, {"max_token": 1}, 400, "max_token"),
+    (BASE, {"max_new_tokens": 1}, 400, "max_new_tokens"),
     (BASE, {"stream": "yes"}, 400, "stream"),
     (BASE, {"stream_options": {"include_usage": True}}, 400, "stream_options"),
     (BASE, {"temprature": 1}, 400, "temprature"),
     (BASE, {"deadline_s": 0}, 400, "deadline_s"),
     (BASE, {"deadline_s": 10**400}, 400, "deadline_s"),
-    (BASE, {"half \ud800 of a pair": 1}, 400, "half ? of a pair"),
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": [{"role": "robot", "content": "Hi"}]}, 400, "messages[0].role"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
@@ -91,10 +103,39 @@ def test_a_bad_field_is_named(
 
 
 def test_fields_that_change_nothing_are_accepted(server: Server) -> None:
-    same = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "echo": False, "user": "me"}
+    same: dict[str, Any] = {
+        "n": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "echo": False,
+        "user": "me",
+    }
     assert server.request("POST", "/v1/completions", BASE | same)[0] == 200
     extensions = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "max_completion_tokens": 3}
     assert server.request("POST", "/v1/chat/completions", CHAT | extensions)[0] == 200
+
+
+def test_fields_that_nobody_knows_are_named_in_a_header(server: Server) -> None:
+    unknown = {"request_id": "x", "vllm_xargs": {"a": 1}, "half \ud800 of\r\na pair": 1, "é" * 100: 1}
+    status, headers, _ = server.request("POST", "/v1/completions", BASE | unknown)
+    assert status == 200
+    assert headers["x-starling-ignored"] == "request_id, vllm_xargs, half???of??a?pair, " + "?" * 64
+    status, headers, _ = server.request("POST", "/v1/chat/completions", CHAT | {"stream": True, "priority": 1})
+    assert (status, headers["x-starling-ignored"]) == (200, "priority")
+    many = {f"zz{number}zz": number for number in range(30)}
+    assert server.request("POST", "/v1/completions", BASE | many)[1]["x-starling-ignored"].endswith("zz15zz, 14 more")
+    assert "x-starling-ignored" not in server.request("POST", "/v1/completions", BASE)[1]
+    assert any("ignored=" in line and "vllm_xargs" in line for line in server.log)
+
+
+def test_a_strict_server_refuses_them(tiny_bundle: Path) -> None:
+    with serving(tiny_bundle, "--max-seq", "64", "--strict") as strict:
+        for name in ("request_id", "half \ud800 of a pair"):
+            status, _, body = strict.request("POST", "/v1/completions", BASE | {name: 1})
+            error = json.loads(body)["error"]
+            assert (status, error["code"]) == (400, "unknown_parameter")
+            assert error["param"] == name.replace("\ud800", "?")
 
 
 @pytest.mark.parametrize(

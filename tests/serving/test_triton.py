@@ -208,7 +208,8 @@ def test_characters_of_several_tokens_arrive_whole(server: TritonServer, demo_in
 @pytest.mark.parametrize(
     ("model", "fields", "message"),
     [
-        ("ensemble", {"bad_words": "x"}, "bad_words is 'x', which is not supported"),
+        ("ensemble", {"embedding_bias_words": "x"}, "embedding_bias_words is 'x', which is not supported"),
+        ("ensemble", {"presence_penalty": 2.5}, "presence_penalty is 2.5"),
         ("ensemble", {"beam_width": 2}, "beam_width is 2, which is not supported: leave it out or give 1"),
         ("ensemble", {"top_p": 1.5}, "top_p is 1.5"),
         ("ensemble", {"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),

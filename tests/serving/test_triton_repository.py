@@ -136,7 +136,8 @@ def test_tensorrt_llm_end_id_replaces_the_models_own() -> None:
 
 def test_values_that_change_nothing_pass_and_others_do_not() -> None:
     neutral = {"bad_words": "", "beam_width": 1, "length_penalty": 1.0, "presence_penalty": 0.0, "pad_id": 5}
-    _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, **neutral)
+    params = _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, **neutral).job.params
+    assert not params.changes_logits
     with pytest.raises(RequestError, match=r"length_penalty is 2\.0, which is not supported"):
         _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, length_penalty=2.0)
 
@@ -155,6 +156,20 @@ def test_vllm_settings_have_vllms_defaults_and_take_numbers_as_strings() -> None
     assert (params.temperature, params.top_k, params.stop, params.max_tokens) == (0.5, 0, ("a",), 3)
 
 
+def test_penalties_bad_words_biases_and_min_tokens_reach_the_engine_by_both_conventions() -> None:
+    given: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": -1.0, "min_tokens": 2}
+    words = {"bad_words": ["a", "", "b c"]}
+    older = _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, min_length=2).job.params
+    params = _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, **given, **words).job.params
+    assert (params.bad_words, older.min_tokens) == (("a", "b c"), 2)
+    assert {name: getattr(params, name) for name in given} == given
+    settings = json.dumps(given | {"bad_words": ["a"], "logit_bias": {"5": 2, "7": -100}, "seed": -1})
+    call = _read(VllmInterface(), text_input="x", sampling_parameters=settings)
+    assert {name: getattr(call.job.params, name) for name in given} == given
+    assert (call.job.params.bad_words, call.job.params.logit_bias) == (("a",), ((5, 2.0), (7, -100.0)))
+    assert Job.from_line(call.job.to_line()) == call.job
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
@@ -162,6 +177,10 @@ def test_vllm_settings_have_vllms_defaults_and_take_numbers_as_strings() -> None
         ('{"stop": {"a": 1}}', "stop is .*: give a string or a list of strings"),
         ('{"stop": [5]}', r"stop\[0\] is 5"),
         ('{"stop_token_ids": 5}', "stop_token_ids is 5: give a list of token ids"),
+        ('{"logit_bias": {"x": 1}}', "logit_bias is an object: give an object with token ids as keys"),
+        ('{"logit_bias": 5}', "logit_bias is 5: give an object with token ids as keys"),
+        ('{"logit_bias": {"5": 101}}', "logit_bias is 101: give a number from -100 to 100"),
+        ('{"bad_words": "x"}', "bad_words is 'x': give a list of strings"),
         ('{"stop_token_ids": ["x"]}', r"stop_token_ids\[0\] is 'x'"),
         ('{"temperature": 1%s}' % ("0" * 400), "temperature is 1"),
         ('{"logprobs": 25000}', "logprobs is 25000: give at most 20"),

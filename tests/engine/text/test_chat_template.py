@@ -1,7 +1,9 @@
 """Chats become the ids of the checkpoint's template, and what people write in them stays text."""
 
+import functools
 import gc
 import json
+import math
 import random
 import weakref
 from collections.abc import Callable
@@ -158,6 +160,43 @@ def test_tools_and_other_variables_cannot_smuggle_special_tokens_either() -> Non
     assert ids.count(2) == 1
     text = templates.render(USER, tokenizer(SMOLLM2), tools=tools, note="!")
     assert text == '[{"name<|im_end|>": "<|im_end|>", "n": [1, 2.5, true, null]}]!Hello<|im_end|>'
+
+
+def test_a_clients_variables_reach_the_template_as_values_and_texts() -> None:
+    subject, templates = (
+        tokenizer(SMOLLM2),
+        ChatTemplates({"default": "{{ think }}{{ note }}{{ messages[0].content }}"}),
+    )
+    ids = templates.encode(USER, subject, client_variables={"think": False, "note": "<|im_end|>"})
+    assert subject.decode(ids) == "False<|im_end|>Hello"
+    assert 2 not in ids
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"messages": []}, "has 'messages', which the server gives to the template itself"),
+        ({"add_generation_prompt": False}, "has 'add_generation_prompt'"),
+        ({"bos_token": "x"}, "has 'bos_token'"),
+        ({"raise_exception": "x"}, "has 'raise_exception'"),
+        ({"two words": 1}, "has the name 'two words'"),
+        ({"__class__": 1}, "has the name '__class__'"),
+        ({"a" * 65: 1}, "has the name 'aaa"),
+        ({f"a{number}": 1 for number in range(65)}, "has 65 variables: give at most 64"),
+        ({"a": "x" * 2**16}, "bytes: give at most 65,536"),
+        ({"a": 10**5000}, "is no plain JSON"),
+        ({"a": math.nan}, "has the number nan"),
+        ({"a": [{"b": object()}]}, "has a object: give JSON values"),
+        ({"a": {1: 2}}, "has a key that is no string"),
+        ({"a": functools.reduce(lambda inner, _: [inner], range(900), 1)}, "is nested more than 16 deep"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_variables_that_a_template_may_not_be_given_are_refused(variables: dict[str, Any], message: str) -> None:
+    with pytest.raises(PromptError, match=message) as caught:
+        ChatTemplates({"default": "x"}).encode(USER, tokenizer(SMOLLM2), client_variables=variables)
+    assert caught.value.field == "chat_template_kwargs"
+    assert len(str(caught.value)) < 200
 
 
 def test_private_use_characters_in_messages_are_not_mistaken_for_hidden_literals() -> None:
