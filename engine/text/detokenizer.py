@@ -53,6 +53,22 @@ class DetokenizerFactory:
         piece = _characters if self._byte_level else _text_or_byte
         self._pieces = [None if text is None else piece(text) for text in texts]
 
+    @property
+    def strips_first_space(self) -> bool:
+        """Whether the first space of a text that continues no prompt is not shown."""
+        return self._sentencepiece and self._strips
+
+    @property
+    def is_sentencepiece(self) -> bool:
+        """Whether it is a vocabulary with byte fallback, whose tokenizer puts a space before a text."""
+        return self._sentencepiece
+
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes of every token by id, b"" for special ids and gaps; None where a token has none of its own."""
+        if not self._byte_level and not self._sentencepiece:
+            return None
+        return [piece.encode() if isinstance(piece, str) else piece or b"" for piece in self._pieces]
+
     def make(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """A fresh detokenizer.
 

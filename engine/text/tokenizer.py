@@ -11,11 +11,14 @@ from typing import Any
 import tokenizers
 
 from starling.engine.bundle.manifest import FILES
-from starling.engine.errors import BundleError, PromptError, one_line
+from starling.engine.errors import BundleError, PromptError, SamplingError, one_line
 from starling.engine.text.detokenizer import Detokenizer, DetokenizerFactory
 
 # Unicode's private-use characters, 137,000 of them.
 PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+
+# A character that is a token of its own in every vocabulary with byte fallback: after it no space comes before a word.
+_ANCHOR = "\x02"
 
 
 class Tokenizer:
@@ -119,6 +122,30 @@ class Tokenizer:
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """A fresh incremental detokenizer. After `prompt_ids` the text continues theirs and keeps its first space."""
         return self._detokenizers.make(prompt_ids)
+
+    @property
+    def strips_first_space(self) -> bool:
+        """Whether a reply's first space is no part of its text, as with SentencePiece's vocabularies."""
+        return self._detokenizers.strips_first_space
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every token's text by id, b"" for special tokens and gaps.
+
+        Raises SamplingError for a tokenizer whose tokens have another text beside each other than alone.
+        """
+        found = self._detokenizers.token_bytes()
+        if found is None:
+            problem = "this bundle's tokenizer gives its tokens no bytes of their own, which a grammar needs"
+            raise SamplingError(problem, detail="leave the grammar out", field="grammar")
+        return found
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on within another one: no BOS, no space before it, no special tokens."""
+        if not self._detokenizers.is_sentencepiece:
+            return self.encode(text, add_special_tokens=False, allow_special=False)
+        ids = self.encode(_ANCHOR + text, add_special_tokens=False, allow_special=False)
+        end = next((i for i, token in enumerate(ids[:2]) if self.id_to_token(token) in (_ANCHOR, "<0x02>")), -1)
+        return ids[end + 1 :]
 
     def encode_with_literals(self, text: str, literals: "Literals") -> list[int]:
         """Ids of a text in which `literals` hid strings: these become plain text, all other added tokens their ids.
