@@ -25,6 +25,8 @@ from starling.engine.generation.results import GenerationInterrupted, Generation
 from starling.engine.generation.sampling_params import SamplingOverrides, SamplingParams
 from starling.engine.generation.sequence import GenerationSequence, make_sequence
 from starling.engine.names import DEFAULT_MAX_SEQ
+from starling.engine.text.grammar_compiler import Grammars
+from starling.engine.text.grammar_state import GrammarState
 from starling.engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class Engine:
         )
         try:
             self.tokenizer = tokenizer()
+            self._grammars = Grammars(self.tokenizer, self.bundle.tokens.eos, vocab_size)
             self.speculation = speculation
         except BaseException:
             self.backend.close()
@@ -340,6 +343,17 @@ class Engine:
             encode_s=encode_s,
             on_device=self.backend.steps_ahead is not None and self.backend.steps_ahead.draws,
             processors=processors,
+            grammar=self._grammar(params, reply=reply),
+        )
+
+    def _grammar(self, params: SamplingParams, *, reply: bool) -> GrammarState | None:
+        if params.grammar is None:
+            return None
+        return self._grammars.start(
+            params.grammar,
+            end_ids=params.stop_token_ids,
+            ends=not params.ignore_eos,
+            after_space=reply and self.tokenizer.strips_first_space,
         )
 
     def _check_scores(self) -> None:

@@ -37,6 +37,8 @@ class Request:
     #: Where its drafts come from, once it decodes; None: it has none. `draft` is the newest, [] where none is known.
     lookup: PromptLookup | None = None
     draft: list[int] = field(default_factory=list)
+    #: Whether the draft is what its grammar leaves no choice about.
+    forced: bool = False
     error: RequestFailed | None = None
 
 

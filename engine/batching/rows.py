@@ -6,6 +6,7 @@ from bisect import insort
 from heapq import heappop, heappush
 
 from starling.engine.batching.request import Request
+from starling.engine.text.grammar_state import GrammarState
 
 
 class RowTable:
@@ -17,8 +18,8 @@ class RowTable:
     """
 
     __slots__ = (
-        *("_free", "_keep", "_last_position", "_requests", "covered", "live", "live_requests", "needs_logits"),
-        *("positions", "requests", "tokens"),
+        *("_free", "_keep", "_last_position", "_requests", "covered", "grammars", "live", "live_requests"),
+        *("needs_logits", "positions", "requests", "tokens"),
     )
 
     def __init__(self, rows: int, positions: int, *, keep: bool = False) -> None:
@@ -39,6 +40,8 @@ class RowTable:
         self.live_requests: list[Request] = []
         #: Whether one that decodes needs logits on the host.
         self.needs_logits = False
+        #: Where those that decode under a grammar are in it.
+        self.grammars: list[GrammarState] = []
 
     @property
     def has_free(self) -> bool:
@@ -83,4 +86,7 @@ class RowTable:
         self.requests = [request for request in self._requests if request is not None]
         self.live_requests = [request for row in self.live if (request := self._requests[row]) is not None]
         self.covered = self.live[-1] + 1 if self.live else 0
+        self.grammars = [
+            request.sequence.grammar for request in self.live_requests if request.sequence.grammar is not None
+        ]
         self.needs_logits = any(request.sequence.needs_logits for request in self.live_requests)

@@ -182,6 +182,8 @@ class Scheduler:
                 requests = self._launched.popleft()
                 chosen = ahead.tokens()
             else:
+                for grammar in rows.grammars:
+                    grammar.begin_mask()
                 output = self._backend.decode(rows.tokens[: rows.covered], rows.positions[: rows.covered])
                 chosen = output.tokens()
                 logits = output.logits() if rows.needs_logits else None
@@ -234,6 +236,8 @@ class Scheduler:
         for request in requests:
             tokens[request.row - rows.start][1 : 1 + len(request.draft)] = request.draft
         try:
+            for grammar in self._rows.grammars:
+                grammar.begin_mask()
             output = self._backend.verify(rows.start, tokens, self._rows.positions[rows.start : rows.stop])
             chosen = output.tokens()
             logits = output.logits() if self._rows.needs_logits else None
@@ -259,7 +263,7 @@ class Scheduler:
             yield request, chunk
             if not is_right or request.row < 0:
                 break
-        if draft and request.lookup is not None:
+        if draft and request.lookup is not None and not request.forced:
             request.lookup.judge(len(draft), taken - 1)
 
     def _prefill(self) -> Iterator[Handout]:

@@ -46,8 +46,10 @@ def write_drafts(requests: Sequence[Request], rows: int, most: int) -> int:
     """
     for request in requests:
         sequence = request.sequence
-        left = sequence.limit - len(sequence.tokens) - 1
-        request.draft = [] if request.lookup is None else request.lookup.draft(min(left, most))
+        most_left = min(sequence.limit - len(sequence.tokens) - 1, most)
+        request.draft = [] if request.lookup is None else request.lookup.draft(most_left)
+        if sequence.grammar is not None:
+            request.draft, request.forced = sequence.grammar.draft(request.draft, most_left)
     longest = max(len(request.draft) for request in requests)
     while longest and sum(min(len(request.draft), longest) for request in requests) < WORTHWHILE * rows * longest:
         longest -= 1

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, TypedDict
 import numpy as np
 
 from starling.engine.errors import SamplingError, shown
+from starling.engine.text.grammar import GrammarSpec
 
 # Of a repetition penalty: beyond, a logit times or divided by it is no float32.
 PENALTIES = (1e-6, 1e6)
@@ -42,6 +43,7 @@ class SamplingOverrides(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int | None
     prompt_logprobs: int | None
+    grammar: GrammarSpec | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class SamplingParams:
     ignore_eos: go on after the bundle's end tokens.
     logprobs: how many of the likeliest tokens to report beside the chosen one's log-probability; None reports nothing.
     prompt_logprobs: the same for each token of the prompt, all of which is then run, whatever the cache holds of it.
+    grammar: what the answer must look like. It ends where it is complete, as "stop"; one that "length" ends may not be.
     """
 
     temperature: float = 0.0
@@ -84,6 +87,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, "0 (greedy) or more", lambda x: x >= 0)
@@ -116,6 +120,8 @@ class SamplingParams:
             _check_int("stop_token_ids", token, "a token id", at=f"[{index}]")
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError(f"ignore_eos is {shown(self.ignore_eos)}: give True or False", field="ignore_eos")
+        if self.grammar is not None and not isinstance(self.grammar, GrammarSpec):
+            raise SamplingError(f"grammar is {shown(self.grammar)}: give a GrammarSpec, or None", field="grammar")
 
     @property
     def is_greedy(self) -> bool:
@@ -126,7 +132,7 @@ class SamplingParams:
     def changes_logits(self) -> bool:
         """Whether tokens are chosen from other logits than the model's."""
         penalized = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-        return penalized or bool(self.logit_bias or self.bad_words or self.min_tokens)
+        return penalized or bool(self.logit_bias or self.bad_words or self.min_tokens or self.grammar)
 
     def _replace_off(self, name: str, off: int | None) -> None:
         """-1 is other servers' word for a setting that is off."""

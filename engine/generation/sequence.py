@@ -14,6 +14,7 @@ from starling.engine.generation.results import FinishReason, GenerationChunk, Ge
 from starling.engine.generation.sampler import Sampler, TokenLogprob, device_choice, logprobs, make_sampler
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.text.detokenizer import Detokenizer
+from starling.engine.text.grammar_state import GrammarState
 from starling.engine.text.stop_strings import StopMatcher
 from starling.engine.text.tokenizer import Tokenizer
 
@@ -39,6 +40,8 @@ class GenerationSequence:
     stops: StopMatcher | None
     #: Tokens before the first whose text may have one.
     min_tokens: int = 0
+    #: Its place in its grammar, where it has one.
+    grammar: GrammarState | None = None
     #: Seconds that encoding the prompt took; part of the time to first token.
     encode_s: float = 0.0
     #: How many of the likeliest tokens to report for each token of the prompt; None: the prompt is not scored.
@@ -125,17 +128,20 @@ def make_sequence(
     encode_s: float = 0.0,
     on_device: bool = False,
     processors: Sequence[LogitsProcessor] = (),
+    grammar: GrammarState | None = None,
 ) -> GenerationSequence:
     """A sequence ready to run. Its last token needs no cache position: prompt and answer may be one token longer.
 
     `reply`: its text is one of its own, without the space that would continue the prompt. `on_device`: the backend
-    draws tokens itself where it can, the same ones as the host. `processors` come after those that `params` ask for.
+    draws tokens itself where it can, the same ones as the host. `processors` come after those that `params` ask for,
+    and after them `grammar`, the beginning of an answer under the grammar of `params`.
     Raises SamplingError for tokens in `params` that the model does not have.
     """
     stop_ids = frozenset(params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos))
     processors = [
         *logits_processors(params, prompt, tokenizer, end_ids=sorted(stop_ids), vocab_size=vocab_size),
         *processors,
+        *([grammar] if grammar is not None else ()),
     ]
     drawn = device_choice(params) if on_device and not processors else None
     as_chosen = drawn is not None or (params.temperature == 0 and not processors)
@@ -149,6 +155,7 @@ def make_sequence(
         detokenizer=tokenizer.detokenizer(() if reply else prompt),
         stops=StopMatcher(params.stop) if params.stop else None,
         min_tokens=params.min_tokens,
+        grammar=grammar,
         encode_s=encode_s,
         top_prompt_logprobs=params.prompt_logprobs,
         choice=drawn or GREEDY,
@@ -197,6 +204,8 @@ def append_token(
         if sequence.stops is not None and count >= sequence.min_tokens:
             text, stopped = sequence.stops.push(text)
             reason = _STOP if stopped else None
+        if reason is None and sequence.grammar is not None and sequence.grammar.complete:
+            reason = _STOP
         if reason is None and count + 1 >= sequence.limit:
             reason = _LENGTH
     if reason is not None:

@@ -11,8 +11,8 @@ from starling.engine.errors import SamplingError, one_line, shown
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
-#: Characters of a grammar. The largest schemas of public collections have 200,000.
-MOST_CHARACTERS = 2**18
+#: Characters of a grammar, and members of an object: 2,000 that may be left out take a second to compile.
+MOST_CHARACTERS, MOST_MEMBERS = 2**17, 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,9 @@ class GrammarSpec:
             schema = {}
         if not isinstance(schema, Mapping):
             raise _refusal(f"the JSON schema is {shown(schema)}", "give an object")
-        return cls("json_schema", _json(dict(schema), "JSON schema"))
+        text = _json(dict(schema), "JSON schema")
+        _check_members(schema)
+        return cls("json_schema", text)
 
     @classmethod
     def regex(cls, pattern: str) -> GrammarSpec:
@@ -77,6 +79,20 @@ class GrammarSpec:
     def lark(cls, grammar: str) -> GrammarSpec:
         """Texts of a context-free grammar in Lark's syntax, whose first rule is `start`, or in llama.cpp's GBNF."""
         return cls("lark", grammar)
+
+
+def _check_members(schema: object) -> None:
+    """Of every mapping in the schema, since any may be the properties of an object."""
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Mapping):
+            if len(part) > MOST_MEMBERS:
+                problem = f"an object of the JSON schema has {len(part):,} members"
+                raise _refusal(problem, f"give at most {MOST_MEMBERS:,}")
+            parts += part.values()
+        elif isinstance(part, list | tuple):
+            parts += part
 
 
 def _json(value: object, name: str) -> str:

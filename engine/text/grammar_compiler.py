@@ -7,6 +7,7 @@ the lexer and the work of each token have limits, here or in llguidance.
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from starling.engine.errors import SamplingError, StarlingError, one_line
 from starling.engine.installation import install_command
-from starling.engine.text.grammar import GrammarSpec
-from starling.engine.text.grammar_state import GrammarState, MaskThread
+from starling.engine.text.grammar import MOST_MEMBERS, GrammarSpec
+from starling.engine.text.grammar_state import GrammarState
 from starling.engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -26,8 +27,13 @@ if TYPE_CHECKING:
 MOST_KEPT, MOST_KEPT_CHARACTERS = 64, 2**20
 #: States of a lexer, 1 to 2 kB each, and symbols of a grammar: a hundred times what schemas in use have.
 MOST_LEXER_STATES, MOST_SYMBOLS = 25_000, 200_000
+#: What may come next, as rules: an object of MOST_MEMBERS that may be left out has several for each.
+MOST_ITEMS = 5 * MOST_MEMBERS
 #: As models write JSON on one line. Free whitespace lets a small model write it without end.
 JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+#: A rule or a directive that only Lark's syntax has. (llguidance's own test takes minutes for a text of line ends.)
+_LARK = re.compile(r"(?m)^[ \t]*(%llguidance\b|start[ \t]*:(?!:=))")
 
 
 class Grammars:
@@ -49,13 +55,7 @@ class Grammars:
         grammar's. Raises SamplingError for a grammar that cannot be decoded under, StarlingError without llguidance.
         """
         matcher = self._matcher(spec, after_space).deep_copy()
-        return GrammarState(
-            matcher, self._masks, self._vocab_size, own_ends=self._end_ids, other_ends=end_ids, ends=ends
-        )
-
-    def compute_masks(self, states: Sequence[GrammarState]) -> None:
-        """Compute the masks of these answers' next tokens on a thread, while the model runs."""
-        self._masks.compute(states)
+        return GrammarState(matcher, self._vocab_size, own_ends=self._end_ids, other_ends=end_ids, ends=ends)
 
     def __len__(self) -> int:
         """Grammars that are kept compiled."""
@@ -74,10 +74,6 @@ class Grammars:
             while len(self._kept) > MOST_KEPT or sum(len(kept.text) for kept, _ in self._kept) > MOST_KEPT_CHARACTERS:
                 self._kept.popitem(last=False)
         return made
-
-    @cached_property
-    def _masks(self) -> MaskThread:
-        return MaskThread()
 
     @cached_property
     def _ll_tokenizer(self) -> LLTokenizer:
@@ -140,10 +136,9 @@ class _Vocabulary:
 def _compiled(spec: GrammarSpec, after_space: bool, tokenizer: LLTokenizer) -> LLMatcher:
     from llguidance import LLMatcher
 
-    try:
-        matcher = LLMatcher(tokenizer, _written(spec, after_space), log_level=0, limits=_limits())
-    except (ValueError, RecursionError) as error:
-        raise _refusal(spec, one_line(error)) from None
+    matcher = LLMatcher(tokenizer, _written(spec, after_space), log_level=0, limits=_limits())
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # what is too much for the first token is refused here
     if matcher.is_error():
         raise _refusal(spec, one_line(Exception(matcher.get_error())))
     return matcher
@@ -152,11 +147,16 @@ def _compiled(spec: GrammarSpec, after_space: bool, tokenizer: LLTokenizer) -> L
 def _limits() -> LLParserLimits:
     from llguidance import LLParserLimits
 
-    return LLParserLimits(max_lexer_states=MOST_LEXER_STATES, max_grammar_size=MOST_SYMBOLS, verbose_errors=False)
+    return LLParserLimits(
+        max_lexer_states=MOST_LEXER_STATES,
+        max_grammar_size=MOST_SYMBOLS,
+        max_items_in_row=MOST_ITEMS,
+        verbose_errors=False,
+    )
 
 
 def _written(spec: GrammarSpec, after_space: bool) -> str:
-    """The grammar in llguidance's own form. Raises ValueError for a grammar that is neither Lark nor GBNF."""
+    """The grammar in llguidance's own form. Raises SamplingError for one that is neither Lark nor GBNF."""
     grammars: list[dict[str, Any]] = [{"name": "answer", **_body(spec)}]
     if after_space:
         grammars.insert(0, {"lark_grammar": 'start: " " @answer'})
@@ -164,16 +164,20 @@ def _written(spec: GrammarSpec, after_space: bool) -> str:
 
 
 def _body(spec: GrammarSpec) -> dict[str, Any]:
-    from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance import regex_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if spec.kind == "regex":
-        return {"lark_grammar": json.loads(LLMatcher.grammar_from_regex(spec.text))["grammars"][0]["lark_grammar"]}
+        # Digits are ASCII's: others would be none to most readers of the answer.
+        return {"lark_grammar": f"start: /{regex_to_lark(spec.text, 'd')}/"}
     if spec.kind == "choice":
         quoted = (json.dumps(text, ensure_ascii=False) for text in json.loads(spec.text))
         return {"lark_grammar": "start: " + " | ".join(quoted)}
     if spec.kind == "lark":
-        return {"lark_grammar": any_to_lark(spec.text)}
+        try:
+            return {"lark_grammar": spec.text if _LARK.search(spec.text) else gbnf_to_lark(spec.text)}
+        except Exception as error:  # its own class of error, or Python's stack
+            raise _refusal(spec, one_line(error)) from None
     schema = json.loads(spec.text) if spec.kind == "json_schema" else {"type": "object"}
     return {"json_schema": {"x-guidance": JSON_LAYOUT, **schema}}
 

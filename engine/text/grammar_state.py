@@ -1,12 +1,12 @@
 """One answer's place in its grammar: which tokens may come next, and what the chosen one changes.
 
 It is a logits processor (`generation/logits_processors.py`). The mask of the next token is known as soon as the newest
-one is, so that a thread computes it while the model runs: `MaskThread`.
+one is, so that a thread computes it while the model runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, TypeAlias
@@ -24,12 +24,11 @@ MASKED = np.float32(-np.inf)
 
 
 class GrammarState:
-    """One answer under a grammar. One thread uses it, but for the mask, which `MaskThread` may compute meanwhile."""
+    """One answer under a grammar. One thread uses it; `begin_mask` has another one compute its mask meanwhile."""
 
     def __init__(
         self,
         matcher: LLMatcher,
-        thread: MaskThread,
         vocab_size: int,
         *,
         own_ends: Sequence[int],
@@ -37,7 +36,7 @@ class GrammarState:
         ends: bool = True,
     ) -> None:
         """`own_ends` are the end tokens that the matcher knows; with `ends` they end the answer, as `other_ends` do."""
-        self._matcher, self._thread, self._vocab_size = matcher, thread, vocab_size
+        self._matcher, self._vocab_size = matcher, vocab_size
         known = {*own_ends, *other_ends}
         self._end_ids = frozenset(known if ends else other_ends)
         self._ends = np.array(sorted(token for token in self._end_ids if token < vocab_size), np.int64)
@@ -74,28 +73,27 @@ class GrammarState:
                 raise self._failure()
             self.complete = self._matcher.is_stopped()
 
-    def draft(self, tokens: Sequence[int], most: int) -> list[int]:
-        """What surely comes next, where the grammar leaves no choice; else as many of `tokens` as it allows."""
+    def draft(self, tokens: Sequence[int], most: int) -> tuple[list[int], bool]:
+        """What must come next, at most so many tokens, and True; where there is a choice, as many of `tokens` as may."""
         with self._busy:
             forced = self._matcher.compute_ff_tokens()
             if forced:
-                return forced[: max(most, 0)]
-            return list(tokens[: self._matcher.validate_tokens(list(tokens))]) if tokens else []
+                return forced[: max(most, 0)], True
+            return list(tokens[: self._matcher.validate_tokens(list(tokens))]) if tokens else [], False
 
-    def compute(self) -> None:
-        """Compute the mask on `MaskThread`, which releases what `begin` took."""
+    def begin_mask(self) -> None:
+        """Have the mask of the next token computed on a thread, unless it is known; `__call__` waits for it."""
+        if self._mask is None and not self.complete and self._busy.acquire(blocking=False):
+            _MASKS.put(self)
+
+    def compute_mask(self) -> None:
+        """What `begin_mask` asked for."""
         try:
             self._mask = self._computed()
         except Exception:  # who waits for it computes it again, and gets the error; the thread goes on
             self._mask = None
         finally:
             self._busy.release()
-
-    def begin(self) -> bool:
-        """Take the state for `compute`; False where its mask is known, or being computed."""
-        if self._mask is not None or self.complete or not self._busy.acquire(blocking=False):
-            return False
-        return True
 
     def _computed(self) -> tuple[bool, NDArray[np.int64]]:
         bits = self._bits
@@ -114,19 +112,29 @@ class GrammarState:
         return SamplingError("the answer cannot go on under its grammar", detail=reason, field="grammar")
 
 
-class MaskThread:
-    """A thread that computes masks while the model runs; llguidance lets go of Python's lock for it."""
+class _MaskThread:
+    """Computes masks one after another; llguidance lets go of Python's lock for it. One for the whole process."""
 
     def __init__(self) -> None:
         self._states: SimpleQueue[GrammarState] = SimpleQueue()
-        Thread(target=self._run, name="starling-grammar-masks", daemon=True).start()
+        self._thread: Thread | None = None
+        self._lock = Lock()
 
-    def compute(self, states: Iterable[GrammarState]) -> None:
-        """Compute the masks of these answers' next tokens, those that are not known yet."""
-        for state in states:
-            if state.begin():
-                self._states.put(state)
+    def put(self, state: GrammarState) -> None:
+        """Compute this one's, too."""
+        if self._thread is None or not self._thread.is_alive():  # a forked process has only the thread that forked
+            self._start()
+        self._states.put(state)
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = Thread(target=self._run, name="starling-grammar-masks", daemon=True)
+                self._thread.start()
 
     def _run(self) -> None:
         while True:
-            self._states.get().compute()
+            self._states.get().compute_mask()
+
+
+_MASKS = _MaskThread()
