@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from starling.cli.shared.grammar_options import grammar_of, grammar_options
 from starling.cli.shared.options import (
     bundle_argument,
     engine_options,
@@ -34,6 +35,7 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops a re
 @click.option("--system", help="System message of the chat.")
 @click.option("--template", help="Chat template by name, for example code.")
 @sampling_options
+@grammar_options
 @engine_options
 @speculation_option
 @click.option("--verbose", is_flag=True, help="Show figures for each reply: tokens reused and prefilled, TTFT, speed.")
@@ -49,7 +51,7 @@ def command(bundle: Path, system: str | None, template: str | None, verbose: boo
       starling chat smollm2 --system "You answer in one sentence." --verbose
       printf 'Hello\\nWhat did I just say?\\n' | starling chat smollm2
     """
-    params = params_of(options)
+    params = params_of(options, grammar=grammar_of(options))
     from starling.engine.engine import Engine
 
     with Engine(bundle, **engine_settings(options), speculation=options["speculation"]) as engine:

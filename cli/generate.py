@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from starling.cli.shared.grammar_options import grammar_of, grammar_options
 from starling.cli.shared.options import (
     bundle_argument,
     engine_options,
@@ -40,6 +41,7 @@ INTERRUPTED = 130
 @click.option("--system", help="System message of the chat.")
 @click.option("--template", help="Chat template by name, for example code.")
 @sampling_options
+@grammar_options
 @click.option("--logprobs", type=int, help="Show log-probabilities of each token and of the N likeliest.")
 @engine_options
 @speculation_option
@@ -59,11 +61,13 @@ def command(context: click.Context, /, bundle: Path, no_stream: bool, as_json: b
       starling generate smollm2 "Write a haiku." --temperature 0.8 --top-p 0.95 --seed 7
       starling generate starling-7b --template code - < task.txt
       starling generate smollm2 --speculation prompt-lookup --prompt-file edit-this-code.txt
+      starling generate smollm2 "Is Seoul in Korea?" --choice yes --choice no
+      starling generate smollm2 "Invent a person." --json-schema person.schema.json --temperature 0.8
       starling generate smollm2 "What is the capital of South Korea?" "What is the capital of Japan?" --json
       starling generate smollm2 --ids 504,3575,282,4649,314
     """
     prompts = _prompts(options["prompts"], options["prompt_file"], options["ids"])
-    params = params_of(options, options["logprobs"])
+    params = params_of(options, options["logprobs"], grammar_of(options))
     from starling.engine.engine import Engine
 
     settings = {**engine_settings(options), "speculation": options["speculation"]}

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from starling.engine.errors import StarlingError
     from starling.engine.generation.results import GenerationChunk, GenerationResult, Timings
     from starling.engine.generation.sampling_params import SamplingParams
+    from starling.engine.text.grammar import GrammarSpec
 
 __all__ = [
     "Bundle",
@@ -17,6 +18,7 @@ __all__ = [
     "Engine",
     "GenerationChunk",
     "GenerationResult",
+    "GrammarSpec",
     "SamplingParams",
     "StarlingError",
     "Timings",
@@ -29,6 +31,7 @@ _HOMES = {
     "Engine": "engine",
     "GenerationChunk": "generation.results",
     "GenerationResult": "generation.results",
+    "GrammarSpec": "text.grammar",
     "SamplingParams": "generation.sampler",
     "StarlingError": "errors",
     "Timings": "generation.results",

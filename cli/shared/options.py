@@ -17,6 +17,7 @@ from starling.engine.names import BACKENDS, GPU_BACKENDS, SPECULATIONS
 
 if TYPE_CHECKING:
     from starling.engine.generation.sampling_params import SamplingParams
+    from starling.engine.text.grammar import GrammarSpec
 
     _Choice = click.Choice[str]
 else:
@@ -203,11 +204,13 @@ def refuse_options(names: Iterable[str], why: str) -> None:
         raise UserError(f"{option} {why}")
 
 
-def sampling_params(values: Mapping[str, Any], logprobs: int | None = None) -> SamplingParams:
+def sampling_params(
+    values: Mapping[str, Any], logprobs: int | None = None, grammar: GrammarSpec | None = None
+) -> SamplingParams:
     """The SamplingParams of a command's options. Raises SamplingError for an impossible value."""
     from starling.engine.generation.sampling_params import SamplingParams
 
-    params = SamplingParams(**{name: values[name] for name in SAMPLING_NAMES}, logprobs=logprobs)
+    params = SamplingParams(**{name: values[name] for name in SAMPLING_NAMES}, logprobs=logprobs, grammar=grammar)
     if params.temperature == 0 and (idle := given_options(_DRAWING_NAMES)):
         verb = "changes" if len(idle) == 1 else "change"
         note(f"{', '.join(idle)} {verb} nothing at temperature 0 (greedy): add for example --temperature 0.8")

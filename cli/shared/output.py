@@ -78,7 +78,7 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s"
 
 
-def read_text(source: Path | None) -> str:
+def read_text(source: Path | None, kind: str = "prompt") -> str:
     """The text of a file, or of stdin for None, without the line end that closes it.
 
     Raises PromptError where the file cannot be read or is not UTF-8.
@@ -87,7 +87,7 @@ def read_text(source: Path | None) -> str:
     try:
         content = sys.stdin.buffer.read() if source is None else source.read_bytes()
     except OSError as error:
-        raise PromptError(f"{name} cannot be read: {error.strerror or error}; give another prompt file") from error
+        raise PromptError(f"{name} cannot be read: {error.strerror or error}; give another {kind} file") from error
     return decode_utf8(content, name).removesuffix("\n").removesuffix("\r")
 
 

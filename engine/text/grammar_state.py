@@ -74,7 +74,7 @@ class GrammarState:
             self.complete = self._matcher.is_stopped()
 
     def draft(self, tokens: Sequence[int], most: int) -> tuple[list[int], bool]:
-        """What must come next, at most so many tokens, and True; where there is a choice, as many of `tokens` as may."""
+        """What must come next, at most so many tokens, and True; else as many of `tokens` as may come, and False."""
         with self._busy:
             forced = self._matcher.compute_ff_tokens()
             if forced:
