@@ -61,7 +61,7 @@ def command(context: click.Context, /, bundle: Path, no_stream: bool, as_json: b
       starling generate smollm2 "Write a haiku." --temperature 0.8 --top-p 0.95 --seed 7
       starling generate starling-7b --template code - < task.txt
       starling generate smollm2 --speculation prompt-lookup --prompt-file edit-this-code.txt
-      starling generate smollm2 "Is Seoul in Korea?" --choice yes --choice no
+      starling generate smollm2 "What is the capital of South Korea?" --choice Seoul --choice Busan
       starling generate smollm2 "Invent a person." --json-schema person.schema.json --temperature 0.8
       starling generate smollm2 "What is the capital of South Korea?" "What is the capital of Japan?" --json
       starling generate smollm2 --ids 504,3575,282,4649,314

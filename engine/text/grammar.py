@@ -17,9 +17,10 @@ MOST_CHARACTERS, MOST_MEMBERS = 2**17, 2000
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
-    """A grammar as its author wrote it. Made by the class methods; each raises SamplingError for what is no grammar.
+    """What an answer must look like, as its author wrote it; whether it can be decoded under, generating says.
 
-    Whether it can be decoded under shows only with a tokenizer: `Grammars.start` of `grammar_compiler.py`.
+    Made by `GrammarSpec.json_schema(schema)`, `.json_object()`, `.regex(pattern)`, `.choice(texts)` or
+    `.lark(grammar)`, each of which raises SamplingError for what is no grammar.
     """
 
     kind: GrammarKind

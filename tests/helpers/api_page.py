@@ -30,7 +30,11 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
         *(("engine", "Engine"), ("engine", "SamplingParams"), ("engine", "GenerationResult"), ("engine", "Timings")),
         *(("engine.generation.sampler", "TokenLogprob"), ("engine.batching.generation_stream", "GenerationStream")),
         *(("engine", "GenerationChunk"), ("engine.generation.results", "GenerationInterrupted")),
-        *(("engine", "ChatSession"), ("engine.generation.continuation_scores", "ContinuationScore")),
+        *(
+            ("engine", "GrammarSpec"),
+            ("engine", "ChatSession"),
+            ("engine.generation.continuation_scores", "ContinuationScore"),
+        ),
     ],
     "Serving many requests": [
         *(("engine.serving_loop", "ServingLoop"), ("engine.batching.request", "RequestHandle")),
