@@ -67,8 +67,8 @@ def command(bundle: Path, repository: Path, verify: bool, **options: Any) -> Non
         raise PromptError(f"--max-seq is {settings.max_seq}, but this model has {most} positions: give 1 to {most}")
     write_repository(opened, repository, settings)
     click.echo(
-        f"{click.style(str(repository), bold=True)}: models starling, ensemble (TensorRT-LLM's names) and vllm_model "
-        f"(vLLM's), {settings.max_batch} requests at a time, {settings.instance_kind}"
+        f"{click.style(str(repository), bold=True)}: models starling, ensemble and tensorrt_llm (TensorRT-LLM's names) "
+        f"and vllm_model (vLLM's), {settings.max_batch} requests at a time, {settings.instance_kind}"
     )
     make, start = (quoted(repository / name) for name in ("make_environment.sh", "start.sh"))
     click.echo(f"next: SERVER=1 {make} ENV && ENVIRONMENT=ENV {start}")

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
+from time import monotonic_ns
 
 from starling.engine.batching.request import RequestHandle
 from starling.engine.errors import ClosedError, QueueFullError, StarlingError, UserError
@@ -28,6 +29,7 @@ from starling.serving.triton.socket_messages import (
     Job,
     Logprob,
     RequestError,
+    Times,
     delta_line,
     error_line,
 )
@@ -111,6 +113,7 @@ class EngineSocket:
             logprobs=() if chunk.logprob is None else (self._named(chunk.logprob),),
             finish_reason=chunk.finish_reason,
             prompt_tokens=chunk.timings.prompt_tokens if chunk.timings is not None else 0,
+            times=None if chunk.timings is None else _times(chunk.timings),
         )
 
     def _named(self, found: TokenLogprob) -> Logprob:
@@ -119,6 +122,18 @@ class EngineSocket:
 
     def _text(self, token: int) -> str:
         return self._tokenizer.decode([token])
+
+
+def _times(timings: Timings) -> Times:
+    """Of an answer that ends now."""
+    return Times(
+        submitted_ns=monotonic_ns() - round(timings.total_s * 1e9),
+        queue_s=timings.queue_s,
+        ttft_s=timings.ttft_s,
+        total_s=timings.total_s,
+        drafted_tokens=timings.drafted_tokens,
+        accepted_tokens=timings.accepted_tokens,
+    )
 
 
 def socket_path(address: str) -> str:

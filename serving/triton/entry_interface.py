@@ -46,5 +46,8 @@ class Interface(Protocol):
     def outputs(self) -> tuple[Tensor, ...]:
         """All outputs."""
 
+    def cancels(self, inputs: Inputs) -> bool:
+        """Whether the request cancels the running ones of its own id, and asks for no text."""
+
     def read(self, inputs: Inputs, parameters: Mapping[str, Any]) -> Call:
         """The call of a request. Raises RequestError or SamplingError, naming the field."""

@@ -33,6 +33,8 @@ class EntryModel:
         self._pb_utils = import_module("triton_python_backend_utils")
         self._address: str | None = None
         self._address_lock = Lock()
+        #: Running answers by their requests' ids, of requests that have one; the loop's thread alone touches it.
+        self._running: dict[str, set[asyncio.Task[None]]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="starling-entry", daemon=True)
         self._thread.start()
@@ -48,30 +50,62 @@ class EntryModel:
         for request in requests:
             sender, wanted = request.get_response_sender(), set(request.requested_output_names())
             try:
-                call = self._read(request)
+                inputs = self._inputs(request)
+                if self.interface.cancels(inputs):
+                    asyncio.run_coroutine_threadsafe(self._cancel(request.request_id(), sender), self._loop)
+                    continue
+                call = self._read(request, inputs)
             except (RequestError, UserError) as error:
                 self._fail(sender, error)
                 continue
             except Exception as error:  # the requests after it must be started all the same
                 self._fail_unexpectedly(sender, error)
                 continue
-            asyncio.run_coroutine_threadsafe(self._answer(call, sender, wanted), self._loop)
+            answer = self._answer_cancellably(request.request_id(), call, sender, wanted)
+            asyncio.run_coroutine_threadsafe(answer, self._loop)
 
     def finalize(self) -> None:
         """End the thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
 
-    def _read(self, request: Any) -> Call:
+    def _inputs(self, request: Any) -> Inputs:
         arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        return Inputs(arrays, batched=self.interface.batched)
+
+    def _read(self, request: Any, inputs: Inputs) -> Call:
         parameters = json.loads(request.parameters() or "{}")
         own = {name: value for name, value in parameters.items() if not name.startswith("triton_")}
-        call = self.interface.read(Inputs(arrays, batched=self.interface.batched), own)
+        call = self.interface.read(inputs, own)
         if not call.job.prompt:
             raise RequestError("text_input is empty: give it at least one character")
         if len(call.job.prompt) > PROMPT_LIMIT:
             raise RequestError(f"text_input has {len(call.job.prompt):,} characters: give at most {PROMPT_LIMIT:,}")
         return call
+
+    async def _cancel(self, request_id: str, sender: Any) -> None:
+        """Cancel the answers to requests of an id; this request gets no text either."""
+        if not request_id:
+            self._fail(sender, RequestError("stop is for a request with the id of those to cancel: send one"))
+            return
+        running = tuple(self._running.get(request_id, ()))
+        for task in running:
+            task.cancel()
+        self._fail(sender, RequestError(f"{len(running)} request(s) of this id were cancelled", "cancelled"))
+
+    async def _answer_cancellably(self, request_id: str, call: Call, sender: Any, wanted: set[str]) -> None:
+        task = asyncio.ensure_future(self._answer(call, sender, wanted))
+        if request_id:
+            self._running.setdefault(request_id, set()).add(task)
+        try:
+            await task
+        except asyncio.CancelledError:
+            self._fail(sender, RequestError("the request was cancelled", "cancelled"))
+        finally:
+            if request_id:
+                self._running[request_id].discard(task)
+                if not self._running[request_id]:
+                    del self._running[request_id]
 
     async def _answer(self, call: Call, sender: Any, wanted: set[str]) -> None:
         try:

@@ -20,11 +20,13 @@ from starling.engine.whole_files import new_folder
 from starling.serving.triton import engine_model
 from starling.serving.triton.entry_interface import Interface
 from starling.serving.triton.entry_model import ENGINE_MODEL
+from starling.serving.triton.llmapi import LlmApiInterface
 from starling.serving.triton.pbtxt import InstanceKind, ModelConfig
 from starling.serving.triton.tensorrt_llm import TensorRtLlmInterface
 from starling.serving.triton.vllm import VllmInterface
 
 TENSORRT_LLM_MODEL = "ensemble"
+LLMAPI_MODEL = "tensorrt_llm"
 VLLM_MODEL = "vllm_model"
 #: Its presence says that starling wrote the repository, which --force may replace.
 MARK = "starling.json"
@@ -106,7 +108,7 @@ def _write(bundle: Bundle, folder: Path, options: RepositoryOptions) -> None:
         folder,
         ModelConfig(
             ENGINE_MODEL,
-            "Holds the engine. Clients use the entries ensemble and vllm_model; this one tells its figures:\n"
+            "Holds the engine. Clients use the entries ensemble, tensorrt_llm and vllm_model; this tells its figures:\n"
             'curl -d \'{"command": "stats"}\' localhost:8000/v2/models/starling/generate',
             engine_model.INPUTS,
             engine_model.OUTPUTS,
@@ -131,6 +133,7 @@ def _write(bundle: Bundle, folder: Path, options: RepositoryOptions) -> None:
 
 _ENTRIES: tuple[tuple[str, str, Interface, str], ...] = (
     (TENSORRT_LLM_MODEL, "The names of TensorRT-LLM's ensemble.", TensorRtLlmInterface(), "entry_tensorrt_llm"),
+    (LLMAPI_MODEL, "The names of TensorRT-LLM's llmapi model.", LlmApiInterface(), "entry_llmapi"),
     (VLLM_MODEL, "The names of Triton's vLLM backend.", VllmInterface(), "entry_vllm"),
 )
 

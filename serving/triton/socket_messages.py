@@ -54,6 +54,18 @@ class Logprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """When the parts of an answer came, in seconds after `submitted_ns` of the system's monotonic clock; its drafts."""
+
+    submitted_ns: int
+    queue_s: float
+    ttft_s: float
+    total_s: float
+    drafted_tokens: int
+    accepted_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What one or more tokens added to an answer: text, the number of tokens, their log-probabilities if asked for."""
 
@@ -63,6 +75,8 @@ class Delta:
     finish_reason: FinishReason | None = None
     #: Tokens of the prompt; 0 until the last delta.
     prompt_tokens: int = 0
+    #: None until the last delta.
+    times: Times | None = None
 
     def __add__(self, later: Delta) -> Delta:
         return replace(
@@ -91,6 +105,7 @@ def read_delta(line: bytes) -> Delta:
     fields["logprobs"] = tuple(
         Logprob(one["token"], one["logprob"], one["text"], tuple(map(tuple, one["top"]))) for one in fields["logprobs"]
     )
+    fields["times"] = None if fields["times"] is None else Times(**fields["times"])
     return Delta(**fields)
 
 

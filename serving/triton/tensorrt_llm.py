@@ -75,6 +75,10 @@ class TensorRtLlmInterface:
         Tensor("num_output_tokens", "INT32"),
     )
 
+    def cancels(self, inputs: Inputs) -> bool:
+        """Never: a client cancels its own request."""
+        return False
+
     def read(self, inputs: Inputs, parameters: Mapping[str, Any]) -> Call:
         """The call of a request. Raises RequestError or SamplingError, naming the field."""
         check_names(inputs, [tensor.name for tensor in self.inputs], parameters)

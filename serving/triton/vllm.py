@@ -69,6 +69,10 @@ class VllmInterface:
         Tensor("num_output_tokens", "UINT32", (-1,)),
     )
 
+    def cancels(self, inputs: Inputs) -> bool:
+        """Never: a client cancels its own request."""
+        return False
+
     def read(self, inputs: Inputs, parameters: Mapping[str, Any]) -> Call:
         """The call of a request. Request parameters are sampling settings where sampling_parameters is absent.
 

@@ -1,7 +1,7 @@
 """Runs in the server's environment, which has tritonclient: one gRPC stream, told by stdin, answered on stdout.
 
-The first line is {"address", "model", "batch", "fields"}; then a line "cancel" or "stop" ends the stream. Every reply
-is a line: {"sent": true} first, then {"outputs": {name: [...]}} or {"error": "..."}, at last {"final": true}.
+The first line is {"address", "model", "batch", "id", "fields"}; then a line "cancel" or "stop" ends the stream. Every
+reply is a line: {"sent": true} first, then {"outputs": {name: [...]}} or {"error": "..."}, at last {"final": true}.
 """
 
 import json
@@ -27,7 +27,7 @@ def main() -> None:
     client = grpcclient.InferenceServerClient(request["address"])
     client.start_stream(on_reply)
     inputs = [tensor(name, value, request["batch"]) for name, value in request["fields"].items()]
-    client.async_stream_infer(request["model"], inputs, enable_empty_final_response=True)
+    client.async_stream_infer(request["model"], inputs, request_id=request["id"], enable_empty_final_response=True)
     tell({"sent": True})
     client.stop_stream(cancel_requests=sys.stdin.readline().strip() == "cancel")
     client.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -57,11 +58,12 @@ def expected(demo_int8_bundle: Path) -> str:
 class GrpcStream:
     """One request on a gRPC stream of tritonclient, in a process of the server's environment."""
 
-    def __init__(self, server: TritonServer, model: str, **fields: Any) -> None:
+    def __init__(self, server: TritonServer, model: str, *, request_id: str = "", **fields: Any) -> None:
         """Send it; returns when it was sent."""
         command = [server.environment / "bin" / "python", Path(triton_server.__file__).with_name("triton_client.py")]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._tell(json.dumps({"address": server.grpc, "model": model, "batch": model == "ensemble", "fields": fields}))
+        asked = {"address": server.grpc, "model": model, "batch": model == "ensemble", "id": request_id}
+        self._tell(json.dumps(asked | {"fields": fields}))
         assert self._reply() == {"sent": True}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -113,6 +115,48 @@ def test_generate_stream_gives_the_text_piece_by_piece(server: TritonServer, exp
     for events in (ensemble, vllm):
         assert len(events) > 3
         assert "".join(event["text_output"] for event in events) == expected
+
+
+def test_llmapi_answers_whole_and_in_a_stream_of_the_text_so_far(server: TritonServer, expected: str) -> None:
+    asked = {"text_input": PROMPT, "sampling_param_max_tokens": 12}
+    flags = {"return_finish_reason": True, "return_cumulative_logprob": True}
+    answer = server.generate("tensorrt_llm", **asked, **flags, sampling_param_return_perf_metrics=True)
+    assert (answer["text_output"], answer["finish_reason"]) == (expected, "length")
+    assert answer["cumulative_logprob"] < 0
+    moments = [answer[f"{name}_time_ns"] for name in ("arrival", "first_scheduled", "first_token", "last_token")]
+    assert moments == sorted(moments)
+    assert 0 < moments[-1] - moments[0] < 60e9
+    assert abs(time.monotonic_ns() - moments[-1]) < 60e9
+    assert (answer["acceptance_rate"], answer["total_draft_tokens"]) == (0, 0)
+    texts = [event["text_output"] for event in server.events("tensorrt_llm", **asked, streaming=True)]
+    assert len(texts) > 3
+    assert texts[-1] == expected
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert "finish_reason" not in server.generate("tensorrt_llm", **asked)
+
+
+def test_llmapi_cancels_by_the_requests_id(server: TritonServer) -> None:
+    before = server.idle_stats()
+    long = {"text_input": PROMPT, "sampling_param_max_tokens": 450, "streaming": True}
+    stream = GrpcStream(server, "tensorrt_llm", request_id="mine", **long)
+    other = GrpcStream(server, "tensorrt_llm", request_id="other", **long | {"sampling_param_max_tokens": 3})
+    next(iter(stream))
+    stop = GrpcStream(server, "tensorrt_llm", request_id="mine", text_input="", stop=True)
+    with pytest.raises(Refused, match="1 request"):
+        list(stop)
+    stop.close()
+    with pytest.raises(Refused, match="the request was cancelled"):
+        list(stream)
+    stream.close()
+    assert len(list(other)) > 0
+    other.close()
+    after = server.idle_stats(timeout_s=3)
+    assert after["ended"].get("cancelled", 0) == before["ended"].get("cancelled", 0) + 1
+    assert after["generated_tokens"] - before["generated_tokens"] < 400
+    nameless = GrpcStream(server, "tensorrt_llm", text_input="", stop=True)
+    with pytest.raises(Refused, match="stop is for a request with the id"):
+        list(nameless)
+    nameless.close()
 
 
 def test_grpc_streams_under_both_conventions(server: TritonServer, expected: str) -> None:
@@ -215,6 +259,9 @@ def test_characters_of_several_tokens_arrive_whole(server: TritonServer, demo_in
         ("ensemble", {"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
         ("ensemble", {"mx_tokens": 5}, "mx_tokens is no input of this model"),
         ("ensemble", {"seed": 1, "random_seed": 2}, "seed is 1 and random_seed 2"),
+        ("tensorrt_llm", {"sampling_param_top_p": 1.5}, "sampling_param_top_p is 1.5"),
+        ("tensorrt_llm", {"lora_name": "x"}, "lora_name is 'x', which is not supported"),
+        ("tensorrt_llm", {"max_tokens": 5}, "max_tokens is no input of this model"),
         ("vllm_model", {"sampling_parameters": "{"}, "sampling_parameters is not JSON"),
         ("vllm_model", {"sampling_parameters": '{"n": 2}'}, "sampling_parameters: n is not supported"),
         ("vllm_model", {"sampling_parameters": '{"temp": 2}'}, "sampling_parameters: temp is no setting"),

@@ -17,11 +17,13 @@ from command_line import CHECKOUT, refusal, succeed
 
 from starling.serving.triton.entry_inputs import Inputs
 from starling.serving.triton.entry_interface import Call, Interface
+from starling.serving.triton.llmapi import LlmApiInterface
 from starling.serving.triton.socket_messages import (
     Delta,
     Job,
     Logprob,
     RequestError,
+    Times,
     delta_line,
     error_line,
     read_delta,
@@ -31,7 +33,7 @@ from starling.serving.triton.vllm import VllmInterface
 
 pytestmark = pytest.mark.slow
 
-MODELS = ("starling", "ensemble", "vllm_model")
+MODELS = ("starling", "ensemble", "tensorrt_llm", "vllm_model")
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def repository(tiny_bundle: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_repository_has_three_models_and_says_how_to_start(repository: Path, tiny_bundle: Path) -> None:
+def test_a_repository_has_its_models_and_says_how_to_start(repository: Path, tiny_bundle: Path) -> None:
     for model in MODELS:
         assert f'name: "{model}"' in (repository / model / "config.pbtxt").read_text()
         compile((repository / model / "1" / "model.py").read_text(), model, "exec")
@@ -148,6 +150,46 @@ def test_several_prompts_in_one_request_are_refused() -> None:
         Inputs(arrays, batched=True)
 
 
+@pytest.mark.parametrize(
+    ("fields", "settings"),
+    [
+        ({}, (0.0, 0, 1.0)),
+        ({"temperature": 0.7}, (0.7, 0, 1.0)),
+        ({"temperature": 0.0}, (0.0, 0, 1.0)),
+        ({"top_k": 1, "temperature": 0.7}, (0.0, 0, 1.0)),
+        ({"top_p": 0.0, "temperature": 0.7}, (0.0, 0, 1.0)),
+        ({"top_k": 40}, (1.0, 40, 1.0)),
+        ({"top_p": 0.5}, (1.0, 0, 0.5)),
+    ],
+)
+def test_llmapi_is_greedy_where_its_sampler_is(fields: dict[str, float], settings: tuple[float, int, float]) -> None:
+    given = {f"sampling_param_{name}": value for name, value in fields.items()}
+    params = _read(LlmApiInterface(), text_input="x", **given).job.params
+    assert (params.temperature, params.top_k, params.top_p) == settings
+    assert params.max_tokens == 32
+
+
+def test_llmapi_settings_reach_the_engine_and_bad_ones_are_named() -> None:
+    names = {"max_tokens": 5, "stop": ["a", "", "b"], "seed": 2**63, "frequency_penalty": 0.5, "presence_penalty": -1.0}
+    given = {f"sampling_param_{name}": value for name, value in names.items()}
+    call = _read(LlmApiInterface(), text_input="x", streaming=True, return_cumulative_logprob=True, **given)
+    params = call.job.params
+    assert (params.max_tokens, params.stop, params.seed, params.logprobs) == (5, ("a", "b"), 2**63, 0)
+    assert (params.frequency_penalty, params.presence_penalty, call.stream) == (0.5, -1.0, True)
+    assert call.prefix == ""
+    assert _read(LlmApiInterface(), text_input="x", sampling_param_exclude_input_from_output=False).prefix == "x"
+    for fields, message in (
+        ({"sampling_param_temperature": -1.0}, "sampling_param_temperature is -1.0"),
+        ({"sampling_param_best_of": 2}, "sampling_param_best_of is 2, which is not supported"),
+        ({"lora_path": "/etc"}, "lora_path is '/etc', which is not supported"),
+        ({"return_stop_reason": True}, "return_stop_reason is True, which is not supported"),
+        ({"text_input": ["a", "b"]}, "text_input has 2 values: give one"),
+        ({"max_tokens": 5}, "max_tokens is no input of this model"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            _read(LlmApiInterface(), **{"text_input": "x", **fields})
+
+
 def test_vllm_settings_have_vllms_defaults_and_take_numbers_as_strings() -> None:
     params = _read(VllmInterface(), text_input="x").job.params
     assert (params.temperature, params.max_tokens) == (1.0, 16)
@@ -222,6 +264,7 @@ def test_a_fault_in_one_request_does_not_stop_the_others_of_its_batch(monkeypatc
             requested_output_names=list,
             inputs=lambda: inputs,
             parameters=lambda: "",
+            request_id=lambda: "",
         )
 
     model = TritonPythonModel()
@@ -236,7 +279,8 @@ def test_a_fault_in_one_request_does_not_stop_the_others_of_its_batch(monkeypatc
 def test_jobs_and_answers_survive_the_socket() -> None:
     call = _read(TensorRtLlmInterface(), text_input="Zürich\n😀", max_tokens=4, stop_words=["\n"], top_k=5, seed=2**63)
     assert Job.from_line(call.job.to_line()) == call.job
-    delta = Delta("ü", 1, (Logprob(3, -0.5, "ü", ((3, -0.5, "ü"),)),), "stop", 9)
+    times = Times(5, 0.1, 0.2, 0.3, 4, 3)
+    delta = Delta("ü", 1, (Logprob(3, -0.5, "ü", ((3, -0.5, "ü"),)),), "stop", 9, times)
     assert read_delta(delta_line(delta)) == delta
     with pytest.raises(RequestError, match="busy") as refused:
         read_delta(error_line(RequestError("busy", "unavailable")))
