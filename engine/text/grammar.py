@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ class GrammarSpec:
     kind: GrammarKind
     #: The schema or the list of choices as JSON, the expression, the grammar; "" for any JSON object.
     text: str = ""
+    #: What errors call it: the field of a request that had it.
+    field: str = dataclasses.field(default="grammar", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in GRAMMAR_KINDS:

@@ -183,4 +183,4 @@ def _body(spec: GrammarSpec) -> dict[str, Any]:
 
 
 def _refusal(spec: GrammarSpec, reason: str) -> SamplingError:
-    return SamplingError(f"the {spec.kind} cannot be decoded under", detail=reason, field="grammar")
+    return SamplingError(f"the {spec.kind} cannot be decoded under", detail=reason, field=spec.field)

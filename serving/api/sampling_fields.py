@@ -10,6 +10,7 @@ from starling.engine.errors import SamplingError, shown
 from starling.engine.generation.sampling_params import SamplingParams, check_max_tokens
 from starling.serving.api.api_errors import bad_field, from_engine
 from starling.serving.api.fields import Fields, Unsupported
+from starling.serving.api.grammar_fields import GRAMMAR_FIELDS, read_grammar
 
 #: OpenAI's own limit on strings in `stop`.
 MOST_STOPS = 4
@@ -33,6 +34,7 @@ SAMPLING_FIELDS = frozenset(
         *("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
         *("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "bad_words"),
         *("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "deadline_s"),
+        *GRAMMAR_FIELDS,
         *UNSUPPORTED_SAMPLING,
     }
 )
@@ -68,6 +70,7 @@ def read_sampling(
     if "bad_words" in fields.values:
         values["bad_words"] = fields.required("bad_words", list)
     values["stop_token_ids"] = tuple(fields.get("stop_token_ids", list, []))
+    values["grammar"] = read_grammar(fields)
     try:
         values["max_tokens"] = _max_tokens(fields, max_tokens)
         return SamplingParams(**values, logprobs=logprobs)

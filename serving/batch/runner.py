@@ -8,7 +8,7 @@ from typing import Any
 
 from starling.engine.batching.request import RequestHandle
 from starling.engine.engine import Engine
-from starling.engine.errors import DeadlineExceeded, PromptError, RequestFailed
+from starling.engine.errors import DeadlineExceeded, PromptError, RequestFailed, SamplingError
 from starling.engine.generation.results import GenerationChunk
 from starling.engine.serving_loop import ServingLoop
 from starling.serving.batch.input_lines import BadLine, Entry
@@ -22,8 +22,9 @@ def answer(
 ) -> Iterator[list[Record]]:
     """Records in order of completion, those that are there at once together.
 
-    As many requests wait as run, so that a row is never empty. `on_bad_line` hears of prompts that do not fit; where
-    it returns, they are skipped. Requests that were begun are dropped when the iterator is closed.
+    As many requests wait as run, so that a row is never empty. `on_bad_line` hears of prompts that do not fit and of
+    settings that this model refuses; where it returns, they are skipped. Requests that were begun are dropped when the
+    iterator is closed.
     """
     most = 2 * engine.max_batch
     loop = ServingLoop(engine, queue_limit=engine.max_batch, prefill_chunk=prefill_chunk)
@@ -66,7 +67,7 @@ class _Run:
             handle = self._loop.submit(
                 prompt, entry.params, deadline_s=entry.deadline_s, reply=is_chat, on_chunk=on_chunk
             )
-        except PromptError as error:
+        except (PromptError, SamplingError) as error:  # what only a loaded model can tell
             self._on_bad_line(BadLine(f"line {entry.line}: {error}"))
             return
         self._running[entry.line] = (entry, handle)

@@ -13,9 +13,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from starling.engine.batching.request import RequestHandle
-from starling.engine.errors import RequestFailed
+from starling.engine.errors import RequestFailed, UserError
 from starling.engine.generation.results import FinishReason, GenerationChunk, Timings
-from starling.serving.api.api_errors import ApiError, out_of_time, shutting_down, unexpected
+from starling.serving.api.api_errors import ApiError, from_engine, out_of_time, shutting_down, unexpected
 from starling.serving.api.replies import Choice, Logprobs, Reply, Usage, usage_of
 from starling.serving.http.interleave import interleave
 from starling.serving.http.request_bodies import ApiRequest
@@ -188,6 +188,8 @@ class Answer:
                 yield chunk
         except RequestFailed as error:
             self._record_end(candidate, trace, candidate.handle.partial.timings, "failed")
+            if isinstance(error.__cause__, UserError):  # what it forbids leaves nothing to choose
+                raise from_engine(error.__cause__, self._request.prompt_field) from error
             trace.note_failure(error)
             raise unexpected(trace.id) from error
 

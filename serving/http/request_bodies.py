@@ -36,7 +36,6 @@ UNSUPPORTED_CHAT: Unsupported = {
     "functions": (([],), "tools are not supported; describe them in a message"),
     "tool_choice": (("none", "auto"), "tools are not supported"),
     "function_call": (("none", "auto"), "tools are not supported"),
-    "response_format": (({"type": "text"},), "only text is generated, without a grammar"),
     "modalities": ((["text"],), "only text is generated"),
     "audio": ((), "it is not supported"),
     "prediction": ((), "it is not supported"),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from starling.engine.generation.results import FinishReason
 from starling.engine.generation.sampling_params import SamplingParams
+from starling.engine.text.grammar import GrammarSpec
 
 #: The longest line on the socket, in bytes, and the longest prompt, in characters, which JSON makes 12 bytes at most.
 LINE_LIMIT = 2**24
@@ -40,7 +41,10 @@ class Job:
     def from_line(cls, line: bytes) -> Job:
         """The job of a line that `to_line` wrote."""
         document = json.loads(line)
-        return cls(document["prompt"], SamplingParams(**document["params"]))
+        params = document["params"]
+        if params["grammar"] is not None:
+            params["grammar"] = GrammarSpec(**params["grammar"])
+        return cls(document["prompt"], SamplingParams(**params))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starling.engine.generation.sampling_params import SamplingParams
+from starling.engine.text.grammar import GrammarSpec
+from starling.serving.api.api_errors import ApiError
+from starling.serving.api.grammar_fields import GUIDE_TYPES, guided_by_type
 from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, text_array
 from starling.serving.triton.entry_interface import Answer, Call, Outputs
 from starling.serving.triton.socket_messages import Delta, Job, RequestError
 
 _ANY = (-1,)
+_GUIDE_TYPE, _GUIDE = "guided_decoding_guide_type", "guided_decoding_guide"
 _SUPPORTED = (
     Tensor("text_input", "STRING", optional=False),
     Tensor("max_tokens", "INT32", optional=False),
@@ -35,6 +39,8 @@ _SUPPORTED = (
     Tensor("bad_words", "STRING", _ANY),
     Tensor("random_seed", "UINT64"),
     Tensor("seed", "UINT64"),
+    Tensor(_GUIDE_TYPE, "STRING"),
+    Tensor(_GUIDE, "STRING"),
     Tensor("return_log_probs", "BOOL"),
     Tensor("return_num_input_tokens", "BOOL"),
     Tensor("return_num_output_tokens", "BOOL"),
@@ -57,8 +63,6 @@ _UNSUPPORTED = (
     Unsupported(Tensor("lora_task_id", "UINT64")),
     Unsupported(Tensor("lora_weights", "FP16", (-1, -1))),
     Unsupported(Tensor("lora_config", "INT32", (-1, 3))),
-    Unsupported(Tensor("guided_decoding_guide_type", "STRING"), ("",)),
-    Unsupported(Tensor("guided_decoding_guide", "STRING"), ("",)),
 )
 
 
@@ -112,7 +116,19 @@ def _sampling(inputs: Inputs) -> SamplingParams:
         stop_token_ids=() if end_id in (None, -1) else (end_id,),
         ignore_eos=end_id is not None,
         logprobs=0 if inputs.one("return_log_probs", False) else None,
+        grammar=_grammar(inputs.one(_GUIDE_TYPE) or "", inputs.one(_GUIDE) or ""),
     )
+
+
+def _grammar(kind: str, guide: str) -> GrammarSpec | None:
+    if not kind:
+        if guide:
+            raise RequestError(f"{_GUIDE} is given without {_GUIDE_TYPE}: give both")
+        return None
+    try:
+        return guided_by_type(kind, guide, _GUIDE if kind in GUIDE_TYPES else _GUIDE_TYPE)
+    except ApiError as error:
+        raise RequestError(error.message) from None
 
 
 def _draw(inputs: Inputs) -> tuple[float, int, float]:

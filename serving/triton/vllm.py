@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 
 from starling.engine.errors import SamplingError, one_line, shown
 from starling.engine.generation.sampling_params import SamplingParams
+from starling.engine.text.grammar import GrammarSpec
+from starling.serving.api.api_errors import ApiError
+from starling.serving.api.fields import Fields
+from starling.serving.api.grammar_fields import VLLM_FIELDS, read_grammar
 from starling.serving.api.sampling_fields import MOST_LOGPROBS
 from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, text_array
 from starling.serving.triton.entry_interface import Call, Outputs
@@ -44,7 +48,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "detokenize": (True,),
     "prompt_logprobs": (None,),
     "truncate_prompt_tokens": (None,),
-    "guided_decoding": (None,),
 }
 
 
@@ -107,6 +110,7 @@ def _settings(text: str) -> dict[str, Any]:
 
 
 def _sampling(settings: dict[str, Any], *, with_logprobs: bool) -> SamplingParams:
+    grammar = _grammar({name: settings.pop(name) for name in VLLM_FIELDS if name in settings})
     for name, neutral in _NEUTRAL.items():
         if name in settings and _unquoted(settings.pop(name)) not in neutral:
             raise RequestError(f"{_SETTINGS}: {name} is not supported: leave it out or give {json.dumps(neutral[0])}")
@@ -125,9 +129,16 @@ def _sampling(settings: dict[str, Any], *, with_logprobs: bool) -> SamplingParam
     if with_logprobs and values.get("logprobs") is None:
         values["logprobs"] = 0
     try:
-        return SamplingParams(**values)
+        return SamplingParams(**values, grammar=grammar)
     except SamplingError as error:
         raise RequestError(f"{_SETTINGS}: {error}") from None
+
+
+def _grammar(fields: dict[str, Any]) -> GrammarSpec | None:
+    try:
+        return read_grammar(Fields(fields))
+    except ApiError as error:
+        raise RequestError(f"{_SETTINGS}: {error.message}") from None
 
 
 def _tuple(name: str, value: Any, wanted: str) -> tuple[Any, ...]:

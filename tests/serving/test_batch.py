@@ -132,6 +132,11 @@ def test_changed_settings_are_refused(tiny_bundle: Path, tmp_path: Path) -> None
 
 
 BAD_LINES: dict[str, tuple[Any, str]] = {
+    "a grammar that is none": ({"prompt": "x", "guided_regex": "("}, "the regex cannot be decoded under"),
+    "a token that the model has not": (
+        {"prompt": "x", "logit_bias": {"32002": 1}},
+        "logit_bias has the token id 32002",
+    ),
     "no JSON": ('{"prompt": \n', "not JSON"),
     "no object": ("[1]\n", "a JSON list"),
     "no prompt": ({"id": "x"}, "neither a prompt"),
@@ -185,3 +190,18 @@ def test_other_files_are_left_alone(tiny_bundle: Path, tmp_path: Path) -> None:
     assert other.read_text() == "dear diary\n"
     assert "both" in refusal("batch", tiny_bundle, source, source, *FIT)
     assert "cannot be read" in refusal("batch", tiny_bundle, tmp_path / "none.jsonl", tmp_path / "out.jsonl", *FIT)
+
+
+def test_lines_have_grammars_of_their_own(tiny_bundle: Path, tmp_path: Path) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a", "b"]}}}
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "response_format": form}
+    lines = [
+        {"id": "own", "prompt": "Hi", "guided_choice": ["yes"]},
+        {"custom_id": "openai", "method": "POST", "url": "/v1/chat/completions", "body": body},
+    ]
+    source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    assert starling("batch", tiny_bundle, source, out, *FIT).returncode == 0
+    answers = {record.get("custom_id", record["id"]): record for record in results(out)}
+    assert answers["own"]["text"] == "yes"
+    message = answers["openai"]["response"]["body"]["choices"][0]["message"]
+    assert json.loads(message["content"]) in ("a", "b")

@@ -174,6 +174,8 @@ TYPES: dict[str, tuple[list[Any], list[Any]]] = {
     "object": ([], [[], "x"]),
     "object of numbers": ([{}, {"5": 1, "31999": -100}], [[], {"x": 1}, {"5": "1"}, {"5": 101}]),
     "list of strings": ([[], ["a", "b c"]], ["a", [1], [""]]),
+    "list of texts": ([["a", "b c"]], ["a", [], [""], [1]]),
+    "JSON schema": ([{"type": "integer"}, '{"type": "integer"}', True], [5, [], "{", False, {"not": {}}]),
     "true or false": ([True, False], ["yes", 1]),
     "string": ([], [5, ["x"]]),
     "whole number": ([], ["1", 1.5, True]),
@@ -203,9 +205,32 @@ GOOD: dict[str, list[Any]] = {
     "stream_options": [{"include_usage": True}],
     "chat_template_kwargs": [{}, {"enable_thinking": False, "list": [1, 2.5, None, {"a": "<s>"}]}],
     "reasoning_effort": ["low"],
+    "response_format": [
+        {"type": "text"},
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+    ],
+    "structured_outputs": [
+        {"json": True},
+        {"regex": "a"},
+        {"choice": ["a"]},
+        {"json_object": True},
+        {"grammar": "start: /a/"},
+    ],
+    "guided_regex": ["[0-9]"],
+    "guided_grammar": ["start: /a/", 'root ::= "a"'],
 }
 #: Bad values of some fields, beside those of their types.
 BAD: dict[str, list[Any]] = {
+    "response_format": [
+        {},
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"schema": 5}},
+    ],
+    "structured_outputs": [{"xml": 1}, {"regex": 5}, {"json": {}, "regex": "a"}, {"whitespace_pattern": " "}],
+    "guided_regex": ["(", ""],
+    "guided_grammar": ["start: (", ""],
     "stream_options": [{"include_usage": "yes"}],
     "chat_template_kwargs": [{"messages": []}, {"eos_token": "x"}, {"two words": 1}, {"a": "x" * 70000}],
 }

@@ -30,6 +30,7 @@ def server(tiny_bundle: Path) -> Iterator[Server]:
 
 BASE: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 2}
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+SCHEMA, MANNER = "response_format.json_schema.schema", "structured_outputs.disable_additional_properties"
 BAD: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
     (BASE, {"model": None}, 400, "model"),
     (BASE, {"model": "gpt-4"}, 404, "model"),
@@ -84,7 +85,18 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]"),
     (CHAT, {"tools": [{"type": "function"}]}, 400, "tools"),
-    (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format"),
+    (CHAT, {"response_format": {"type": "xml"}}, 400, "response_format.type"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": 5}}, 400, "response_format.json_schema"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, 400, SCHEMA),
+    (CHAT, {"response_format": {"type": "json_object"}, "guided_regex": "a"}, 400, "response_format"),
+    (BASE, {"structured_outputs": {"json": {}, "choice": ["a"]}}, 400, "structured_outputs.choice"),
+    (BASE, {"structured_outputs": {"regex": "("}}, 400, "structured_outputs.regex"),
+    (BASE, {"structured_outputs": {"disable_additional_properties": True}}, 400, MANNER),
+    (BASE, {"guided_json": "{"}, 400, "guided_json"),
+    (BASE, {"guided_json": {"$ref": "https://example.org/x.json"}}, 400, "guided_json"),
+    (BASE, {"guided_choice": "yes"}, 400, "guided_choice"),
+    (BASE, {"guided_grammar": "start: other"}, 400, "guided_grammar"),
+    (BASE, {"guided_choice": [" x"], "bad_words": ["x"]}, 400, "grammar"),
     (CHAT, {"top_logprobs": 2}, 400, "top_logprobs"),
     (CHAT, {"template": "none"}, 400, "template"),
 ]

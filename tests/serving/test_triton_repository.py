@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from command_line import CHECKOUT, refusal, succeed
 
+from starling.engine import GrammarSpec
 from starling.serving.triton.entry_inputs import Inputs
 from starling.serving.triton.entry_interface import Call, Interface
 from starling.serving.triton.llmapi import LlmApiInterface
@@ -212,6 +213,35 @@ def test_penalties_bad_words_biases_and_min_tokens_reach_the_engine_by_both_conv
     assert Job.from_line(call.job.to_line()) == call.job
 
 
+def test_grammars_reach_the_engine_by_both_conventions() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    cases = [
+        ("json_schema", json.dumps(schema), {"guided_json": schema}, GrammarSpec.json_schema(schema)),
+        ("regex", "[ab]+", {"guided_regex": "[ab]+"}, GrammarSpec.regex("[ab]+")),
+        (
+            "ebnf_grammar",
+            'root ::= "a"',
+            {"guided_decoding": {"grammar": 'root ::= "a"'}},
+            GrammarSpec.lark('root ::= "a"'),
+        ),
+        ("json", "", {"structured_outputs": {"json_object": True}}, GrammarSpec.json_object()),
+    ]
+    for kind, guide, settings, spec in cases:
+        fields = {"guided_decoding_guide_type": kind, "guided_decoding_guide": guide}
+        theirs = _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, **fields)
+        other = _read(VllmInterface(), text_input="x", sampling_parameters=json.dumps(settings))
+        for call in (theirs, other):
+            assert call.job.params.grammar == spec
+            assert Job.from_line(call.job.to_line()) == call.job
+    for fields, problem in (
+        ({"guided_decoding_guide_type": "xml"}, "guided_decoding_guide_type is 'xml': give one of json, json_schema"),
+        ({"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": "{"}, "the JSON schema is not JSON"),
+        ({"guided_decoding_guide": "a"}, "guided_decoding_guide is given without guided_decoding_guide_type"),
+    ):
+        with pytest.raises(RequestError, match=problem):
+            _read(TensorRtLlmInterface(), text_input="x", max_tokens=4, **fields)
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
@@ -223,6 +253,8 @@ def test_penalties_bad_words_biases_and_min_tokens_reach_the_engine_by_both_conv
         ('{"logit_bias": 5}', "logit_bias is 5: give an object with token ids as keys"),
         ('{"logit_bias": {"5": 101}}', "logit_bias is 101: give a number from -100 to 100"),
         ('{"bad_words": "x"}', "bad_words is 'x': give a list of strings"),
+        ('{"guided_choice": "x"}', "guided_choice is of the wrong type: give a list of strings"),
+        ('{"guided_regex": "a", "guided_json": {}}', "guided_json and guided_regex both say"),
         ('{"stop_token_ids": ["x"]}', r"stop_token_ids\[0\] is 'x'"),
         ('{"temperature": 1%s}' % ("0" * 400), "temperature is 1"),
         ('{"logprobs": 25000}', "logprobs is 25000: give at most 20"),
