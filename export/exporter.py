@@ -211,7 +211,8 @@ def _pooling(pooling: Pooling | None, traced: Trace) -> dict[str, Any] | None:
     if pooling is None:
         return None
     length = pooling.max_length and min(pooling.max_length, traced.architecture.max_positions)
-    return asdict(replace(pooling, max_length=length, long_from=traced.long_from))
+    found = asdict(replace(pooling, max_length=length, long_from=traced.long_from))
+    return found | {"labels": list(pooling.labels)}
 
 
 def _cut_positions(checkpoint: Checkpoint, arch: Architecture) -> list[str]:

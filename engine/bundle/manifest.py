@@ -241,7 +241,7 @@ class Bundle:
 
 
 _MADE_FOR: dict[Task, str] = {
-    "generate": "generates text, it has no scores: use starling generate, or export a model that scores",
+    "generate": "generates text, it neither scores nor embeds texts: export a model that scores, or with --task embed",
     "score": "scores texts, it generates none: use starling score, or starling serve and its /classify",
     "embed": "embeds texts, it generates none: use starling score, or starling serve and its /v1/embeddings",
 }
