@@ -98,7 +98,7 @@ class Engine:
             raise
         self._newest: GenerationStream | None = None
         self._first_row: GenerationSequence | None = None
-        self._scorer = ContinuationScorer(self.backend)
+        self._scorer = None if self._backend is None else ContinuationScorer(self._backend)
         #: Who has the backend for itself, and how to end that.
         self._reserved: tuple[object, Callable[[], None]] | None = None
         #: Seconds from opening the bundle to being ready.
@@ -230,6 +230,7 @@ class Engine:
         self._check_not_reserved()
         self._end_newest()
         self._first_row = None
+        assert self._scorer is not None  # the backend has answered
         try:
             return [self._scorer.score(*pair, logprobs) for pair in pairs]
         except BaseException:
@@ -348,7 +349,8 @@ class Engine:
         """
         self._check_not_reserved()
         self._end_newest()
-        self._scorer.forget()
+        if self._scorer is not None:
+            self._scorer.forget()
         self._first_row = None
         self._reserved = (user, end)
 
@@ -429,7 +431,8 @@ class Engine:
     def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:
         self._check_not_reserved()
         self._end_newest()
-        self._scorer.forget()
+        if self._scorer is not None:
+            self._scorer.forget()
         self._first_row = sequences[0]
         self._newest = GenerationStream(generate(self.backend, sequences, self._speculation), sequences)
         return self._newest
