@@ -139,12 +139,12 @@ class OrtDialect:
 
         Of a graph that gives no logits the CPU kernels' alone.
         """
-        found = []
+        generates = any(output.name == LOGITS for output in model.graph.outputs)
+        found = [Companion(genai.GRAPH_FILE, genai.genai_graph(model))] if generates else []
         if (for_kernels := kernel_graph(model, how)) is not None:
             found.append(Companion(KERNEL_GRAPH_FILE, for_kernels, "kernel_graph", KERNEL_GRAPH_FILE))
-        if not any(output.name == LOGITS for output in model.graph.outputs):
+        if not generates:
             return found
-        found.append(Companion(genai.GRAPH_FILE, genai.genai_graph(model)))
         if (for_cuda := cuda_graph.cuda_graph(model, how)) is not None:
             found.append(Companion(cuda_graph.GRAPH_FILE, for_cuda, "cuda_graph", cuda_graph.GRAPH_FILE))
         if (kernels := cuda_graph.cuda_kernel_graph(model, how)) is not None:
