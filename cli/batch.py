@@ -166,11 +166,10 @@ def _quiet(reader: EntryReader) -> EntryReader:
 
 
 def _salt(bundle: Path) -> str:
-    """What stands for the bundle in a result's fingerprint. Raises BundleError where there is none, UserError where it
-    generates no text."""
+    """What stands for the bundle in a result's fingerprint. Raises BundleError where there is none."""
     from starling.engine.bundle.manifest import Bundle
 
-    Bundle.open(bundle).require("generate")
+    Bundle.open(bundle)
     return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
 
 

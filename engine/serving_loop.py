@@ -10,7 +10,8 @@ from types import TracebackType
 
 from starling.engine.batching.chunk_queue import ChunkQueue
 from starling.engine.batching.prefill_pacing import PrefillPace
-from starling.engine.batching.request import NEVER, Request, RequestHandle
+from starling.engine.batching.prefix_store import DEFAULT_PREFIX_CACHE, PrefixStore
+from starling.engine.batching.request import NEVER, PromptGroup, Request, RequestHandle
 from starling.engine.batching.scheduler import Scheduler
 from starling.engine.batching.serving_stats import ServingCounters, ServingStats
 from starling.engine.batching.speculation import checked_speculation
@@ -36,27 +37,38 @@ class ServingLoop:
     """
 
     def __init__(
-        self, engine: Engine, *, queue_limit: int = 128, prefill_chunk: int = 128, slowdown: float = 2.5
+        self,
+        engine: Engine,
+        *,
+        queue_limit: int = 128,
+        prefill_chunk: int = 128,
+        slowdown: float = 2.5,
+        prefix_cache: int = DEFAULT_PREFIX_CACHE,
     ) -> None:
         """Take the engine over until `close`. `queue_limit` requests may wait beside those that have a row.
 
         Prompts are prefilled in chunks of at most `prefill_chunk` tokens; while requests decode, of so few that their
-        inter-token latency grows to about `slowdown` times its quiet value. It speculates as the engine does. Raises
+        inter-token latency grows to about `slowdown` times its quiet value. It speculates as the engine does.
+        Prefixes of prompts and answers are kept in at most `prefix_cache` bytes (0: none), and copied where a prompt
+        begins with one, as far as the backend copies rows (ONNX Runtime on a CPU). Raises
         UserError for a setting out of range, or where the engine serves another loop.
         """
-        if queue_limit < 0 or prefill_chunk < 1 or not slowdown > 1:
+        if queue_limit < 0 or prefill_chunk < 1 or not slowdown > 1 or prefix_cache < 0:
             raise UserError(
-                f"queue_limit={queue_limit}, prefill_chunk={prefill_chunk}, slowdown={slowdown}: "
-                "give at least 0, at least 1, and above 1"
+                f"queue_limit={queue_limit}, prefill_chunk={prefill_chunk}, slowdown={slowdown}, "
+                f"prefix_cache={prefix_cache}: give at least 0, at least 1, above 1, and at least 0"
             )
         self.engine = engine
         self._queue_limit = queue_limit
         self._counters = ServingCounters(engine.max_batch, queue_limit)
+        #: None where the backend copies no rows.
+        self._prefixes = PrefixStore.of(engine.backend, prefix_cache)
         self._scheduler = Scheduler(
             engine.backend,
             self._counters,
             PrefillPace(prefill_chunk, slowdown),
             speculation=checked_speculation(engine.speculation, engine.backend),
+            prefixes=self._prefixes,
         )
         self._arrived: list[Request] = []
         self._changed = Condition()
@@ -77,25 +89,65 @@ class ServingLoop:
         on_chunk: Callable[[GenerationChunk], None] | None = None,
         request_id: str | None = None,
         processors: Sequence[LogitsProcessor] = (),
+        cache_salt: str = "",
     ) -> RequestHandle:
         """Queue a prompt, text or token ids, which is encoded on the caller's thread; returns at once.
 
         `deadline_s` ends the request so many seconds from now. With `reply` the text is one of its own, as for a chat.
         `on_chunk` gets every chunk on the loop's thread, the last one always with a finish_reason ("failed" too); it
         must be quick, and what it raises ends its request. `request_id` names it in messages (default: a new id).
-        `processors` change its logits after those that `params` ask for; they are this request's own.
+        `processors` change its logits after those that `params` ask for; they are this request's own. Known prefixes
+        are shared among requests of the same `cache_salt` alone.
 
         Raises PromptError or SamplingError for bad input, QueueFullError where too many wait, ClosedError after
         `close`.
         """
         submitted = perf_counter()
-        deadline = NEVER if deadline_s is None else submitted + _checked_seconds(deadline_s)
         sequence = self.engine.prepare(prompt, params or SamplingParams(), reply=reply, processors=processors)
-        sequence.submitted = submitted
-        request = Request(sequence, ChunkQueue(on_chunk))
+        request = Request(sequence, ChunkQueue(on_chunk), salt=cache_salt)
         if request_id is not None:
             request.id = request_id
-        request.deadline = deadline
+        self._queue([request], submitted, deadline_s)
+        return RequestHandle(request)
+
+    def submit_choices(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        n: int = 1,
+        *,
+        deadline_s: float | None = None,
+        reply: bool = False,
+        request_ids: Sequence[str] | None = None,
+        make_processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
+        cache_salt: str = "",
+    ) -> list[RequestHandle]:
+        """Queue `n` answers to one prompt, all or none of them. The prompt is prefilled once where rows are copied.
+
+        They are those of `n` calls of `submit`, the i-th with the seed plus i where `params` have one. `request_ids`
+        are their names. `make_processors` makes the processors of one answer. An answer that gets its row when no
+        other of them has one any more goes by the known prefixes, as any request does. Raises what `submit` raises.
+        """
+        submitted = perf_counter()
+        if n < 1 or (request_ids is not None and len(request_ids) != n):
+            raise UserError(f"n is {n}: give at least 1, and as many request_ids", field="n")
+        ids = self.engine.encode(prompt) if isinstance(prompt, str) else prompt
+        chosen, group = params or SamplingParams(), PromptGroup()
+        for index in range(n):
+            processors = () if make_processors is None else make_processors()
+            sequence = self.engine.prepare(ids, chosen.of_choice(index), reply=reply, processors=processors)
+            request = Request(sequence, salt=cache_salt, group=group)
+            if request_ids is not None:
+                request.id = request_ids[index]
+            group.members.append(request)
+        self._queue(group.members, submitted, deadline_s)
+        return [RequestHandle(request) for request in group.members]
+
+    def _queue(self, requests: Sequence[Request], submitted: float, deadline_s: float | None) -> None:
+        """Hand requests to the thread, all or none of them."""
+        deadline = NEVER if deadline_s is None else submitted + _checked_seconds(deadline_s)
+        for request in requests:
+            request.sequence.submitted, request.deadline = submitted, deadline
         with self._changed:
             if self._failure is not None:
                 raise ClosedError(
@@ -109,15 +161,19 @@ class ServingLoop:
                     detail="open another",
                     client_detail=_ELSEWHERE,
                 )
-            if not self._counters.enter():
+            if not self._counters.enter(len(requests)):
                 raise QueueFullError(
                     f"{self._queue_limit} request(s) already wait beside the {self.engine.max_batch} that run",
                     detail="try again later, or open the loop with a larger queue_limit",
                     client_detail="try again later",
                 )
-            self._arrived.append(request)
+            self._arrived += requests
             self._changed.notify_all()
-        return RequestHandle(request)
+
+    @property
+    def prefix_blocks(self) -> int:
+        """How many blocks of 32 tokens the known prefixes may take; 0 where none are kept."""
+        return 0 if self._prefixes is None else self._prefixes.capacity
 
     @property
     def failure(self) -> BaseException | None:

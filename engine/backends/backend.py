@@ -18,6 +18,8 @@ CUDA = "CUDAExecutionProvider"
 #: Tokens that one run prefills at most on the CPU. Attention's scratch memory is chunk x length x heads; SmolLM2
 #: prefills 1024 tokens within 3 % as fast in chunks of 256 as of 512 (the best), and Ctrl-C waits for one chunk.
 PREFILL_CHUNK = 256
+#: Positions of a block of `RowCopies`: whole blocks of a prefix are known, and copied.
+PREFIX_BLOCK = 32
 #: Tokens of a row that `Backend.verify` takes at most: the newest one and a draft after it; and of all rows together.
 MOST_VERIFIED = 17
 MOST_VERIFIED_TOGETHER = 64
@@ -87,6 +89,22 @@ class StepsAhead(Protocol):
 
         -1 stands for a row whose greatest logit is not finite.
         """
+        ...
+
+
+class RowCopies(Protocol):
+    """Blocks of PREFIX_BLOCK positions' keys and values, kept beside the rows, and copies between these and rows."""
+
+    def save(self, row: int, start: int, block: int, /) -> None:
+        """Copy positions start..start+PREFIX_BLOCK of a row into a block."""
+        ...
+
+    def load(self, block: int, row: int, start: int, /) -> None:
+        """Copy a block into positions start..start+PREFIX_BLOCK of a row."""
+        ...
+
+    def fork(self, source: int, target: int, positions: int, /) -> None:
+        """Copy the first positions of one row into another."""
         ...
 
 
@@ -161,6 +179,13 @@ class Backend(Protocol):
         The output has n rows: row j is what follows tokens 0..j. Its memory, SCORE_BYTES at most (more only for
         MOST_VERIFIED rows of a larger vocabulary), is allocated by the first call. Raises BackendError as
         `check_scores` does, and for more tokens than that.
+        """
+        ...
+
+    def row_copies(self, blocks: int) -> RowCopies | None:
+        """Memory for so many blocks, and copies between it and rows; None where this backend has none.
+
+        Raises BackendError where memory is missing.
         """
         ...
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import inf
 from uuid import uuid4
 
+from starling.engine.backends.logits import Logits
 from starling.engine.batching.chunk_queue import ChunkQueue
 from starling.engine.errors import DeadlineExceeded, RequestFailed
 from starling.engine.generation.prompt_lookup import PromptLookup
@@ -17,6 +18,33 @@ from starling.engine.generation.sequence import GenerationSequence
 NEVER = inf
 #: Seconds between two looks at a request that nobody reads any more; a step takes as long.
 _SETTLE_POLL_S = 0.02
+
+
+@dataclass(slots=True, eq=False)
+class PromptGroup:
+    """Requests for several answers to one prompt: the first of them prefills it, the others copy its row."""
+
+    members: list[Request] = field(default_factory=list)
+    #: What the model's run over the prompt left: the backend's choice, and logits [vocab] where they are needed.
+    token: int = -1
+    logits: Logits | None = None
+
+    def source(self) -> Request | None:
+        """A member whose row holds the prompt; None where there is none, or the run left nothing to choose from."""
+        if self.token < 0:
+            return None
+        return next((one for one in self.members if one.row >= 0 and one.sequence.prefilled), None)
+
+    def keep(self, token: int, logits: Logits | None) -> None:
+        """Keep what the run left, which is valid until the backend's next call, as long as a member has use for it."""
+        self.token = token
+        others = any(not one.begun for one in self.members)
+        self.logits = None if logits is None or not others else logits.copy()
+
+    def release(self) -> None:
+        """Forget the logits once no member has use for them."""
+        if all(one.begun for one in self.members):
+            self.logits = None
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +62,12 @@ class Request:
     row: int = -1
     #: Prompt tokens that the row holds.
     written: int = 0
+    #: Whether its prefill has begun.
+    begun: bool = False
+    #: Prefixes are shared among requests of the same salt.
+    salt: str = ""
+    #: Other requests of the same prompt; None for none.
+    group: PromptGroup | None = None
     #: Where its drafts come from, once it decodes; None: it has none. `draft` is the newest, [] where none is known.
     lookup: PromptLookup | None = None
     draft: list[int] = field(default_factory=list)

@@ -17,6 +17,7 @@ import numpy as np
 from starling.engine.backends.backend import Backend, StepsAhead, chunk_length
 from starling.engine.backends.logits import Logits, check_finite
 from starling.engine.batching.prefill_pacing import LEAST, Pace
+from starling.engine.batching.prefix_store import PrefixStore
 from starling.engine.batching.request import NEVER, Request
 from starling.engine.batching.rows import RowTable
 from starling.engine.batching.serving_stats import ServingCounters
@@ -43,7 +44,7 @@ class Scheduler:
     # A decode step touches it with cold caches: its fields lie together.
     __slots__ = (
         *("_backend", "_chunk_before_step", "_counters", "_drafts", "_launched", "_pace", "_prefilling", "_rows"),
-        *("_speculation", "_waiting", "idle_s"),
+        *("_prefixes", "_speculation", "_waiting", "idle_s"),
     )
 
     def __init__(
@@ -53,10 +54,11 @@ class Scheduler:
         pace: Pace,
         *,
         speculation: Speculation | None = None,
+        prefixes: PrefixStore | None = None,
     ) -> None:
-        """With `speculation` rows are drafted for as far as the backend can verify."""
+        """With `speculation` rows are drafted for as far as the backend can verify; `prefixes` are known from rows."""
         self._backend, self._counters, self._pace = backend, counters, pace
-        self._speculation = speculation
+        self._speculation, self._prefixes = speculation, prefixes
         self._drafts = speculation is not None and backend.verified_rows > 0
         #: Seconds that count for no request: who drives the steps was busy with something else.
         self.idle_s = 0.0
@@ -280,6 +282,14 @@ class Scheduler:
 
     def _prefill_chunk(self, request: Request, most: int) -> Iterator[Handout]:
         sequence, backend = request.sequence, self._backend
+        if not request.begun:
+            try:
+                begun = self._begin_prefill(request)
+            except Exception as error:
+                begun = self._fail(request, error)
+            if begun is not None:
+                yield request, begun
+                return
         begin, model_begin = self._now(), backend.model_seconds
         left = sequence.prompt[request.written :]
         is_scored = sequence.top_prompt_logprobs is not None
@@ -287,10 +297,6 @@ class Scheduler:
         tokens = np.array(left[: chunk_length(len(left), most)], dtype=np.int64)
         is_last = len(tokens) == len(left)
         try:
-            if request.written == sequence.reused:
-                sequence.queue_s = begin - sequence.submitted
-                if backend.steps_ahead is not None:
-                    backend.steps_ahead.choose(request.row, sequence.choice, len(sequence.prompt) - 1)
             run = backend.score if is_scored else backend.prefill
             output = run(request.row, tokens, request.written)
             if is_scored:
@@ -305,15 +311,48 @@ class Scheduler:
         self._counters.prompt_tokens += len(tokens)
         self._pace.prefilled(len(tokens), self._now() - begin)
         if is_last:
-            self._prefilling.popleft()
-            sequence.prefilled = True
-            if sequence.limit:
-                yield request, self._accept(request, token, logits)
-            else:  # the prompt alone was to be run
-                sequence.ttft_s = self._now() - sequence.submitted
-                yield request, self._end_early(request, "length")
+            if request.group is not None:
+                request.group.keep(token, logits)
+            yield request, self._end_prefill(request, token, logits)
         else:
             self._rows.hold(request)
+        if self._prefixes is not None and request.row >= 0:  # else it was kept when the request ended
+            self._prefixes.save(sequence.prompt[: request.written], request)
+
+    def _begin_prefill(self, request: Request) -> GenerationChunk | None:
+        """Copy into the row what is known of the prompt; the chunk of the first token where nothing is left to run."""
+        sequence, ahead, prefixes = request.sequence, self._backend.steps_ahead, self._prefixes
+        request.begun = True
+        sequence.queue_s = self._now() - sequence.submitted
+        if ahead is not None:
+            ahead.choose(request.row, sequence.choice, len(sequence.prompt) - 1)
+        if prefixes is None:
+            return None
+        group = request.group
+        source = None if group is None else group.source()
+        if group is not None and source is not None and (group.logits is not None or not sequence.needs_logits):
+            prefixes.copies.fork(source.row, request.row, len(sequence.prompt))
+            request.written = sequence.reused = len(sequence.prompt)
+            sequence.prompt_logprobs = source.sequence.prompt_logprobs
+            chunk = self._end_prefill(request, group.token, group.logits)
+            group.release()
+            return chunk
+        # Scores of the prompt need a run over all of it.
+        if prefixes.capacity and sequence.top_prompt_logprobs is None:
+            request.written = sequence.reused = max(prefixes.load(request), request.written)
+            self._counters.prefix_queries += len(sequence.prompt)
+            self._counters.prefix_hits += sequence.reused
+        return None
+
+    def _end_prefill(self, request: Request, token: int, logits: Logits | None) -> GenerationChunk:
+        """The oldest prompt is written: its first token."""
+        sequence = request.sequence
+        self._prefilling.popleft()
+        sequence.prefilled = True
+        if sequence.limit:
+            return self._accept(request, token, logits)
+        sequence.ttft_s = self._now() - sequence.submitted  # the prompt alone was to be run
+        return self._end_early(request, "length")
 
     def _accept(self, request: Request, token: int, logits: Logits | None) -> GenerationChunk:
         """A request's newest token: into its text, and into the next step unless it ends here."""
@@ -358,6 +397,8 @@ class Scheduler:
         if request in self._prefilling:
             self._prefilling.remove(request)
         if running:
+            if self._prefixes is not None and request.sequence.prefilled and reason != "failed":
+                self._prefixes.save(request.sequence.cached_ids(), request)
             self._rows.release(request)
         elif request in self._waiting:
             self._waiting.remove(request)

@@ -30,6 +30,9 @@ class ServingStats:
     #: Prompt tokens prefilled, and tokens generated, those of requests that were ended early too.
     prompt_tokens: int
     generated_tokens: int
+    #: Prompt tokens that known prefixes were asked for, and those of them that were copied in place of a prefill.
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 class ServingCounters:
@@ -42,16 +45,17 @@ class ServingCounters:
         self._ended: Counter[FinishReason] = Counter()
         #: Tokens prefilled and generated: the scheduler's thread alone adds to them, without a call for each token.
         self.prompt_tokens = self.generated_tokens = 0
+        self.prefix_queries = self.prefix_hits = 0
 
-    def enter(self) -> bool:
-        """Count a request as waiting; False, and counted as refused, where the queue is full."""
+    def enter(self, requests: int = 1) -> bool:
+        """Count requests as waiting; False, and all counted as refused, where the queue has no room for all of them."""
         with self._lock:
-            accepted = self._running + self._waiting < self._max_batch + self._queue_limit
+            accepted = self._running + self._waiting + requests <= self._max_batch + self._queue_limit
             if accepted:
-                self._submitted += 1
-                self._waiting += 1
+                self._submitted += requests
+                self._waiting += requests
             else:
-                self._refused += 1
+                self._refused += requests
             return accepted
 
     def admit(self) -> None:
@@ -79,4 +83,6 @@ class ServingCounters:
                 ended=MappingProxyType(dict(self._ended)),
                 prompt_tokens=self.prompt_tokens,
                 generated_tokens=self.generated_tokens,
+                prefix_queries=self.prefix_queries,
+                prefix_hits=self.prefix_hits,
             )

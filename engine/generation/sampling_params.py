@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
@@ -133,6 +133,10 @@ class SamplingParams:
         """Whether tokens are chosen from other logits than the model's."""
         penalized = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
         return penalized or bool(self.logit_bias or self.bad_words or self.min_tokens or self.grammar)
+
+    def of_choice(self, index: int) -> "SamplingParams":
+        """The settings of one of several answers to a prompt: each draws with a seed of its own, where there is one."""
+        return self if self.seed is None or index == 0 else replace(self, seed=self.seed + index)
 
     def _replace_off(self, name: str, off: int | None) -> None:
         """-1 is other servers' word for a setting that is off."""

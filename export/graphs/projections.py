@@ -12,7 +12,6 @@ from starling.export.graphs.rewrites import (
     is_experts,
     is_linear,
     routers,
-    score_heads,
     take_over,
 )
 from starling.export.quantization.blocks import BlockQuantization
@@ -39,9 +38,9 @@ def write_projections(model: ir.Model, quantization: BlockQuantization | QdqPlan
 
 
 def _write_blocks(graph: ir.Graph, how: BlockQuantization) -> None:
-    whole = routers(graph) | score_heads(graph)
+    chosen_by = routers(graph)
     for node in list(graph):
-        if node in whole:
+        if node in chosen_by:
             _replace(graph, node, _linear(graph, node))
         elif is_linear(node):
             _replace(graph, node, _quantized_linear(graph, node, how))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from starling.engine.backends.backend import Backend, DeviceChoice, StepOutput, StepsAhead, Tokens
+from starling.engine.backends.backend import Backend, DeviceChoice, RowCopies, StepOutput, StepsAhead, Tokens
 from starling.engine.errors import BackendError
 from starling.engine.installation import install_command
 
@@ -70,6 +70,10 @@ class RangedBackend:
         """As the backend's."""
         with self._annotate(f"verify {len(tokens)} rows of {len(tokens[0])} tokens", domain=DOMAIN, color="green"):
             return self._backend.verify(first, tokens, starts)
+
+    def row_copies(self, blocks: int) -> RowCopies | None:
+        """As the backend's."""
+        return self._backend.row_copies(blocks)
 
     def clear(self, row: int) -> None:
         """As the backend's."""

@@ -90,6 +90,9 @@ class LaunchingBackend:
         self.model_seconds += perf_counter() - begin
         return chosen
 
+    def row_copies(self, blocks: int) -> None:
+        """Rows on a device are not copied."""
+
     def drop(self) -> None:
         """Wait for everything launched, and forget the tokens that nobody asked for."""
         self._launched.drop()

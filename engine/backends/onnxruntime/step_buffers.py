@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from starling.engine.backends.backend import Tokens
 from starling.engine.backends.logits import FINITE_TESTS, HOST_TYPES, LogitsReader, logits_reader
@@ -22,16 +23,18 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def allocate_cache(ort: Any, bundle: Bundle, rows: int, positions: int) -> dict[str, Any]:
-    """OrtValues "{layer}.key" and "{layer}.value", each [max_batch, kv_heads, max_seq, head_dim]."""
-    shape = [rows, bundle.architecture.kv_heads, positions, bundle.architecture.head_dim]
+def allocate_cache(ort: Any, bundle: Bundle, rows: int, positions: int) -> tuple[dict[str, Any], NDArray[Any]]:
+    """OrtValues "{layer}.key" and "{layer}.value", each [max_batch, kv_heads, max_seq, head_dim], and their memory.
+
+    That is one array [2 * layers, max_batch, kv_heads, max_seq, head_dim], so that a row is copied by one call.
+    """
+    names = [f"{i}.{side}" for i in range(bundle.architecture.layers) for side in ("key", "value")]
+    shape = [len(names), rows, bundle.architecture.kv_heads, positions, bundle.architecture.head_dim]
     kind = bundle.kv_cache.dtype
-
-    def allocate() -> Any:  # zeroed pages cost no memory until a token is written to them
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, HOST_TYPES[kind]), ONNX_TYPES[kind])
-
-    try:
-        return {f"{i}.{side}": allocate() for i in range(bundle.architecture.layers) for side in ("key", "value")}
+    try:  # zeroed pages cost no memory until a token is written to them
+        memory = np.zeros(shape, HOST_TYPES[kind])
+        make = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+        return {name: make(part, ONNX_TYPES[kind]) for name, part in zip(names, memory, strict=True)}, memory
     except MemoryError as error:
         raise BackendError(
             f"no memory for a KV cache of {rows} row(s) of {positions} positions; lower --max-seq or the number of "

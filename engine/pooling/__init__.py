@@ -1,1 +1,0 @@
-"""Scores and embeddings: texts that are prefilled and answered by numbers; no token is generated."""
