@@ -166,10 +166,11 @@ def _quiet(reader: EntryReader) -> EntryReader:
 
 
 def _salt(bundle: Path) -> str:
-    """What stands for the bundle in a result's fingerprint. Raises BundleError where there is none."""
+    """What stands for the bundle in a result's fingerprint. Raises BundleError where there is none, UserError where it
+    generates no text."""
     from starling.engine.bundle.manifest import Bundle
 
-    Bundle.open(bundle)
+    Bundle.open(bundle).require("generate")
     return hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
 COMMANDS = (
-    *("export", "build", "generate", "chat", "serve", "batch", "triton"),
+    *("export", "build", "generate", "chat", "score", "serve", "batch", "triton"),
     *("tokenize", "verify", "profile", "evaluate", "inspect", "doctor"),
 )
 INTERRUPTED = 130

@@ -88,7 +88,7 @@ def command(
     from starling.profiling.quality.evaluation import Options, evaluate
     from starling.profiling.quality.evaluation_text import built_in_text, read_text
 
-    opened, options = Bundle.open(bundle), Options(**settings)
+    opened, options = Bundle.open(bundle).require("generate"), Options(**settings)
     with progress_on_stderr() as progress:
         progress.phase("evaluating")
         evaluation = evaluate(

@@ -17,7 +17,7 @@ from starling.cli.shared.options import Choice, json_option, refuse_options
 from starling.cli.shared.output import human_bytes, human_seconds, print_json
 from starling.cli.shared.progress_bar import progress_on_stderr
 from starling.engine.errors import UserError
-from starling.engine.names import ACTIVATION_SCHEMES, DIALECTS, DTYPES, SCHEMES
+from starling.engine.names import ACTIVATION_SCHEMES, DIALECTS, DTYPES, SCHEMES, TASKS
 
 if TYPE_CHECKING:
     from starling.engine.bundle.manifest import Bundle
@@ -34,6 +34,11 @@ _ACTIVATION_OPTIONS = ("calibration", "calibration_tokens", "smoothing", "accept
 @click.argument("model", shell_complete=complete_model)
 @click.argument("out", type=BundlePath(path_type=Path))
 @click.option("--dialect", type=Choice(DIALECTS), default="ort", show_default=True, help="Operators of the graph.")
+@click.option(
+    "--task",
+    type=Choice(TASKS),
+    help="What OUT is for; embed gives a language model's last hidden states.  [default: what MODEL is for]",
+)
 @click.option("--dtype", type=Choice(DTYPES), default="fp32", show_default=True, help="Type of what is computed.")
 @click.option(
     "--max-positions",
@@ -71,7 +76,8 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
     """Export MODEL into the new bundle folder OUT, which appears whole or not at all.
 
     MODEL is a Hugging Face folder (safetensors), a hub id org/name, a .gguf file, `demo` (SmolLM2-135M-Instruct), or
-    random:starling-7b and random:starling-tiny for work on performance without weights.
+    random:starling-7b, random:starling-rm-7b and random:starling-tiny for work on performance without weights. One that
+    scores texts (*ForSequenceClassification, or a trunk with a v_head) becomes a bundle for `starling score`.
 
     \b
     Examples:
@@ -100,6 +106,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
         require_extra("export")
         progress.phase("loading PyTorch")
         from starling.export.checkpoints.model_source import open_checkpoint
+        from starling.export.checkpoints.scoring_models import for_task
         from starling.export.exporter import ExportOptions, export_bundle
         from starling.export.quantization.prepare_qdq import DEFAULT_TOKENS, Calibration
 
@@ -114,7 +121,8 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
             max_positions=options["max_positions"],
         )
         progress.phase(f"opening {model}")
-        manifest = export_bundle(open_checkpoint(found), out, how, progress)
+        checkpoint = for_task(open_checkpoint(found), options["task"])
+        manifest = export_bundle(checkpoint, out, how, progress)
     seconds = perf_counter() - begin
     if as_json:
         print_json({"folder": str(out), "seconds": seconds, **manifest})

@@ -90,6 +90,7 @@ def _rows(bundle: Bundle, positions: int, verified: bool) -> list[tuple[str, str
     return [
         ("bundle", f"{bundle.folder} ({human_bytes(total)})"),
         ("source", f"{bundle.source.get('name')} ({bundle.source.get('kind')})"),
+        ("task", task_line(bundle)),
         ("model", f"{arch.class_name}, {arch.parameters / 1e6:,.1f} million parameters"),
         (
             "shape",
@@ -114,6 +115,21 @@ def _rows(bundle: Bundle, positions: int, verified: bool) -> list[tuple[str, str
     ]
 
 
+def task_line(bundle: Bundle) -> str:
+    """What the bundle is for; of one that scores or embeds, how it reads a text."""
+    how = bundle.pooling
+    if how is None:
+        return bundle.task
+    words = {
+        "last": "the last token",
+        "last_but_pad": f"the last token that is not {how.pad}",
+        "before_first_pad": "the last token" if how.pad is None else f"the token before the first {how.pad}",
+    }
+    labels = f" {', '.join(how.labels)}" if how.labels else ""
+    length = "" if how.max_length is None else f", {how.max_length} tokens, cut at the {how.truncation_side}"
+    return f"{bundle.task}{labels}, read at {words[how.read_at]}{length}"
+
+
 def precision(bundle: Bundle) -> str:
     """dtype and quantization in words."""
     how = bundle.quantization
@@ -134,6 +150,12 @@ def parity_line(parity: Any) -> str:
     """The figures of the comparison with PyTorch at export, in one line."""
     if not parity:
         return "not compared with PyTorch"
+    if "reference_std" in parity:
+        cosine = "" if parity["min_cosine"] is None else f", cosine at least {parity['min_cosine']:.5f}"
+        return (
+            f"max |Δ| {parity['max_abs_diff']:.2g}, mean {parity['mean_abs_diff']:.2g}{cosine}, where PyTorch's own "
+            f"differ by {parity['reference_std']:.2g} (standard deviation), over {parity['texts']} texts"
+        )
     return (
         f"max |Δlogit| {parity['max_abs_logit_diff']:.2g}, KL mean {parity['mean_kl']:.2g} max {parity['max_kl']:.2g} "
         f"nats, top-1 agreement {parity['top1_agreement']:.1%}, perplexity {parity['perplexity']:.2f} "

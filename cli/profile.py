@@ -130,7 +130,9 @@ def _measure(folder: Path, settings: Mapping[str, Any]) -> Document:
     sweep = Sweep(**{name: settings[name] for name in counts})
     options = Options(**{name: value for name, value in settings.items() if name not in counts})
     with progress_on_stderr(refresh=False) as progress:
-        profile = measure(Bundle.open(folder), sweep, options, progress, lambda text: note(f"warning: {text}"))
+        profile = measure(
+            Bundle.open(folder).require("generate"), sweep, options, progress, lambda text: note(f"warning: {text}")
+        )
     for text in (profile.note, profile.kernels_note):
         if text is not None:
             note(text)

@@ -60,7 +60,7 @@ def command(bundle: Path, repository: Path, verify: bool, **options: Any) -> Non
     from starling.engine.errors import PromptError
     from starling.serving.triton.repository import RepositoryOptions, write_repository
 
-    opened = Bundle.open(bundle, verify=verify)
+    opened = Bundle.open(bundle, verify=verify).require("generate")
     settings = RepositoryOptions(**options)
     most = opened.architecture.max_positions
     if settings.max_seq is not None and not 1 <= settings.max_seq <= most:

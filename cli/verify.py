@@ -45,7 +45,7 @@ def command(context: click.Context, /, bundle: Path, as_json: bool, max_batch: i
 
     with progress_on_stderr() as progress:
         progress.phase("hashing the files")
-        opened = Bundle.open(bundle, verify=True)
+        opened = Bundle.open(bundle, verify=True).require("generate")
         positions = len(kept_reference(opened).tokens)
         progress.phase("opening the model")
         backend = open_backend(

@@ -11,8 +11,11 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast, overload
 
+import numpy as np
+
 from starling.engine.backends.backend import Backend
-from starling.engine.backends.open_backend import open_backend
+from starling.engine.backends.open_backend import open_backend, open_pooling_backend
+from starling.engine.backends.pooling_backend import PoolingBackend, Vectors
 from starling.engine.batching.generation_stream import GenerationStream, generate
 from starling.engine.batching.speculation import checked_speculation
 from starling.engine.bundle.manifest import Bundle
@@ -25,6 +28,7 @@ from starling.engine.generation.results import GenerationInterrupted, Generation
 from starling.engine.generation.sampling_params import SamplingOverrides, SamplingParams
 from starling.engine.generation.sequence import GenerationSequence, make_sequence
 from starling.engine.names import DEFAULT_MAX_SEQ
+from starling.engine.pooling.text_pooler import TextInput, TextPooler
 from starling.engine.text.grammar_compiler import Grammars
 from starling.engine.text.grammar_state import GrammarState
 from starling.engine.text.tokenizer import Tokenizer
@@ -36,7 +40,7 @@ T = TypeVar("T")
 
 
 class Engine:
-    """Generates text from a bundle. One thread at a time may use an engine.
+    """Generates text from a bundle, or scores or embeds texts by one. One thread at a time may use an engine.
 
     ```python
     with Engine("smollm2-int8") as engine:
@@ -58,6 +62,9 @@ class Engine:
     ) -> None:
         """Load a bundle. The KV cache gets `max_batch` rows of `max_seq` positions (default: 2048 or the model's).
 
+        One that scores or embeds texts takes up to `max_batch` of them in a run, of `max_seq` tokens at most (default:
+        the model's), and keeps no cache.
+
         `backend` is one of `starling.engine.names.BACKENDS`, `engine` names one of the bundle's TensorRT
         engines; `verify` hashes the weights too; for `speculation` see the property. Raises BundleError, BackendError,
         PlanError where no TensorRT engine fits, or PromptError where `max_seq` is beyond the model's positions.
@@ -66,26 +73,54 @@ class Engine:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
         self.max_seq = _checked_max_seq(self.bundle, max_seq)
         self.max_batch = max_batch
+        self._backend: Backend | None = None
+        self._pooler: TextPooler | None = None
         vocab_size = self.bundle.architecture.vocab_size
         # ONNX Runtime loads without holding Python's lock: the tokenizer's 0.1 s cost nothing beside it.
         tokenizer = in_background(lambda: Tokenizer.load(self.bundle.folder, vocab_size))
-        self.backend: Backend = open_backend(
-            self.bundle, name=backend, engine=engine, max_seq=self.max_seq, max_batch=max_batch, threads=threads
-        )
+        model: Backend | PoolingBackend
+        sizes = {"max_seq": self.max_seq, "max_batch": max_batch}
+        if self.bundle.task == "generate":
+            model = self._backend = open_backend(self.bundle, name=backend, engine=engine, threads=threads, **sizes)
+        else:
+            model = open_pooling_backend(self.bundle, name=backend, threads=threads, **sizes)
+        #: What runs the bundle, whatever it is for.
+        self.model = model
         try:
             self.tokenizer = tokenizer()
             self._grammars = Grammars(self.tokenizer, self.bundle.tokens.eos, vocab_size)
-            self.speculation = speculation
+            if self._backend is None:
+                pooling = cast(PoolingBackend, model)
+                self._pooler = TextPooler(self.bundle, pooling, self.tokenizer, lambda: self.chat_templates)
+            self._speculation = None if speculation is None else checked_speculation(speculation, self.backend)
         except BaseException:
-            self.backend.close()
+            model.close()
             raise
         self._newest: GenerationStream | None = None
         self._first_row: GenerationSequence | None = None
-        self._scorer = ContinuationScorer(self.backend)
+        self._scorer = None if self._backend is None else ContinuationScorer(self._backend)
         #: Who has the backend for itself, and how to end that.
         self._reserved: tuple[object, Callable[[], None]] | None = None
         #: Seconds from opening the bundle to being ready.
         self.load_seconds = perf_counter() - begin
+
+    @property
+    def backend(self) -> Backend:
+        """What generates. Raises UserError where the bundle scores or embeds texts."""
+        if self._backend is None:
+            self.bundle.require("generate")
+        return cast(Backend, self._backend)
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        self._backend = self.model = backend
+
+    @property
+    def pooler(self) -> TextPooler:
+        """What scores or embeds. Raises UserError where the bundle generates text."""
+        if self._pooler is None:
+            self.bundle.require("score", "embed")
+        return cast(TextPooler, self._pooler)
 
     @property
     def speculation(self) -> str | None:
@@ -103,8 +138,8 @@ class Engine:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Memory of the whole KV cache, in bytes."""
-        return self.backend.kv_cache_bytes
+        """Memory of the whole KV cache, in bytes; 0 where the bundle scores or embeds, which takes it for each run."""
+        return 0 if self._backend is None else self._backend.kv_cache_bytes
 
     @overload
     def generate(
@@ -195,6 +230,7 @@ class Engine:
         self._check_not_reserved()
         self._end_newest()
         self._first_row = None
+        assert self._scorer is not None  # the backend has answered
         try:
             return [self._scorer.score(*pair, logprobs) for pair in pairs]
         except BaseException:
@@ -218,6 +254,35 @@ class Engine:
     def chat(self, system: str | None = None, template: str | None = None) -> ChatSession:
         """A multi-turn chat with an optional system message, by the bundle's template or the one named `template`."""
         return ChatSession(self, system=system, template=template)
+
+    def score_texts(
+        self, texts: Sequence[TextInput], *, template: str | None = None, truncate: int | None = None
+    ) -> Vectors:
+        """Raw scores float32 [texts, labels] of texts, of chats (lists of messages) or of lists of token ids.
+
+        `labels` of `bundle.pooling` names them. `template` is for chats; `truncate` is how many tokens of a text are
+        read, -1 for as many as the model takes (default: the bundle's own; where it has none a longer text is refused).
+        Raises PromptError for a text that cannot be read, UserError where the bundle is not one that scores.
+        """
+        self.bundle.require("score")
+        return self._pool(texts, template, truncate)
+
+    def embed_texts(
+        self, texts: Sequence[TextInput], *, template: str | None = None, truncate: int | None = None
+    ) -> Vectors:
+        """The last hidden states float32 [texts, hidden] of texts, chats or token ids, not normalized.
+
+        Arguments and errors are those of `score_texts`; the bundle is one that was exported with `--task embed`.
+        """
+        self.bundle.require("embed")
+        return self._pool(texts, template, truncate)
+
+    def _pool(self, texts: Sequence[TextInput], template: str | None, truncate: int | None) -> Vectors:
+        self._check_not_reserved()
+        if isinstance(texts, str) or (len(texts) and not isinstance(texts[0], str | Sequence | np.ndarray)):
+            raise PromptError("one text alone is given", detail="give a list of texts")
+        pooler = self.pooler
+        return pooler.pool([pooler.prepare(text, template=template, truncate=truncate) for text in texts])
 
     def encode(self, text: str, *, limit: int | None = None) -> list[int]:
         """Token ids of a prompt, with what the checkpoint puts around it (BOS).
@@ -284,7 +349,8 @@ class Engine:
         """
         self._check_not_reserved()
         self._end_newest()
-        self._scorer.forget()
+        if self._scorer is not None:
+            self._scorer.forget()
         self._first_row = None
         self._reserved = (user, end)
 
@@ -299,7 +365,7 @@ class Engine:
             self._reserved[1]()
         self._end_newest()
         self._first_row = None
-        self.backend.close()
+        self.model.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -365,7 +431,8 @@ class Engine:
     def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:
         self._check_not_reserved()
         self._end_newest()
-        self._scorer.forget()
+        if self._scorer is not None:
+            self._scorer.forget()
         self._first_row = sequences[0]
         self._newest = GenerationStream(generate(self.backend, sequences, self._speculation), sequences)
         return self._newest
@@ -417,8 +484,8 @@ def in_background(task: Callable[[], T]) -> Callable[[], T]:
 
 def _checked_max_seq(bundle: Bundle, max_seq: int | None) -> int:
     most = bundle.architecture.max_positions
-    if max_seq is None:
-        return min(DEFAULT_MAX_SEQ, most)
+    if max_seq is None:  # what scores takes memory for as many tokens as a text has
+        return min(DEFAULT_MAX_SEQ, most) if bundle.task == "generate" else most
     if not 1 <= max_seq <= most:
         problem, remedy = f"max_seq is {max_seq}, but this model has {most} positions", f"give 1 to {most} (--max-seq)"
         raise PromptError(problem, detail=remedy, field="max_seq")

@@ -10,6 +10,10 @@ BACKENDS = ("auto", "onnxruntime", "onnxruntime-cpu", "onnxruntime-cuda", "tenso
 #: Those that run on a GPU only.
 GPU_BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
+Task = Literal["generate", "score", "embed"]
+#: What a bundle's model gives: next tokens, scores of a text (one for each label), or a text's hidden state.
+TASKS: tuple[Task, ...] = get_args(Task)
+
 Dialect = Literal["ort", "canonical", "tensorrt"]
 #: Operators of a graph.
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
@@ -40,6 +44,8 @@ DEFAULT_MAX_SEQ = 2048
 INPUT_IDS = "input_ids"
 #: [batch, kept, vocab], after the positions kept.
 LOGITS = "logits"
+#: float32 [batch, kept, labels] and [batch, kept, hidden], of bundles that score or embed: after the positions kept.
+SCORES, EMBEDDINGS = "scores", "embeddings"
 #: The KV cache before and after the step, [batch, kv_heads, cache, head_dim]: `past_key_values.LAYER.key` or `.value`.
 PAST, PRESENT = "past_key_values.", "present."
 #: int64 [batch, sequence], dialect canonical.

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from starling import __version__
-from starling.engine.bundle.manifest import FORMAT, FORMAT_VERSION, Architecture
+from starling.engine.bundle.manifest import FIRST_VERSION, FORMAT, FORMAT_VERSION, Architecture, Pooling
 from starling.engine.errors import UserError
 from starling.engine.names import DTYPES
 from starling.engine.progress import Progress, Silent
@@ -19,6 +19,7 @@ from starling.engine.verification import LOGITS_FILE
 from starling.export.bundle_folder import check_space, file_entry, new_bundle_folder, write_json, write_tokenizer
 from starling.export.check.bundle_quality import CUT_LAYERS, fits, keep_logits, load_compared, measure, require_quality
 from starling.export.check.parity import Parity, require_fp32
+from starling.export.check.pooled_quality import PooledParity, measure_pooled, require_fp32_pooled
 from starling.export.check.torch_reference import cut
 from starling.export.checkpoints.checkpoint import Checkpoint, Shapes, TensorSource
 from starling.export.dialects import Dialect, get_dialect
@@ -27,7 +28,7 @@ from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.prepare_qdq import Calibration, prepare
 from starling.export.quantization.qdq_settings import QdqQuantization, check_scheme
 from starling.export.tracing.architecture import LEAST_POSITIONS, architecture_json
-from starling.export.tracing.tracer import TORCH_DTYPES, trace
+from starling.export.tracing.tracer import TORCH_DTYPES, Trace, trace
 from starling.export.weights.weight_file import WrittenFile, bytes_per_token, planned_bytes, write_weights
 
 GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
@@ -79,6 +80,8 @@ def export_bundle(
         UserError: `out` exists, or the settings or the model are not supported.
         StarlingError: the disk is full, or the graph disagrees with PyTorch.
     """
+    if checkpoint.task != "generate":
+        _check_pooled(options.quantization)
     progress = progress or Silent()
     with new_bundle_folder(out, force=options.force) as work:
         manifest, arch = _write_model(checkpoint, work, options, progress)
@@ -93,11 +96,18 @@ def export_bundle(
             if parity is not None and (comparison_note := get_dialect(options.dialect).comparison_note):
                 manifest["notes"].append(comparison_note)
             if parity is not None and options.dtype == "fp32" and options.quantization is None:
-                require_fp32(parity)
-            if parity is not None and note is None and not options.accept_quality:
+                require_fp32_pooled(parity) if isinstance(parity, PooledParity) else require_fp32(parity)
+            if isinstance(parity, Parity) and note is None and not options.accept_quality:
                 require_quality(parity, options.quantization)
             write_json(work / "bundle.json", manifest)
     return manifest
+
+
+def _check_pooled(how: BlockQuantization | QdqQuantization | None) -> None:
+    """Raise UserError for a quantization that is judged by next tokens, which a model that scores has none of."""
+    if isinstance(how, QdqQuantization) and (how.quantizes_activations or how.head):
+        what = f"--quant {how.scheme}" if how.quantizes_activations else "--quantize-head"
+        raise UserError(f"{what} is for models that generate text: take --quant int8 or int4 for this one")
 
 
 def _write_model(
@@ -106,7 +116,7 @@ def _write_model(
     """Everything of a bundle but the check; its bundle.json and its architecture."""
     dialect = get_dialect(options.dialect)
     progress.phase(f"tracing {checkpoint.name}")
-    traced = trace(checkpoint.config, dialect, options.dtype, options.max_positions)
+    traced = trace(checkpoint.config, dialect, options.dtype, options.max_positions, checkpoint.task)
     graph, arch = traced.model, traced.architecture
     dialect.optimize(graph)
     write_tokenizer(folder, checkpoint.tokenizer, checkpoint.generation)
@@ -127,6 +137,7 @@ def _write_model(
     for name, document in dialect.settings(arch, checkpoint).items():
         write_json(folder / name, document)
     manifest = _manifest(checkpoint, arch, options, graph, total) | companions
+    manifest["pooling"] = _pooling(checkpoint.pooling, traced)
     manifest["notes"] += traced.notes
     if prepared is not None:
         manifest["quantization"] = prepared.report
@@ -166,10 +177,12 @@ def _manifest(
     defaults = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FIRST_VERSION if checkpoint.task == "generate" else FORMAT_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "starling_version": __version__,
         "source": {"kind": checkpoint.kind, "name": checkpoint.name},
+        "task": checkpoint.task,
+        "pooling": None,
         "architecture": architecture_json(arch),
         "dialect": options.dialect,
         "dtype": options.dtype,
@@ -192,6 +205,14 @@ def _manifest(
         "verification": None,
         "notes": [*_cut_positions(checkpoint, arch), *checkpoint.notes, *tokens.notes],
     }
+
+
+def _pooling(pooling: Pooling | None, traced: Trace) -> dict[str, Any] | None:
+    if pooling is None:
+        return None
+    length = pooling.max_length and min(pooling.max_length, traced.architecture.max_positions)
+    found = asdict(replace(pooling, max_length=length, long_from=traced.long_from))
+    return found | {"labels": list(pooling.labels)}
 
 
 def _cut_positions(checkpoint: Checkpoint, arch: Architecture) -> list[str]:
@@ -226,7 +247,7 @@ def _files(folder: Path, known: dict[str, WrittenFile]) -> dict[str, Any]:
 
 def _check(
     checkpoint: Checkpoint, arch: Architecture, folder: Path, options: ExportOptions, progress: Progress
-) -> tuple[Parity | None, dict[str, Any] | None, str | None]:
+) -> tuple[Parity | PooledParity | None, dict[str, Any] | None, str | None]:
     """Compare with PyTorch: the whole model where memory allows, else its first layers; the note says why not all.
 
     Between the two is what bundle.json says of the logits that are kept, which are those of a whole model alone.
@@ -240,14 +261,19 @@ def _check(
     progress.phase("comparing with PyTorch" if whole else f"comparing the first {CUT_LAYERS} layers with PyTorch")
     if options.dtype == "bf16":
         model = load_compared(compared)
-        return None, keep_logits(model, folder) if whole else None, _NO_BF16
+        keeps = whole and checkpoint.task == "generate"
+        return None, keep_logits(model, folder) if keeps else None, _NO_BF16
     if whole:
-        return *measure(checkpoint, folder), None
+        return *_measure(checkpoint, folder), None
     with tempfile.TemporaryDirectory(dir=folder) as temporary:  # goes with the working folder where this is killed
         _write_model(compared, Path(temporary), options, Silent())
-        parity, _ = measure(compared, Path(temporary))
+        parity, _ = _measure(compared, Path(temporary))
     return (
         parity,
         None,
         f"compared with PyTorch on the first {CUT_LAYERS} of {arch.layers} layers: the whole needs more memory",
     )
+
+
+def _measure(checkpoint: Checkpoint, folder: Path) -> tuple[Parity | PooledParity, dict[str, Any] | None]:
+    return measure(checkpoint, folder) if checkpoint.task == "generate" else (measure_pooled(checkpoint, folder), None)

@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
+from starling.export.checkpoints.scoring_models import for_task
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization.blocks import BlockQuantization
 
@@ -87,6 +88,34 @@ def demo_bundle(bundles: Path, demo_checkpoint: Checkpoint) -> Path:
 def demo_int8_bundle(bundles: Path, demo_checkpoint: Checkpoint) -> Path:
     """SmolLM2, weight-only INT8, compared with PyTorch."""
     return _export(demo_checkpoint, bundles / "demo-int8", ExportOptions(quantization=BlockQuantization("int8")))
+
+
+@pytest.fixture(scope="session")
+def reward_bundle(bundles: Path, tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random trunk with a v_head, 512 positions, with Starling's chat templates."""
+    from tiny_scorers import reward_module, save_reward_module
+
+    folder = save_reward_module(reward_module(512), tiny_checkpoint, tmp_path_factory.mktemp("reward") / "model")
+    template = tiny_checkpoint.tokenizer.chat_template or ""
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return _export(open_checkpoint(str(folder)), bundles / "reward", ExportOptions(check=False))
+
+
+@pytest.fixture(scope="session")
+def classifier_bundle(bundles: Path, tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with three labels."""
+    from families import Family
+    from tiny_scorers import classifier_folder
+
+    folder, labels = tmp_path_factory.mktemp("classifier") / "model", {0: "bad", 1: "so so", 2: "good"}
+    classifier_folder(Family("llama", "llama"), tiny_checkpoint, folder, id2label=labels)
+    return _export(open_checkpoint(str(folder)), bundles / "classifier", ExportOptions(check=False))
+
+
+@pytest.fixture(scope="session")
+def embedding_bundle(bundles: Path, tiny_checkpoint: Checkpoint) -> Path:
+    """starling-tiny for embeddings, fp32."""
+    return _export(for_task(tiny_checkpoint, "embed"), bundles / "embedding", ExportOptions(check=False))
 
 
 @pytest.fixture

@@ -33,6 +33,10 @@ def generate_command(folder: Path, *options: str) -> str:
 def after_export(bundle: Bundle) -> str:
     """The line that tells what to do with a new bundle."""
     folder = quoted(bundle.folder)
+    if bundle.task != "generate":
+        return f"next: starling {'inspect' if bundle.dtype == 'bf16' else 'score'} {folder}" + (
+            "" if bundle.dtype == "bf16" else f' "{EXAMPLE_PROMPT}"'
+        )
     if bundle.dialect == "tensorrt":
         return f"next: starling build {folder}{_build_options()}"
     if bundle.dialect == "canonical":  # the reference that others are measured against; nothing here runs it in bf16

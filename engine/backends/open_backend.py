@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 from starling.engine.backends.backend import CUDA, PREFILL_CHUNK, Backend
+from starling.engine.backends.pooling_backend import PoolingBackend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError, PlanError, UserError, did_you_mean
 from starling.engine.host import default_threads
-from starling.engine.names import BACKENDS
+from starling.engine.names import BACKENDS, GPU_BACKENDS
 
 
 class CacheSizes(TypedDict):
@@ -37,12 +38,10 @@ def open_backend(
     tokens one run prefills at most (default: PREFILL_CHUNK on the CPU, 2,048 on CUDA, the engine's most on TensorRT).
 
     Raises BackendError when the backend is unknown, not installed, or cannot run the bundle on this machine, PlanError
-    where no engine fits, UserError for a size below 1.
+    where no engine fits, UserError for a size below 1, and for a bundle that generates no text.
     """
-    if name not in BACKENDS:
-        raise BackendError(
-            f"unknown backend {name!r}{did_you_mean(name, BACKENDS)}; choose one of {', '.join(BACKENDS)}"
-        )
+    bundle.require("generate")
+    _check_name(name)
     given = {"max_seq": max_seq, "max_batch": max_batch, "threads": threads, "prefill_chunk": prefill_chunk}
     if any(size is not None and size < 1 for size in given.values()):
         raise UserError(f"{', '.join(f'{key}={size}' for key, size in given.items())}: each must be at least 1")
@@ -51,6 +50,34 @@ def open_backend(
     if threads is not None and backend.provider != "CPUExecutionProvider":
         backend.note = f"threads={threads} changes nothing: they are the CPU's, and {backend.provider} runs the bundle"
     return backend
+
+
+def open_pooling_backend(
+    bundle: Bundle, *, name: str = "auto", max_seq: int, max_batch: int, threads: int | None = None
+) -> PoolingBackend:
+    """Load a bundle that scores or embeds, for texts of up to `max_seq` tokens, of which a run takes `max_batch`.
+
+    Raises BackendError where `name` is no backend, or one on a GPU, where none of them runs such a bundle yet, and
+    UserError for a size below 1 and for a bundle that generates text.
+    """
+    bundle.require("score", "embed")
+    _check_name(name)
+    if name in GPU_BACKENDS:
+        raise BackendError(f"backend {name} does not run bundles that score or embed: use onnxruntime-cpu")
+    if max_seq < 1 or max_batch < 1 or (threads is not None and threads < 1):
+        raise UserError(f"max_seq={max_seq}, max_batch={max_batch}, threads={threads}: each must be at least 1")
+    from starling.engine.backends.onnxruntime.onnxruntime_backend import check_runs_on_cpu
+    from starling.engine.backends.onnxruntime.ort_pooling import OrtPooling
+
+    check_runs_on_cpu(bundle)
+    return OrtPooling(bundle, threads=threads or default_threads(), max_seq=max_seq, max_batch=max_batch)
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise BackendError(
+            f"unknown backend {name!r}{did_you_mean(name, BACKENDS)}; choose one of {', '.join(BACKENDS)}"
+        )
 
 
 def _open(bundle: Bundle, name: str, engine: str | None, threads: int, sizes: CacheSizes) -> Backend:
@@ -85,10 +112,10 @@ def _open_tensorrt(bundle: Bundle, runtime: str | None, engine: str | None, size
 
 
 def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None, sizes: CacheSizes) -> Backend:
+    from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
     from starling.engine.backends.onnxruntime.onnxruntime_backend import (
         OrtBackend,
         check_runs_on_cpu,
-        import_onnxruntime,
         why_not_on_cuda,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from starling.engine.bundle.json_fields import JsonFields
-from starling.engine.names import LOGITS, PAST
+from starling.engine.names import EMBEDDINGS, LOGITS, PAST, SCORES
 
 #: The greatest sizes of a decoder: some way above every one that there is.
 MOST_OF_ARCHITECTURE = {
@@ -30,9 +30,12 @@ def check_sizes(top: JsonFields) -> None:
     arch, cache, graph, tokens = (top.value[name] for name in ("architecture", "kv_cache", "graph", "tokens"))
     vocab = arch["vocab_size"]
     _check_cache(top, arch, cache, {spec["name"]: spec for spec in graph["inputs"] if spec["name"].startswith(PAST)})
-    logits = next((spec["shape"] for spec in graph["outputs"] if spec["name"] == LOGITS), [vocab])
-    if logits[-1:] != [vocab]:
-        raise top.bad("graph.outputs: logits", logits, f"vectors of {vocab}, as the architecture says")
+    labels = (top.value.get("pooling") or {}).get("labels") or []
+    widths = {LOGITS: vocab, EMBEDDINGS: arch["hidden_size"], SCORES: len(labels)}
+    for spec in graph["outputs"]:
+        width = widths.get(spec["name"])
+        if width is not None and spec["shape"][-1:] != [width]:
+            raise top.bad(f"graph.outputs: {spec['name']}", spec["shape"], f"vectors of {width}, as the rest says")
     for token in (tokens.get("bos"), tokens.get("pad"), *tokens["eos"]):
         if token is not None and token >= vocab:
             raise top.bad("tokens", token, f"an id below {vocab}")

@@ -11,14 +11,19 @@ from typing import Any, Literal, cast, get_args
 
 from starling.engine.bundle.bounds import MOST_OF_A_PRODUCT, MOST_OF_ARCHITECTURE, check_sizes
 from starling.engine.bundle.json_fields import JsonFields
-from starling.engine.errors import BundleError
-from starling.engine.names import DIALECTS, DTYPES, Dialect, DType
+from starling.engine.errors import BundleError, UserError
+from starling.engine.names import DIALECTS, DTYPES, EMBEDDINGS, LOGITS, SCORES, TASKS, Dialect, DType, Task
 from starling.engine.untrusted_files import FileReader, is_inside
 
 Around = Literal["none", "residual", "gated"]
+ReadAt = Literal["last", "last_but_pad", "before_first_pad"]
+Side = Literal["left", "right"]
 
 FORMAT = "starling-bundle"
-FORMAT_VERSION = 1
+#: The newest format; one that generates text is written as FIRST_VERSION, which every Starling reads.
+FORMAT_VERSION, FIRST_VERSION = 2, 1
+#: The output of the graph that answers the task.
+OUTPUT_OF: dict[Task, str] = {"generate": LOGITS, "score": SCORES, "embed": EMBEDDINGS}
 #: Reads of a bundle's files.
 FILES = FileReader(BundleError, "export the model again")
 #: The largest bundle.json; one of 126 layers has 90 kB.
@@ -147,16 +152,38 @@ class KeptReference:
 
 
 @dataclass(frozen=True, slots=True)
+class Pooling:
+    """How a model that scores or embeds reads a text: which token's hidden state, and what is done to a long text.
+
+    `labels` are the names of the scores, in their order; none where the task is "embed". `read_at`: "last" token,
+    "last_but_pad" (the last that is not `pad`: what is after it is not read) or "before_first_pad" (the last before the
+    first `pad`, where that is not the first token). `max_length`: a longer text loses tokens at its `truncation_side`
+    (None: it is refused). `problem_type` is transformers' word for what the scores mean. `long_from`: texts of more
+    tokens are rotated by other factors, and so never run beside shorter ones (None: all alike).
+    """
+
+    labels: tuple[str, ...] = ()
+    read_at: ReadAt = "last"
+    pad: int | None = None
+    truncation_side: Side = "right"
+    max_length: int | None = None
+    problem_type: str | None = None
+    long_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """Typed view of a bundle folder. `raw` is bundle.json as it was read; `parity` what the export measured.
 
     `reference_graph` is a second file with the same nodes, in which operators of the dialect's own have a meaning;
     `kernel_graph` one over the same weights for `starling.engine.kernels`, `cuda_graph` one for decode steps that stay
     on a GPU, `cuda_kernels` the same for kernels of `starling.engine.kernels.cuda`. None: there is none.
-    `verification` is for `starling.engine.verification`.
+    `verification` is for `starling.engine.verification`. `pooling` is None where the `task` is "generate".
     """
 
     folder: Path
+    task: Task
+    pooling: Pooling | None
     source: Mapping[str, str]
     architecture: Architecture
     dialect: Dialect
@@ -191,6 +218,18 @@ class Bundle:
         return bundle
 
     @property
+    def output_width(self) -> int:
+        """Numbers that the graph gives for a position: logits, scores or the hidden state."""
+        widths = {"generate": self.architecture.vocab_size, "embed": self.architecture.hidden_size}
+        return len(self.pooling.labels) if self.task == "score" and self.pooling else widths[self.task]
+
+    def require(self, *tasks: Task) -> Bundle:
+        """The bundle itself; UserError where its task is none of these: the line says what it is for."""
+        if self.task not in tasks:
+            raise UserError(f"{self.folder} {_MADE_FOR[self.task]}", field="bundle")
+        return self
+
+    @property
     def graph_path(self) -> Path:
         """The ONNX file that the dialect's own runtime loads."""
         return self.folder / self.graph.file
@@ -199,6 +238,13 @@ class Bundle:
     def reference_path(self) -> Path:
         """The ONNX file that any reader of the standard can run."""
         return self.folder / (self.reference_graph or self.graph.file)
+
+
+_MADE_FOR: dict[Task, str] = {
+    "generate": "generates text, it neither scores nor embeds texts: export a model that scores, or with --task embed",
+    "score": "scores texts, it generates none: use starling score, or starling serve and its /classify",
+    "embed": "embeds texts, it generates none: use starling score, or starling serve and its /v1/embeddings",
+}
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -258,8 +304,11 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Bundle:
     architecture, tokens = _architecture(top.inside("architecture")), _tokens(top.inside("tokens"))
     cache = KVCache(kv.choice("dtype", ("float32", "float16", "bfloat16")), kv.get("bytes_per_token", int))
     check_sizes(top)
+    task = cast(Task, top.choice("task", TASKS)) if raw.get("task") is not None else "generate"
     return Bundle(
         folder=folder,
+        task=task,
+        pooling=None if task == "generate" else _pooling(top.inside("pooling"), task),
         source=top.mapping("source"),
         architecture=architecture,
         dialect=cast(Dialect, top.choice("dialect", DIALECTS)),
@@ -288,6 +337,24 @@ def _architecture(fields: JsonFields) -> Architecture:
         parameters=fields.get("parameters", int),
         tied_embeddings=fields.get("tied_embeddings", bool),
         **counts,
+    )
+
+
+def _pooling(fields: JsonFields, task: Task) -> Pooling:
+    labels = fields.get("labels", list)
+    if not all(isinstance(label, str) for label in labels) or (task == "score") != bool(labels):
+        raise fields.bad("pooling.labels", labels, "a list with a name for each score")
+    length = fields.optional("max_length", int)
+    if length is not None and length < 2:  # a first token that is kept, and one of the text
+        raise fields.bad("pooling.max_length", length, "a number from 2")
+    return Pooling(
+        tuple(labels),
+        cast(ReadAt, fields.choice("read_at", get_args(ReadAt))),
+        fields.optional("pad", int),
+        cast(Side, fields.choice("truncation_side", get_args(Side))),
+        length,
+        fields.optional("problem_type", str),
+        fields.optional("long_from", int),
     )
 
 

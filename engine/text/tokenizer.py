@@ -112,7 +112,7 @@ class Tokenizer:
             return self._encode(self._core, text, add_special_tokens)
         literals = Literals([text])
         plain = self.encode_with_literals(literals.hide(text, self._special_pattern), literals)
-        before, behind = self._affixes
+        before, behind = self.affixes
         return [*before, *plain, *behind] if add_special_tokens else plain
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -198,7 +198,7 @@ class Tokenizer:
         return bare, anchor
 
     @cached_property
-    def _affixes(self) -> tuple[list[int], list[int]]:
+    def affixes(self) -> tuple[list[int], list[int]]:
         """The ids that the post-processor puts before and after a text."""
         encoding = self._encode_fully(self._core, "a", add_special_tokens=True)
         inner = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
+from torch import nn
 
 from starling.engine.bundle.manifest import Architecture, Bundle
 from starling.engine.errors import UserError
@@ -12,6 +12,7 @@ from starling.engine.host import available_memory
 from starling.engine.verification import REFERENCE_TOKENS, compared_positions, keep_reference
 from starling.export.check.gguf_source import load_gguf_source
 from starling.export.check.parity import Parity, bundle_logits, compare
+from starling.export.check.reward_module import load_reward_source
 from starling.export.check.same_weights import require_same
 from starling.export.check.sample_texts import TextEncoder, held_out_rows
 from starling.export.check.source_model import load_folder_source
@@ -31,7 +32,7 @@ def measure(checkpoint: Checkpoint, folder: Path) -> tuple[Parity, dict[str, Any
     A few of PyTorch's logits stay in the folder; the second result is what bundle.json says of them.
     """
     bundle = Bundle.open(folder)
-    texts = _texts(bundle)
+    texts = held_out_texts(bundle)
     rows = [text[:-1] for text in texts]
     positions = compared_positions(len(rows[0]))
     model = load_compared(checkpoint)
@@ -45,20 +46,22 @@ def measure(checkpoint: Checkpoint, folder: Path) -> tuple[Parity, dict[str, Any
     return compare(reference, logits, next_ids, bundle.architecture.layers, kernels), verification
 
 
-def keep_logits(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+def keep_logits(model: nn.Module, folder: Path) -> dict[str, Any]:
     """Keep PyTorch's logits as `measure` does, for a bundle that the CPU does not run."""
-    text = _texts(Bundle.open(folder))[0][:-1][:REFERENCE_TOKENS]
+    text = held_out_texts(Bundle.open(folder))[0][:-1][:REFERENCE_TOKENS]
     return keep_reference(folder, text, reference_logits(model, text)[compared_positions(len(text))].numpy(), None)
 
 
-def _texts(bundle: Bundle) -> list[list[int]]:
+def held_out_texts(bundle: Bundle) -> list[list[int]]:
     """Held-out texts of one length, each with the token that follows."""
     arch = bundle.architecture
     return held_out_rows(TextEncoder(bundle.folder, arch.vocab_size), min(HELD_OUT_TOKENS, arch.max_positions) + 1)
 
 
-def load_compared(checkpoint: Checkpoint) -> PreTrainedModel:
+def load_compared(checkpoint: Checkpoint) -> nn.Module:
     """What transformers loads of the checkpoint's files, in float32, held against what was exported of them.
+
+    A value head is loaded by PyTorch.
 
     Random weights have no files: their reference has the same numbers as the bundle.
     Raises StarlingError where a weight or the configuration is not what was exported.
@@ -66,6 +69,8 @@ def load_compared(checkpoint: Checkpoint) -> PreTrainedModel:
     if checkpoint.path is None:
         return load_reference(checkpoint.config, checkpoint.tensors)
     load = load_gguf_source if checkpoint.kind == "gguf" else load_folder_source
+    if checkpoint.pooling is not None and checkpoint.pooling.read_at == "before_first_pad":
+        load = load_reward_source
     source = load(checkpoint, checkpoint.path)
     require_same(checkpoint, source)
     return source.model

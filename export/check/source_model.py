@@ -7,10 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -18,7 +18,13 @@ from transformers import (
 from starling.engine.errors import StarlingError, one_line
 from starling.export.check.torch_reference import cut
 from starling.export.checkpoints.checkpoint import Checkpoint
-from starling.export.checkpoints.model_class import from_pretrained, model_classes, names_in_whole, without_weights
+from starling.export.checkpoints.model_class import (
+    auto_class,
+    from_pretrained,
+    model_classes,
+    names_in_whole,
+    without_weights,
+)
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -30,7 +36,7 @@ class SourceModel:
     `model` that it has not found.
     """
 
-    model: PreTrainedModel
+    model: nn.Module
     names: dict[str, str]
     config: PreTrainedConfig
     unexpected: frozenset[str]
@@ -48,15 +54,20 @@ def load_folder_source(checkpoint: Checkpoint, path: Path) -> SourceModel:
     model, report = _from_folder(path, cut(config, layers) if is_cut else config)
     classes = model_classes(model.config)
     names = names_in_whole(model, without_weights(classes.language_model, classes.text_config))
-    beyond = {n for n in report["unexpected_keys"] if is_cut and any(int(i) >= layers for i in _LAYER.findall(n))}
+    beyond = {name for name in report["unexpected_keys"] if is_cut and beyond_layers(name, layers)}
     return SourceModel(
         model, names, classes.text_config, frozenset(report["unexpected_keys"]) - beyond, report["missing_keys"]
     )
 
 
+def beyond_layers(name: str, layers: int) -> bool:
+    """Whether a tensor is of a layer after the first `layers`."""
+    return any(int(number) >= layers for number in _LAYER.findall(name))
+
+
 def _from_folder(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    loader = AutoModelForCausalLM if known else model_classes(config).loaded
+    loader = auto_class(config) if known else model_classes(config).loaded
     try:
         model, report = from_pretrained(loader, folder, config=config, local_files_only=True)
     except Exception as error:  # our reader took the files: whatever it is, it is worth a line

@@ -10,8 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from starling.engine.bundle.manifest import Pooling
 from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
+from starling.engine.names import Task
 from starling.engine.untrusted_files import FileReader
+from starling.export.checkpoints.model_class import auto_class
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +93,7 @@ class TokenizerFiles:
 class Checkpoint:
     """An opened checkpoint. `kind` is huggingface, hub, gguf or random; `generation` is its generation_config.
 
+    `task` is what its bundle is for; `pooling` says how a text is read where that is to score or to embed.
     `path` is the folder or file that it was read from, None where there is none. `left_out` are the stored tensors that
     the model has no place for; `notes` say so, and what else was decided.
     """
@@ -103,11 +107,13 @@ class Checkpoint:
     path: Path | None = None
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    task: Task = "generate"
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """What a *ForCausalLM class wants to be filled with: `shapes` by name; the names in `tied` may be absent."""
+    """What a model's class wants to be filled with: `shapes` by name; the names in `tied` may be absent."""
 
     class_name: str
     shapes: dict[str, tuple[int, ...]]
@@ -115,18 +121,16 @@ class Skeleton:
 
 
 def skeleton_of(config: PreTrainedConfig) -> Skeleton:
-    """The state dict of `config`'s *ForCausalLM class, on the meta device: no memory is taken.
+    """The state dict of `config`'s class, on the meta device: no memory is taken.
 
     Raises UnsupportedModelError where transformers has no such class, or cannot build it.
     """
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(f"model_type {config.model_type!r} has no *ForCausalLM class: only decoders export")
+    loader = auto_class(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model = loader.from_config(config, trust_remote_code=False)
     except Exception as error:  # a class computes with the settings before it looks at them
         problem = f"transformers cannot build a {config.model_type!r} model: {one_line(error)}"
         raise UnsupportedModelError(problem) from error
@@ -138,16 +142,15 @@ def skeleton_of(config: PreTrainedConfig) -> Skeleton:
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of `config` in float32 with eager attention: parameters take no memory, buffers are real.
 
-    Raises UnsupportedModelError where transformers has no causal language model for it.
+    Raises UnsupportedModelError where transformers has no such language model.
     """
     import torch
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), init_empty_weights(include_buffers=False):
         try:
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model = auto_class(config).from_config(
                 config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
         except ValueError as error:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.config_bounds import check_config, check_layers
+from starling.export.checkpoints.model_class import SCORING, scores_texts
+from starling.export.checkpoints.scoring_models import as_scoring_model, has_value_head, pooling_of
 from starling.export.checkpoints.stored_tensors import open_safetensors
 from starling.export.tokenizers.tokenizer_files import check_has_tokenizer, read_json, read_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from starling.export.checkpoints.checkpoint import StoredTensors
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -29,9 +33,15 @@ def open_folder(folder: Path, *, kind: str, name: str) -> Checkpoint:
     stored = open_safetensors(folder, getattr(config, "transformers_weights", None))
     layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     check_layers(layers, len(stored.names()), str(stored.file))
-    placed = place(stored, config, str(stored.file))
+    where, value_head = str(stored.file), has_value_head(stored, config)
+    unused: tuple[str, ...] = ()
+    tensors: StoredTensors = stored
+    if value_head:
+        tensors, config, unused = as_scoring_model(stored, config, where)
+    placed = place(tensors, config, where)
     generation = read_json(folder / "generation_config.json", missing={})
     tokenizer = read_tokenizer_files(folder, placed.config, generation)
+    scores = scores_texts(placed.config)
     return Checkpoint(
         kind,
         name,
@@ -40,9 +50,15 @@ def open_folder(folder: Path, *, kind: str, name: str) -> Checkpoint:
         tokenizer,
         generation,
         path=folder,
-        notes=placed.notes,
-        left_out=placed.left_out,
+        notes=placed.notes + _unused_note(unused),
+        left_out=placed.left_out + unused,
+        task="score" if scores else "generate",
+        pooling=pooling_of(placed.config, tokenizer, value_head=value_head) if scores else None,
     )
+
+
+def _unused_note(unused: tuple[str, ...]) -> tuple[str, ...]:
+    return (f"left out: {len(unused)} tensors that no score depends on, such as {unused[0]}",) if unused else ()
 
 
 def check_folder(folder: Path) -> None:
@@ -97,10 +113,11 @@ def _config_values(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_other_tasks(folder: Path, architectures: Any) -> None:
-    """Refuse a class with another head than lm_head; a base model without a head may be a language model's."""
+    """Refuse a class with a head for neither tokens nor scores; a base model without one may be a language model's."""
     for name in architectures if isinstance(architectures, list) else ():
         _, found, task = str(name).partition("For")
-        if found and not task.endswith(("CausalLM", "ConditionalGeneration")):
+        if found and not task.endswith(("CausalLM", "ConditionalGeneration", "SequenceClassification")):
             raise UnsupportedModelError(
-                f"{folder} is a {name}, which gives no next token: only language models (*ForCausalLM) are exported"
+                f"{folder} is a {name}, which gives neither a next token nor a score of the text: *ForCausalLM and "
+                f"*{SCORING} are exported"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,27 +34,83 @@ class ModelClasses:
         return self.text_config is not self.config
 
 
+#: How transformers' classes end that score texts.
+SCORING = "ForSequenceClassification"
+
+
+def scores_texts(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint's class scores a text, and gives no next token."""
+    return any(str(name).endswith(SCORING) for name in config.architectures or ())
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that builds and loads a checkpoint of `config`, by its `from_…` methods.
+
+    Raises UnsupportedModelError where it has none for such a model.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"model_type {config.model_type!r} has no *ForCausalLM class: only decoders export")
+    if not scores_texts(config):
+        return AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UnsupportedModelError(f"model_type {config.model_type!r} has no *{SCORING} class in this transformers")
+    return AutoModelForSequenceClassification
+
+
+def head_of(model: PreTrainedModel) -> Any:
+    """What makes logits or scores of the last hidden states: an nn.Linear.
+
+    Raises UnsupportedModelError where a model that scores has another kind of head.
+    """
+    from torch import nn
+
+    if not scores_texts(model.config):
+        return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise UnsupportedModelError(f"{type(model).__name__}: its head is no `score`, one product with hidden states")
+    return head
+
+
 def model_classes(config: PreTrainedConfig) -> ModelClasses:
     """The classes for `config`. Raises UnsupportedModelError where transformers has no language model for it."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     )
 
-    text_config = config.get_text_config(decoder=True)
-    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(f"model_type {config.model_type!r} has no *ForCausalLM class: only decoders export")
-    language_model = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)])
+    text_config = _text_config(config)
+    mapping = auto_class(text_config)._model_mapping
+    language_model = cast("type[PreTrainedModel]", mapping[type(text_config)])
     if text_config is config:
         return ModelClasses(language_model, config, language_model, config)
-    for several in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+    mappings = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    for several in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,) if scores_texts(config) else mappings:
         if type(config) in several and (whole := cast(Any, several[type(config)])) is not language_model:
             return ModelClasses(whole, config, language_model, text_config)
     raise UnsupportedModelError(
         f"model_type {config.model_type!r} has a {text_config.model_type!r} model in it that cannot be taken out: "
         "export a checkpoint of that model alone"
     )
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The language model's own part of the configuration; where it scores texts, with the labels of the whole."""
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    if text is not config and scores_texts(config):
+        text = copy.deepcopy(text)
+        text.architectures, text.id2label, text.label2id = config.architectures, config.id2label, config.label2id
+        text.problem_type = config.problem_type
+    return text
 
 
 def without_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

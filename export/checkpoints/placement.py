@@ -19,8 +19,10 @@ from starling.export.checkpoints.checkpoint import StoredTensors
 from starling.export.checkpoints.model_class import (
     ModelClasses,
     from_pretrained,
+    head_of,
     model_classes,
     names_in_whole,
+    scores_texts,
     without_weights,
 )
 from starling.export.checkpoints.recorded_tensor import RecordedTensor, height, make_rows, sources
@@ -85,19 +87,23 @@ def place(stored: StoredTensors, config: PreTrainedConfig, where: str) -> Placem
 
     part = without_weights(classes.language_model, classes.text_config) if classes.is_part else empty
     names = names_in_whole(model, part)
+    head_of(part)  # for its refusal
     _refuse_missing(part, {name for name, own in names.items() if own not in placed}, stored, where)
     tensors = {name: placed[own] for name, own in names.items() if own in placed}
     _refuse_integers(part, tensors, stored, where)
     if others := sorted(used - _sources_of(tensors)):
         notes.append(f"left out: {len(others)} tensors beside the language model's, such as {others[0]}")
     said = bool(getattr(model.config, "tie_word_embeddings", False))
-    tied = _tied_head(part, tensors, stored, said)
-    if tied is not None:
-        del tensors[tied]
-    elif said:
-        notes.append("config.json ties lm_head to the embedding, the checkpoint has an lm_head of its own: it is taken")
     text_config = copy.deepcopy(classes.text_config)
-    text_config.tie_word_embeddings = tied is not None
+    if not scores_texts(text_config):  # a head for scores is tied to nothing
+        tied = _tied_head(part, tensors, stored, said)
+        if tied is not None:
+            del tensors[tied]
+        elif said:
+            notes.append(
+                "config.json ties lm_head to the embedding, the checkpoint has an lm_head of its own: it is taken"
+            )
+        text_config.tie_word_embeddings = tied is not None
     text_config.architectures = [classes.language_model.__name__]
     return Placement(text_config, PlacedTensors(stored, _distinct(tensors)), tuple(left_out), tuple(notes))
 

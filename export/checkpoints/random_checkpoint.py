@@ -9,6 +9,7 @@ import torch
 
 from starling.export.checkpoints.checkpoint import Checkpoint, Skeleton, TokenizerFiles, skeleton_of
 from starling.export.checkpoints.random_models import RANDOM_MODELS, check_random
+from starling.export.checkpoints.scoring_models import pooling_of
 from starling.export.tokenizers.starling_tokenizer import (
     BOS,
     END_OF_TURN,
@@ -20,7 +21,7 @@ from starling.export.tokenizers.starling_tokenizer import (
 )
 
 if TYPE_CHECKING:
-    from transformers import MistralConfig, PreTrainedConfig
+    from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 SEED = 20231128
 BLOCK_VALUES = 1 << 20
@@ -32,8 +33,12 @@ def open_random(name: str) -> Checkpoint:
     Raises CheckpointError for a name that is not in RANDOM_MODELS, or where the tokenizer's package is missing.
     """
     check_random(name)
-    config = starling_config(name)
     tokenizer = starling_tokenizer_files()
+    if "score" in RANDOM_MODELS[name]:
+        config: PreTrainedConfig = starling_rm_config(name)
+        pooling = pooling_of(config, tokenizer, value_head=True)
+        return Checkpoint("random", name, config, RandomTensors(config), tokenizer, {}, task="score", pooling=pooling)
+    config = starling_config(name)
     generation = {"bos_token_id": BOS, "eos_token_id": END_OF_TURN, "pad_token_id": PAD}
     return Checkpoint("random", name, config, RandomTensors(config), tokenizer, generation)
 
@@ -59,6 +64,33 @@ def starling_config(name: str = "starling-7b") -> "MistralConfig":
         bos_token_id=BOS,
         eos_token_id=END_OF_TURN,
         pad_token_id=PAD,
+    )
+
+
+def starling_rm_config(name: str = "starling-rm-7b") -> "LlamaConfig":
+    """The configuration of Starling-RM-7B-alpha's trunk, Llama-2-7b-chat, or of one of its smaller relatives.
+
+    The vocabulary is the other models': 32,002 tokens in place of 32,000.
+    """
+    from transformers import LlamaConfig
+
+    settings: dict[str, Any] = {key: value for key, value in RANDOM_MODELS[name].items() if key != "score"}
+    return LlamaConfig(
+        **settings,
+        architectures=["LlamaForSequenceClassification"],
+        id2label={index: f"LABEL_{index}" for index in range(int(RANDOM_MODELS[name]["score"]))},
+        vocab_size=VOCAB_SIZE,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        bos_token_id=BOS,
+        eos_token_id=2,
+        pad_token_id=0,
     )
 
 

@@ -74,10 +74,11 @@ def open_safetensors(folder: Path, named: str | None = None) -> SafetensorsFiles
             return _indexed(path) if name.endswith(".json") else SafetensorsFiles(path, _entries_of(path), {})
     if named is not None:
         raise CheckpointError(f"{folder / named} is missing, which config.json names: get the whole checkpoint again")
-    if any(folder.glob("pytorch_model*.bin")):
+    if pickles := sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt")]):
         raise CheckpointError(
-            f"{folder} has only pytorch_model.bin, a pickle that can run code when read: if you trust it, convert it "
-            "with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            f"{folder} has only {pickles[0].name}, a pickle that can run code when read: if you trust it, convert it "
+            "with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER); a reward "
+            "model's v_head would be lost so: torch.load it with weights_only=True, and safetensors.torch.save_file"
         )
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: give the folder of a whole checkpoint")
 

@@ -26,7 +26,8 @@ _ADVICE = (
     ),
     (
         r"(^|\.)(score|v_head|value_head|reward_head|classifier|classification_head|qa_outputs|regression_head)\.",
-        "a model that scores is not exported yet: only language models with an lm_head are",
+        "config.json is a language model's, this is a head for scores: name its *ForSequenceClassification class in "
+        "architectures",
     ),
     (
         r"weight_scale|input_scale|qweight|qzeros|g_idx|absmax|quant_map|quant_state|weight_packed|SCB$|scale_inv",

@@ -33,6 +33,10 @@ class CanonicalDialect:
             StepInput("nonpad_kv_seqlen", torch.int64, ("batch",)),
         ]
 
+    def prefill_inputs(self) -> list[StepInput]:
+        """All of them."""
+        return self.step_inputs()
+
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """RMSNormalization with FP32 statistics (stash_type 1)."""
         return rms_norm(x, weight, epsilon)

@@ -131,6 +131,10 @@ class Dialect(Protocol):
         """The inputs that this dialect needs beside `input_ids` and the KV cache."""
         ...
 
+    def prefill_inputs(self) -> list[StepInput]:
+        """Those of them that a graph needs which chooses no token; LOGITS_TO_KEEP is not among them."""
+        ...
+
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """RMSNorm over the last axis, with FP32 statistics: x * rsqrt(mean(x²) + epsilon) * weight."""
         ...

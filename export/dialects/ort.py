@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from starling.engine.bundle.manifest import Architecture
-from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS, SCHEMES_OF, SEQLENS_K, TOTAL_SEQUENCE_LENGTH
+from starling.engine.names import LOGITS, LOGITS_TO_KEEP, NEXT_TOKENS, SCHEMES_OF, SEQLENS_K, TOTAL_SEQUENCE_LENGTH
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.dialects.dialect import AttentionCall, Attributes, Companion, ExpertsCall, Rotary, StepInput
 from starling.export.graphs import cuda_graph, genai
@@ -36,10 +36,13 @@ class OrtDialect:
 
         `logits_to_keep`: which of the new tokens get logits.
         """
+        return [*self.prefill_inputs(), StepInput(LOGITS_TO_KEEP, torch.int64, ("kept",))]
+
+    def prefill_inputs(self) -> list[StepInput]:
+        """The lengths."""
         return [
             StepInput(SEQLENS_K, torch.int32, ("batch",)),
             StepInput(TOTAL_SEQUENCE_LENGTH, torch.int32, ()),
-            StepInput(LOGITS_TO_KEEP, torch.int64, ("kept",)),
         ]
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -132,19 +135,25 @@ class OrtDialect:
         fuse_residual_norms(model)
 
     def companions(self, model: ir.Model, how: BlockQuantization | None) -> list[Companion]:
-        """For onnxruntime-genai, the engine's CPU kernels, CUDA, and the engine's CUDA kernels, where they fit."""
-        found = [Companion(genai.GRAPH_FILE, genai.genai_graph(model))]
-        for field, file, made in (
-            ("kernel_graph", KERNEL_GRAPH_FILE, kernel_graph(model, how)),
-            ("cuda_graph", cuda_graph.GRAPH_FILE, cuda_graph.cuda_graph(model, how)),
-        ):
-            if made is not None:
-                found.append(Companion(file, made, field, file))
+        """For onnxruntime-genai, the engine's CPU kernels, CUDA, and the engine's CUDA kernels, where they fit.
+
+        Of a graph that gives no logits the CPU kernels' alone.
+        """
+        generates = any(output.name == LOGITS for output in model.graph.outputs)
+        found = [Companion(genai.GRAPH_FILE, genai.genai_graph(model))] if generates else []
+        if (for_kernels := kernel_graph(model, how)) is not None:
+            found.append(Companion(KERNEL_GRAPH_FILE, for_kernels, "kernel_graph", KERNEL_GRAPH_FILE))
+        if not generates:
+            return found
+        if (for_cuda := cuda_graph.cuda_graph(model, how)) is not None:
+            found.append(Companion(cuda_graph.GRAPH_FILE, for_cuda, "cuda_graph", cuda_graph.GRAPH_FILE))
         if (kernels := cuda_graph.cuda_kernel_graph(model, how)) is not None:
             file = cuda_graph.KERNEL_GRAPH_FILE
             found.append(Companion(file, kernels[0], "cuda_kernels", {"graph": file, "products": kernels[1]}))
         return found
 
     def settings(self, architecture: Architecture, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-        """Those of onnxruntime-genai."""
+        """Those of onnxruntime-genai, which generates text only."""
+        if checkpoint.task != "generate":
+            return {}
         return {"genai_config.json": genai.genai_config(architecture, checkpoint)}

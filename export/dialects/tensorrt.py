@@ -40,12 +40,16 @@ class TensorrtDialect:
     def step_inputs(self) -> list[StepInput]:
         """`past_lengths`: valid positions before the step; the rest is for `device_sampling.choose_tokens`."""
         return [
-            StepInput(PAST_LENGTHS, torch.int64, ("batch",)),
+            *self.prefill_inputs(),
             StepInput(TEMPERATURE, torch.float32, ("batch",)),
             StepInput(TOP_K, torch.int64, ("batch",)),
             StepInput(TOP_P, torch.float32, ("batch",)),
             StepInput(NOISE, torch.float32, ("batch", "cache")),
         ]
+
+    def prefill_inputs(self) -> list[StepInput]:
+        """`past_lengths`."""
+        return [StepInput(PAST_LENGTHS, torch.int64, ("batch",))]
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """RMSNormalization: TensorRT's parser casts to FP32 for the statistics and back before the weight."""
@@ -78,7 +82,8 @@ class TensorrtDialect:
         present_value = scatter(call.past_value, call.value, past_lengths)
         mask, domain, causal = None, CAUSAL, "lower_right"  # TensorRT takes a mask or a causal rule, not both
         if call.window is not None:
-            cache = step[NOISE].shape[1]  # the same for every layer, so that one mask serves them all
+            # That of an input, the same for every layer, so that one mask serves them all.
+            cache = step[NOISE].shape[1] if NOISE in step else call.past_key.shape[2]
             mask, domain, causal = window_mask(cache, position_ids, call.window), MASKED, "none"
         valid = (past_lengths + sequence).to(torch.int32)
         output = torch.onnx.ops.symbolic(

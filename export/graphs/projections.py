@@ -12,6 +12,7 @@ from starling.export.graphs.rewrites import (
     is_experts,
     is_linear,
     routers,
+    score_heads,
     take_over,
 )
 from starling.export.quantization.blocks import BlockQuantization
@@ -38,9 +39,9 @@ def write_projections(model: ir.Model, quantization: BlockQuantization | QdqPlan
 
 
 def _write_blocks(graph: ir.Graph, how: BlockQuantization) -> None:
-    chosen_by = routers(graph)
+    whole = routers(graph) | score_heads(graph)
     for node in list(graph):
-        if node in chosen_by:
+        if node in whole:
             _replace(graph, node, _linear(graph, node))
         elif is_linear(node):
             _replace(graph, node, _quantized_linear(graph, node, how))

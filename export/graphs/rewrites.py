@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 from onnxscript.optimizer import fold_constants
 
+from starling.engine.names import SCORES
 from starling.export.weights.weight_plan import new_weight, rows_of, stacked, stacked_name, weight_of
 
 MICROSOFT = "com.microsoft"
@@ -127,6 +128,12 @@ def routers(graph: ir.Graph) -> set[ir.Node]:
         else:
             waiting += node.inputs
     return found
+
+
+def score_heads(graph: ir.Graph) -> set[ir.Node]:
+    """The projection that makes scores: they are what the model is asked for, and it is small."""
+    found = {value.producer() for value in graph.outputs if value.name == SCORES}
+    return {node for node in found if node is not None and is_linear(node)}
 
 
 def insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from starling.engine.errors import UserError
+from starling.engine.names import EMBEDDINGS
 from starling.export.checkpoints.checkpoint import TensorSource
 from starling.export.quantization.qdq_projections import InputPlan, QdqPlan
 from starling.export.quantization.qdq_settings import QdqQuantization
@@ -29,9 +30,10 @@ class PreparedWeights:
 
 
 def projection_groups(model: ir.Model, how: QdqQuantization) -> list[InputGroup]:
-    """The groups of projections to be quantized, in graph order; lm_head's only where it is asked for."""
+    """The groups of projections to be quantized, in graph order; the head's only where it is asked for."""
     groups = input_groups(model)
-    return groups if how.head else groups[:-1]
+    has_head = not any(output.name == EMBEDDINGS for output in model.graph.outputs)
+    return groups[:-1] if has_head and not how.head else groups
 
 
 def kept_by_pattern(model: ir.Model, how: QdqQuantization) -> frozenset[str]:

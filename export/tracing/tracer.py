@@ -12,12 +12,13 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from starling.engine.bundle.manifest import Architecture
+from starling.engine.bundle.manifest import OUTPUT_OF, Architecture
 from starling.engine.errors import StarlingError, UnsupportedModelError
-from starling.engine.names import INPUT_IDS, LOGITS, LOGITS_TO_KEEP, PAST, PRESENT
+from starling.engine.names import INPUT_IDS, LOGITS_TO_KEEP, PAST, PRESENT, Task
 from starling.export.checkpoints.checkpoint import empty_model
+from starling.export.checkpoints.model_class import auto_class, head_of
 from starling.export.dialects import Dialect, StepInput
 from starling.export.graphs.rewrites import required, simplify, take_over
 from starling.export.tracing.abstract_nodes import added_to_weights
@@ -38,6 +39,8 @@ class Trace:
     model: ir.Model
     architecture: Architecture
     notes: tuple[str, ...] = ()
+    #: Sequences of more tokens are rotated by other factors; None: all alike.
+    long_from: int | None = None
 
 
 class _TraceCache:
@@ -62,11 +65,14 @@ class _TraceCache:
 
 
 class _Traced(nn.Module):
-    """The signature of the graph: ids, the dialect's step inputs and cache; logits, cache, further outputs."""
+    """The signature of the graph: ids, the dialect's step inputs and cache; logits, cache, further outputs.
 
-    def __init__(self, lowering: Lowering, step_inputs: list[StepInput]) -> None:
+    A graph that scores or embeds gives those in place of logits, and nothing further.
+    """
+
+    def __init__(self, lowering: Lowering, step_inputs: list[StepInput], task: Task) -> None:
         super().__init__()
-        self.model = lowering.model
+        self.model, self._task = lowering.model, task
         self._lowering, self._names = [lowering], [s.name for s in step_inputs]
 
     def forward(self, input_ids: Tensor, step: list[Tensor], past: list[Tensor]) -> tuple[Tensor, ...]:
@@ -78,6 +84,10 @@ class _Traced(nn.Module):
             positions = _marked(positions)
         lowering.begin(Step(inputs, positions, pairs or None))
         kept = inputs.get(LOGITS_TO_KEEP)
+        if self._task != "generate":
+            assert kept is not None
+            output = self._pooled(input_ids, positions, kept)
+            return (output, *_present(lowering.step, len(pairs)))
         with _only(kept, self.model.get_output_embeddings()):  # type: ignore[no-untyped-call]
             output = self.model(
                 input_ids=input_ids,
@@ -87,9 +97,24 @@ class _Traced(nn.Module):
                 logits_to_keep=1 if kept is None else 0,  # 0: all of them, less those that `_only` leaves out
                 return_dict=True,
             )
-        present = lowering.step.present
-        cache = (tensor for i in range(len(pairs)) for tensor in present[i])
+        cache = _present(lowering.step, len(pairs))
         return (output.logits, *cache, *lowering.dialect.further_outputs(output.logits, inputs, input_ids.shape[1]))
+
+    def _pooled(self, input_ids: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
+        """Scores or hidden states, float32 [batch, kept, labels or hidden]."""
+        output = self.model.base_model(
+            input_ids=input_ids,
+            position_ids=positions,
+            past_key_values=_TraceCache(),
+            use_cache=True,
+            return_dict=True,
+        )
+        hidden = _gather(output.last_hidden_state, kept).float()
+        return head_of(self.model)(hidden) if self._task == "score" else hidden
+
+
+def _present(step: Step, layers: int) -> Iterator[Tensor]:
+    return (tensor for i in range(layers) for tensor in step.present[i])
 
 
 @contextmanager
@@ -134,10 +159,13 @@ def _gather(x: Tensor, kept: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic("Gather", (x, kept), attrs={"axis": 1}, dtype=x.dtype, shape=shape, version=13)
 
 
-def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str, positions: int | None = None) -> Trace:
+def trace(
+    config: PreTrainedConfig, dialect: Dialect, dtype: str, positions: int | None = None, task: Task = "generate"
+) -> Trace:
     """Trace the model of `config` under fake tensors: no weight exists, so the memory taken is the graph's.
 
-    `positions` is the longest sequence that the graph takes, by default as `positions_of` says.
+    `task` "score" and "embed" give the scores of its head, or the hidden states, at the positions kept. `positions` is
+    the longest sequence that the graph takes, by default as `positions_of` says.
 
     Raises:
         UserError: `positions` is more than the model has.
@@ -148,30 +176,36 @@ def trace(config: PreTrainedConfig, dialect: Dialect, dtype: str, positions: int
     real = empty_model(config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = _build(config, TORCH_DTYPES[dtype])
+        if task == "score":
+            head = head_of(model)  # what the model is asked for: in full precision
+            for name, parameter in head.named_parameters():
+                setattr(head, name, nn.Parameter(parameter.float(), requires_grad=False))
         lowering = Lowering(model, real, dialect, TORCH_DTYPES[dtype], positions)
         parameters, tied = sum(p.numel() for p in model.parameters()), _tied_names(model)
         with lowering.installed():
-            heads = _survey(lowering)
+            heads = _survey(lowering, task)
             architecture = _architecture(model, heads, positions, parameters, tied=bool(tied))
             lowering.register_tables()
-            graph = _export(lowering, architecture, TORCH_DTYPES[dtype])
+            graph = _export(lowering, architecture, TORCH_DTYPES[dtype], task)
     if not lowering.rotary.tables:
         _unmark(graph.graph, architecture.class_name)
     _plan_weights(graph, tied, lowering, real)
     simplify(graph)
-    return Trace(graph, architecture, lowering.rotary.notes())
+    long_from = [table.long_from for table in lowering.rotary.tables if table.long_from is not None]
+    return Trace(graph, architecture, lowering.rotary.notes(), long_from[0] if long_from else None)
 
 
-def _survey(lowering: Lowering) -> Heads:
+def _survey(lowering: Lowering, task: Task) -> Heads:
     """Run the model once, without a graph, to see how it attends and rotates; the heads that its KV cache has.
 
     Raises:
         UnsupportedModelError: it does something that cannot be lowered faithfully, or its layers are of several kinds.
     """
-    ids, steps = _example_inputs(lowering.dialect)
+    inputs = _step_inputs(lowering.dialect, task)
+    ids, steps = _example_inputs(inputs)
     name = type(lowering.model).__name__
     try:
-        _Traced(lowering, lowering.dialect.step_inputs())(ids, steps, [])
+        _Traced(lowering, inputs, task)(ids, steps, [])
     except Exception as error:
         raise _explain(error, name) from error
     heads = lowering.step.heads
@@ -217,7 +251,7 @@ def _plan_weights(graph: ir.Model, tied: dict[str, str], lowering: Lowering, rea
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -250,19 +284,26 @@ def _tied_names(model: PreTrainedModel) -> dict[str, str]:
     return tied
 
 
-def _example_inputs(dialect: Dialect) -> tuple[Tensor, list[Tensor]]:
-    """Token ids and the dialect's inputs, all zeros."""
+def _step_inputs(dialect: Dialect, task: Task) -> list[StepInput]:
+    if task == "generate":
+        return dialect.step_inputs()
+    return [*dialect.prefill_inputs(), StepInput(LOGITS_TO_KEEP, torch.int64, ("kept",))]
+
+
+def _example_inputs(step_inputs: list[StepInput]) -> tuple[Tensor, list[Tensor]]:
+    """Token ids and the further inputs, all zeros."""
     sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "cache": _CACHE, "kept": _KEPT}
-    steps = [torch.zeros([sizes[axis] for axis in s.axes], dtype=s.dtype) for s in dialect.step_inputs()]
+    steps = [torch.zeros([sizes[axis] for axis in s.axes], dtype=s.dtype) for s in step_inputs]
     return torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64), steps
 
 
-def _export(lowering: Lowering, arch: Architecture, dtype: torch.dtype) -> ir.Model:
+def _export(lowering: Lowering, arch: Architecture, dtype: torch.dtype, task: Task) -> ir.Model:
     dialect = lowering.dialect
-    steps = dialect.step_inputs()
+    steps = _step_inputs(dialect, task)
     names = [f"{i}.{side}" for i in range(arch.layers) for side in ("key", "value")]
     past = [torch.zeros(_BATCH, arch.kv_heads, _CACHE, arch.head_dim, dtype=dtype) for _ in names]
-    inputs = (*_example_inputs(dialect), past)
+    inputs = (*_example_inputs(steps), past)
+    further = dialect.outputs if task == "generate" else ()
     dynamic = {
         INPUT_IDS: {0: "batch", 1: "sequence"},
         "step": [dict(enumerate(s.axes)) for s in steps],
@@ -271,12 +312,12 @@ def _export(lowering: Lowering, arch: Architecture, dtype: torch.dtype) -> ir.Mo
     try:
         with _quiet():
             program = torch.onnx.export(
-                _Traced(lowering, steps).eval(),
+                _Traced(lowering, steps, task).eval(),
                 inputs,
                 dynamo=True,
                 opset_version=dialect.opset,
                 input_names=[INPUT_IDS, *(s.name for s in steps), *(f"{PAST}{n}" for n in names)],
-                output_names=[LOGITS, *(f"{PRESENT}{n}" for n in names), *dialect.outputs],
+                output_names=[OUTPUT_OF[task], *(f"{PRESENT}{n}" for n in names), *further],
                 dynamic_shapes=dynamic,
                 optimize=False,
                 verbose=False,

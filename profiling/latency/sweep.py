@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from starling.engine.backends.backend import Backend
-from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime, why_not_on_cuda
+from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
+from starling.engine.backends.onnxruntime.onnxruntime_backend import why_not_on_cuda
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import UserError

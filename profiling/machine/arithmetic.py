@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
+from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
 from starling.engine.backends.onnxruntime.step_buffers import ONNX_TYPES
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 
 from starling import __version__
 from starling.engine.backends.backend import CUDA
-from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
+from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
 from starling.engine.backends.tensorrt.runtimes import RUNTIMES, TITLES, RuntimeName, load_library
 from starling.engine.errors import BackendError
 from starling.engine.installation import extra_packages, install_command

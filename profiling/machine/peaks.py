@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from starling.engine.backends.backend import CUDA
 from starling.engine.backends.cuda.cuda_device import CudaDevice
 from starling.engine.backends.cuda.cuda_runtime import CudaRuntime
+from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
 from starling.engine.backends.onnxruntime.cuda_session import load_cuda
-from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
 from starling.engine.bundle.manifest import Bundle
 from starling.profiling.machine.arithmetic import ArithmeticPeak, measure_arithmetic_peak, measure_cuda_peak
 from starling.profiling.machine.memory_bandwidth import measure_copy_bandwidth, measure_read_bandwidth

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from starling.engine.backends.backend import PREFILL_CHUNK
-from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend, import_onnxruntime
+from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
+from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend
 from starling.engine.backends.onnxruntime.onnxruntime_cuda import open_cuda
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.onnx_bytes import read_nodes

@@ -11,6 +11,7 @@ from test_cli import HEAVY
 
 from starling.cli.command_group import COMMANDS
 from starling.engine.names import DIALECTS, SCHEMES
+from starling.export.checkpoints.random_models import RANDOM_MODELS
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +63,7 @@ def test_the_values_of_an_option_are_completed() -> None:
 
 def test_models_and_files_are_completed_for_an_export() -> None:
     assert offered("export", "") == [
-        *(("plain", name) for name in ("demo", "random:starling-7b", "random:starling-tiny")),
+        *(("plain", name) for name in ("demo", *(f"random:{name}" for name in RANDOM_MODELS))),
         ("file", ""),
     ]
     assert offered("export", "./mo") == [("file", "./mo")]

@@ -27,7 +27,7 @@ def test_help_shows_one_name_for_rows_and_one_for_the_queue() -> None:
         for name in ("max-batch", "max-queue")
     }
     assert having == {
-        "max-batch": ["build", "serve", "batch", "triton", "verify", "evaluate"],
+        "max-batch": ["build", "score", "serve", "batch", "triton", "verify", "evaluate"],
         "max-queue": ["serve", "triton"],
     }
     assert "Batch sizes to measure" in shown["profile"]

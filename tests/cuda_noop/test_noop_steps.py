@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from noop_cuda import BUNDLES, counted, device_bytes, opened
 
+from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
 from starling.engine.backends.onnxruntime.cuda_session import KERNELS_SWITCH
-from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
 from starling.engine.backends.onnxruntime.onnxruntime_cuda import open_cuda
 from starling.engine.bundle.manifest import Bundle
 

@@ -98,8 +98,8 @@ def test_json_of_no_object(copied: Path, content: str) -> None:
 
 
 def test_newer_format_asks_for_an_upgrade(copied: Path) -> None:
-    edit(copied, lambda raw: raw.update(format_version=2))
-    assert "is a bundle of format 2, this Starling reads up to 1: upgrade" in refusal(copied)
+    edit(copied, lambda raw: raw.update(format_version=3))
+    assert "is a bundle of format 3, this Starling reads up to 2: upgrade" in refusal(copied)
 
 
 @pytest.mark.parametrize("version", [None, "1", 0, True, 1.0])

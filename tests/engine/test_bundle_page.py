@@ -13,6 +13,7 @@ from starling.engine.backends.tensorrt import plan_record
 from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineRecord, Profile, ShapeRange
 from starling.engine.bundle.manifest import FORMAT_VERSION, FileRecord, TensorSpec
 from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.scoring_models import for_task
 from starling.export.dialects import DIALECTS
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization.blocks import BlockQuantization
@@ -85,6 +86,13 @@ def manifests(
     return [json.loads((tiny_bundle / "bundle.json").read_text(encoding="utf-8")), *made]
 
 
+@pytest.fixture(scope="module")
+def embedding(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Checkpoint) -> dict[str, Any]:
+    """bundle.json of one that embeds, which has fields of its own, and no choice in its graph."""
+    out = tmp_path_factory.mktemp("page") / "embedding"
+    return export_bundle(for_task(tiny_checkpoint, "embed"), out, ExportOptions(check=True))
+
+
 #: JSON's types by the page's words.
 TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -98,9 +106,11 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def test_the_page_has_the_fields_of_bundle_json_with_their_types(manifests: list[dict[str, Any]]) -> None:
+def test_the_page_has_the_fields_of_bundle_json_with_their_types(
+    manifests: list[dict[str, Any]], embedding: dict[str, Any]
+) -> None:
     rows = {row[0].strip("`").replace("NAME", "*"): row for row in table("## bundle.json")}
-    found = written(manifests, frozenset({"files"}))
+    found = written([*manifests, embedding], frozenset({"files"}))
     parents = {path for path in found if isinstance(found[path][0], dict)} - set(rows)
     assert set(rows) == set(found) - parents
     for path, row in rows.items():
@@ -114,7 +124,7 @@ def test_the_page_has_the_fields_of_an_engines_record() -> None:
     parents = {path for path, values in found.items() if isinstance(values[0], dict)}
     listed = [re.sub(r"\b(INPUT|KIND)\b", "*", name) for name in names("## engines/NAME.json")]
     assert set(listed) == set(found) - parents
-    assert plan_record.FORMAT_VERSION == FORMAT_VERSION == 1
+    assert (plan_record.FORMAT_VERSION, FORMAT_VERSION) == (1, 2)
 
 
 def test_the_page_has_every_file(manifests: list[dict[str, Any]]) -> None:

@@ -248,8 +248,8 @@ WITHOUT_A_PLACE = {
     "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": "merge the adapter",
     "model.layers.0.self_attn.q_proj.bias": "config.json denies this bias",
     "model.layers.0.mlp.adapter_down.weight": "merge the adapter",
-    "score.weight": "a model that scores is not exported yet",
-    "v_head.summary.weight": "a model that scores is not exported yet",
+    "score.weight": "config.json is a language model's, this is a head for scores",
+    "v_head.summary.weight": "config.json is a language model's, this is a head for scores",
     "model.layers.0.self_attn.q_proj.weight_scale": "the weights are quantized",
     "model.layers.3.self_attn.q_proj.weight": "config.json is of another model",
     "model.layers.0.self_attn.q_norm.weight": "config.json is of another model",
@@ -283,12 +283,12 @@ def test_integers_where_the_model_has_weights_are_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "architecture", ["Qwen2ForSequenceClassification", "LlamaForTokenClassification", "InternLM2ForRewardModel"]
+    "architecture", ["LlamaForQuestionAnswering", "LlamaForTokenClassification", "InternLM2ForRewardModel"]
 )
 def test_a_model_with_another_head_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
     save(tmp_path, LlamaConfig(**SHAPE))
     edit_json(tmp_path / "config.json", architectures=[architecture])
-    with pytest.raises(UnsupportedModelError, match=f"is a {architecture}, which gives no next token"):
+    with pytest.raises(UnsupportedModelError, match=f"is a {architecture}, which gives neither a next token nor"):
         open_checkpoint(str(tmp_path))
 
 

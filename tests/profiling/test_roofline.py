@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
+from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
 from starling.profiling.machine.arithmetic import measure_product, product_graph

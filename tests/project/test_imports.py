@@ -16,7 +16,7 @@ LAYERS = (
     Layer("starling.engine.serving_loop"),
     Layer("starling.engine.engine"),
     Layer("starling.engine.chat_session"),
-    Layer("starling.engine.batching"),
+    Layer("starling.engine.batching", "starling.engine.pooling"),
     Layer("starling.engine.generation"),
     Layer("starling.engine.text", "starling.engine.verification"),
     Layer("starling.engine.backends"),

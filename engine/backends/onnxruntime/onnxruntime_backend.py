@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,7 +19,7 @@ from starling.engine.backends.backend import (
     chunk_length,
     most_scored,
 )
-from starling.engine.backends.onnxruntime.huge_pages import huge_pages
+from starling.engine.backends.onnxruntime.cpu_session import CPU, failed_run, open_cpu_session
 from starling.engine.backends.onnxruntime.row_copies import HostRowCopies
 from starling.engine.backends.onnxruntime.step_buffers import (
     INPUTS,
@@ -29,25 +28,11 @@ from starling.engine.backends.onnxruntime.step_buffers import (
     StepOutputs,
     StepWriter,
     allocate_cache,
-    first_line,
 )
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.installation import install_command
-from starling.engine.kernels import KernelLibrary, KernelsUnavailable, faster_kernel_library
 from starling.engine.names import LOGITS_TO_KEEP
-
-CPU = "CPUExecutionProvider"
-
-
-def import_onnxruntime() -> Any:
-    """The onnxruntime module. Raises BackendError when neither onnxruntime nor onnxruntime-gpu is installed."""
-    try:
-        return import_module("onnxruntime")
-    except ImportError as error:
-        raise BackendError(
-            f"onnxruntime is not installed ({error}): {install_command('cpu')}, or {install_command('gpu')} for CUDA"
-        ) from error
 
 
 def why_not_on_cuda(ort: Any, bundle: Bundle) -> str | None:
@@ -110,19 +95,17 @@ class OrtBackend:
         profile_prefix: Path | None = None,
     ) -> None:
         """With `profile_prefix` ONNX Runtime times every operator; `end_profiling` then gives the file."""
-        self._ort = import_onnxruntime()
-        kernels, self.kernels_note = _kernels(bundle)
-        self.kernels: str | None = None if kernels is None else kernels.instruction_set
+        opened = open_cpu_session(bundle, threads, profile_prefix)
+        self._session: Any = opened.session
+        self.kernels, self.kernels_note = opened.kernels, opened.kernels_note
         #: The file that was loaded.
-        self.graph_path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)
-        options = _session_options(self._ort, bundle, threads, kernels, profile_prefix)
-        self._session: Any = _open_session(self._ort, self.graph_path, options)
+        self.graph_path = opened.graph_path
         self.threads, self.max_seq, self.max_batch = threads, max_seq, max_batch
         self.vocab_size = bundle.architecture.vocab_size
         self.kv_cache_bytes = bundle.kv_cache.bytes_per_token * max_seq * max_batch
         self.model_seconds = 0.0
         self.prefill_chunk = min(prefill_chunk, max_seq)
-        self._cache, self._cache_memory = allocate_cache(self._ort, bundle, max_batch, max_seq)
+        self._cache, self._cache_memory = allocate_cache(opened.ort, bundle, max_batch, max_seq)
         longest = max(self.prefill_chunk, MOST_VERIFIED_TOGETHER)
         self._inputs = INPUTS[bundle.dialect](max_batch, longest, max_seq)
         self._bundle, self._why_last_only = bundle, _why_last_only(bundle)
@@ -164,7 +147,7 @@ class OrtBackend:
         try:  # as `_run`: a call takes 4 µs, with cold caches
             self._session.run_with_iobinding(step.binding)
         except Exception as error:
-            raise _failed_run(error) from error
+            raise failed_run(error) from error
         finally:
             self.model_seconds += perf_counter() - begin
         return step.output
@@ -247,7 +230,7 @@ class OrtBackend:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise _failed_run(error) from error
+            raise failed_run(error) from error
         finally:
             self.model_seconds += perf_counter() - begin
 
@@ -294,52 +277,9 @@ class OrtBackend:
         return binding
 
 
-def _failed_run(error: Exception) -> BackendError:
-    """For any exception: ONNX Runtime's share no base class of their own."""
-    return BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}")
-
-
 def _why_last_only(bundle: Bundle) -> tuple[str, str] | None:
     """Why the graph cannot give logits after several tokens of a row, and what to do; None where it can."""
     if any(spec.name == LOGITS_TO_KEEP for spec in bundle.graph.inputs):
         return None
     how = "export the model again" if bundle.dialect == "ort" else "export it with --dialect ort"
     return f"{bundle.folder}: its graph gives the last token's logits only", how
-
-
-def _kernels(bundle: Bundle) -> tuple[KernelLibrary | None, str | None]:
-    """The CPU kernels for this bundle, or why there are none where it could be otherwise."""
-    if bundle.kernel_graph is None:
-        return None, None
-    how = bundle.quantization
-    try:
-        # An asymmetric int8 bundle's second graph has only its attention in the kernels.
-        return faster_kernel_library(int8_products=how is not None and how.scheme == "int8" and how.symmetric), None
-    except KernelsUnavailable as error:
-        return None, f"without CPU kernels: {error}"
-
-
-def _session_options(
-    ort: Any, bundle: Bundle, threads: int, kernels: KernelLibrary | None, profile_prefix: Path | None
-) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    if profile_prefix is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-    if bundle.dialect == "tensorrt":  # else it multiplies quantized weights with activations that it rounds as it likes
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if kernels is not None:
-        options.register_custom_ops_library(str(kernels.path))
-    return options
-
-
-def _open_session(ort: Any, graph: Path, options: Any) -> Any:
-    try:
-        with huge_pages():
-            return ort.InferenceSession(str(graph), options, providers=[CPU])
-    except Exception as error:
-        raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
+from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
 from starling.profiling.gpu.stages import KIT_FILE
 from starling.profiling.gpu.stages.kit import Kit
 

@@ -68,8 +68,8 @@ class CudaMachine:
     ) -> Any:
         from starling.engine.backends.cuda.cuda_device import CudaDevice
         from starling.engine.backends.cuda.cuda_runtime import CudaRuntime
+        from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
         from starling.engine.backends.onnxruntime.cuda_session import check_starts, load_cuda
-        from starling.engine.backends.onnxruntime.onnxruntime_backend import import_onnxruntime
         from starling.engine.backends.onnxruntime.onnxruntime_cuda import OrtCudaBackend
 
         ort = import_onnxruntime()

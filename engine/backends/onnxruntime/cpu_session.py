@@ -1,0 +1,91 @@
+"""An ONNX Runtime session on the CPU over a bundle's graph, with the engine's own kernels where they run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from starling.engine.backends.onnxruntime.huge_pages import huge_pages
+from starling.engine.backends.onnxruntime.step_buffers import first_line
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.errors import BackendError
+from starling.engine.installation import install_command
+from starling.engine.kernels import KernelLibrary, KernelsUnavailable, faster_kernel_library
+
+CPU = "CPUExecutionProvider"
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module. Raises BackendError when neither onnxruntime nor onnxruntime-gpu is installed."""
+    try:
+        return import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendError(
+            f"onnxruntime is not installed ({error}): {install_command('cpu')}, or {install_command('gpu')} for CUDA"
+        ) from error
+
+
+@dataclass(slots=True, eq=False)
+class CpuSession:
+    """An open session. `kernels` is the instruction set of our kernels, where they run it; `kernels_note` why not."""
+
+    ort: Any
+    session: Any
+    graph_path: Path
+    kernels: str | None
+    kernels_note: str | None
+
+
+def open_cpu_session(bundle: Bundle, threads: int, profile_prefix: Path | None = None) -> CpuSession:
+    """Load the bundle's graph. With `profile_prefix` ONNX Runtime times every operator.
+
+    Raises BackendError where ONNX Runtime is not installed or refuses the graph.
+    """
+    ort = import_onnxruntime()
+    kernels, note = _kernels(bundle)
+    path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)
+    session = _open_session(ort, path, _options(ort, bundle, threads, kernels, profile_prefix))
+    return CpuSession(ort, session, path, None if kernels is None else kernels.instruction_set, note)
+
+
+def failed_run(error: Exception) -> BackendError:
+    """For any exception: ONNX Runtime's share no base class of their own."""
+    return BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}")
+
+
+def _kernels(bundle: Bundle) -> tuple[KernelLibrary | None, str | None]:
+    """The CPU kernels for this bundle, or why there are none where it could be otherwise."""
+    if bundle.kernel_graph is None:
+        return None, None
+    how = bundle.quantization
+    try:
+        # An asymmetric int8 bundle's second graph has only its attention in the kernels.
+        return faster_kernel_library(int8_products=how is not None and how.scheme == "int8" and how.symmetric), None
+    except KernelsUnavailable as error:
+        return None, f"without CPU kernels: {error}"
+
+
+def _options(ort: Any, bundle: Bundle, threads: int, kernels: KernelLibrary | None, profile_prefix: Path | None) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    if bundle.dialect == "tensorrt":  # else it multiplies quantized weights with activations that it rounds as it likes
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if kernels is not None:
+        options.register_custom_ops_library(str(kernels.path))
+    return options
+
+
+def _open_session(ort: Any, graph: Path, options: Any) -> Any:
+    try:
+        with huge_pages():
+            return ort.InferenceSession(str(graph), options, providers=[CPU])
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error
