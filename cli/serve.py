@@ -97,7 +97,7 @@ def command(bundle: Path, **options: Any) -> None:
     taken, refused and ignored: docs/http.md.
 
     Further limits: 10 s for a request's headers, 30 s for its body, 30 s for an idle connection, 60 s for a client that
-    reads nothing, 10 s and 1 GiB for the chat template, 64 stop strings of 1,024 characters (4 by this API), 20
+    reads nothing, 10 s and 1 GiB for the chat template, 64 stop strings of 1,024 characters, 20
     alternatives of logprobs; deadline_s of a request limits its whole time.
 
     A request that names no temperature is sampled at the bundle's own, else at 1, as OpenAI does; `generate` is greedy.

@@ -56,6 +56,10 @@ class ChatTemplates:
         """The known names, `default` first where there is one."""
         return tuple(sorted(self._sources, key=lambda name: (name != DEFAULT, name)))
 
+    def source(self, name: str | None = None) -> str | None:
+        """A template as it is written, by default the one that is used by default; None where there is none."""
+        return self._sources.get(name or next(iter(self.names), ""))
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -115,9 +115,21 @@ class Tokenizer:
         before, behind = self.affixes
         return [*before, *plain, *behind] if add_special_tokens else plain
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out."""
-        return self._core.decode(ids, skip_special_tokens=True)
+    def offsets(self, text: str) -> list[int]:
+        """How many characters of the text come before each token of `encode(text)`; a space before a word is its own.
+
+        Tokens that are pieces of one character have that character's. Raises PromptError as `encode` does.
+        """
+        begins, end = [], 0
+        for start, stop in self._encode_fully(self._core, text, add_special_tokens=True).offsets:
+            # A token without characters is BOS or EOS. Byte-level tokenizers leave the space out of what they report.
+            begins.append(min(start, end) if stop > start else end)
+            end = max(end, stop)
+        return begins
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of the ids, special tokens left out or by their names."""
+        return self._core.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """A fresh incremental detokenizer. After `prompt_ids` the text continues theirs and keeps its first space."""

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from starling.engine.generation.results import Timings
-from starling.engine.generation.sampler import TokenLogprob
-from starling.serving.api.token_texts import TokenTexts
+from starling.serving.api.token_texts import ShownToken, TokenTexts
 
-#: Tokens with the offset of their text in the answer, in characters.
-Logprobs: TypeAlias = Sequence[tuple[int, TokenLogprob]]
+Logprobs: TypeAlias = Sequence[ShownToken]
 
 
 @dataclass(frozen=True, slots=True)

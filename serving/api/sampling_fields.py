@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from starling.engine.errors import SamplingError, shown
-from starling.engine.generation.sampling_params import SamplingParams, check_max_tokens
+from starling.engine.generation.sampling_params import MOST_STOP_STRINGS, SamplingParams, check_max_tokens
 from starling.serving.api.api_errors import bad_field, from_engine
 from starling.serving.api.fields import Fields, Unsupported
 from starling.serving.api.grammar_fields import GRAMMAR_FIELDS, read_grammar
 
-#: OpenAI's own limit on strings in `stop`.
-MOST_STOPS = 4
 MOST_LOGPROBS = 20
 
 #: Fields of vLLM and SGLang that would change the answer, with what changes nothing.
@@ -110,6 +108,7 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
         raise bad_field("stop", "stop holds no text: give a string, or a list of strings that are not empty")
-    if len(stops) > MOST_STOPS:
-        raise bad_field("stop", f"stop has {len(stops)} strings: give {MOST_STOPS} at most", "array_above_max_length")
+    if len(stops) > MOST_STOP_STRINGS:
+        problem = f"stop has {len(stops)} strings: give {MOST_STOP_STRINGS} at most"
+        raise bad_field("stop", problem, "array_above_max_length")
     return tuple(stops)

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from starling.engine.generation.sampler import TokenLogprob
 from starling.engine.text.detokenizer import REPLACEMENT
 from starling.engine.text.tokenizer import Tokenizer
+
+#: What stands for the logarithm of 0, as in OpenAI's answers: JSON has no infinity.
+_NEVER = -9999.0
+
+
+class ShownToken(NamedTuple):
+    """A token of a text, and the characters of the text before its own."""
+
+    offset: int
+    token: int
+    #: None for a text's first token, before which there is nothing.
+    entry: TokenLogprob | None
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _NEVER)
 
 
 class TokenTexts:
@@ -27,23 +43,31 @@ class TokenTexts:
         detokenizer = self._tokenizer.detokenizer(self._before)
         return detokenizer.push(token) + detokenizer.flush()
 
-    def completion(self, entries: Sequence[tuple[int, TokenLogprob]]) -> dict[str, Any]:
-        """OpenAI's `logprobs` of a completion; each entry has the offset of its text in the answer."""
+    def begin(self, token: int, added: str, before: int) -> int:
+        """Characters before a token's own, where the text had `before` of them and the token made it grow by `added`.
+
+        That may begin with what was held back until this token: a character's last byte is not known to be one.
+        """
+        own = self.text(token)
+        return before + len(added) - len(own) if own and added.endswith(own) else before
+
+    def completion(self, entries: Sequence[ShownToken]) -> dict[str, Any]:
+        """OpenAI's `logprobs` of a completion. The chosen token is among its alternatives, with the same number."""
         return {
-            "tokens": [self.text(entry.token) for _, entry in entries],
-            "token_logprobs": [entry.logprob for _, entry in entries],
-            "top_logprobs": [self._alternatives(entry) for _, entry in entries],
-            "text_offset": [offset for offset, _ in entries],
+            "tokens": [self.text(each.token) for each in entries],
+            "token_logprobs": [None if each.entry is None else _finite(each.entry.logprob) for each in entries],
+            "top_logprobs": [None if each.entry is None else self._alternatives(each.entry) for each in entries],
+            "text_offset": [each.offset for each in entries],
         }
 
-    def chat(self, entries: Sequence[tuple[int, TokenLogprob]]) -> dict[str, Any]:
+    def chat(self, entries: Sequence[ShownToken]) -> dict[str, Any]:
         """OpenAI's `logprobs` of a chat's choice."""
-        return {"content": [self._chat_entry(entry) for _, entry in entries], "refusal": None}
+        return {"content": [self._chat_entry(each.entry) for each in entries if each.entry], "refusal": None}
 
     def _alternatives(self, entry: TokenLogprob) -> Mapping[str, float]:
         texts: dict[str, float] = {}
-        for token, value in entry.top:
-            texts.setdefault(self.text(token), value)  # two tokens may have one text; the likelier one stands
+        for token, value in (*entry.top, (entry.token, entry.logprob)):
+            texts.setdefault(self.text(token), _finite(value))  # two tokens may have one text; the likelier one stands
         return texts
 
     def _chat_entry(self, entry: TokenLogprob) -> dict[str, Any]:
@@ -54,4 +78,8 @@ class TokenTexts:
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.text(token)
         # A piece of a character has no text of its own, and its bytes cannot be known from that text.
-        return {"token": text, "logprob": logprob, "bytes": None if REPLACEMENT in text else list(text.encode())}
+        return {
+            "token": text,
+            "logprob": _finite(logprob),
+            "bytes": None if REPLACEMENT in text else list(text.encode()),
+        }

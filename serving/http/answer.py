@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -16,11 +15,13 @@ from starling.engine.batching.request import RequestHandle
 from starling.engine.errors import RequestFailed, UserError
 from starling.engine.generation.results import FinishReason, GenerationChunk, Timings
 from starling.serving.api.api_errors import ApiError, from_engine, out_of_time, shutting_down, unexpected
+from starling.serving.api.prompt_echo import PromptEcho
 from starling.serving.api.replies import Choice, Logprobs, Reply, Usage, usage_of
+from starling.serving.api.token_texts import ShownToken
 from starling.serving.http.interleave import interleave
 from starling.serving.http.request_bodies import ApiRequest
 from starling.serving.http.request_log import RequestTrace, request_trace
-from starling.serving.http.service import Service
+from starling.serving.http.service import Service, Submitted
 
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -33,18 +34,20 @@ DONE = b"data: [DONE]\n\n"
 class _Candidate:
     """One generation of the request, as far as it has come."""
 
-    def __init__(self, index: int, handle: RequestHandle, *, counts_prompt: bool) -> None:
+    def __init__(self, index: int, handle: RequestHandle, echo: PromptEcho | None, *, counts_prompt: bool) -> None:
         self.index, self.handle = index, handle
+        #: What its text begins with.
+        self.echo = echo
         #: Whether its prompt's tokens count: those of one prompt count once.
         self.counts_prompt = counts_prompt
         self.texts: list[str] = []
         #: Tokens that are part of the text, each with the offset of its own text in it.
-        self.logprobs: list[Any] = []
+        self.logprobs: list[ShownToken] = []
         #: Of all tokens, the end token too.
         self.log_probability = 0.0
         self.finish_reason = ""
         self.timings: Timings | None = None
-        self.offset = 0
+        self.offset = 0 if echo is None else len(echo.text)
         #: Whether its end is in the metrics.
         self.recorded = False
         self.opened = False
@@ -58,12 +61,17 @@ class _Candidate:
 class Answer:
     """An ASGI response that reads the generations of one request to their end."""
 
-    def __init__(self, service: Service, handles: Sequence[RequestHandle], request: ApiRequest, reply: Reply) -> None:
-        """`handles` has `request.candidates` generations of the first prompt, then those of the next."""
+    def __init__(self, service: Service, submitted: Submitted, reply: Reply) -> None:
+        request, handles, echoes = submitted.request, submitted.handles, submitted.echoes
         self._service, self._request, self._reply = service, request, reply
         self._ends = _end_tokens(service, request)
         self._candidates = [
-            _Candidate(index, handle, counts_prompt=index % request.candidates == 0)
+            _Candidate(
+                index,
+                handle,
+                echoes[index // request.candidates] if echoes else None,
+                counts_prompt=index % request.candidates == 0,
+            )
             for index, handle in enumerate(handles)
         ]
 
@@ -92,12 +100,18 @@ class Answer:
         except ApiError as error:
             await Refusal(error)(scope, receive, send)
             return
-        choices = [self._choice(candidate) for candidate in self._chosen()]
-        whole = partial(self._reply.whole, choices, self._usage())
-        # Twenty alternatives of each of thousands of tokens take a second to write, in which streams go on.
-        has_logprobs = any(choice.logprobs for choice in choices)
-        content = await self._service.work(lambda: _in_pieces(whole())) if has_logprobs else _json(whole())
+        if self._request.params.logprobs is None:
+            content = _json(self._document())
+        else:
+            content = await self._written(self._document)
         await Response(content, media_type="application/json")(scope, receive, send)
+
+    def _document(self) -> dict[str, Any]:
+        return self._reply.whole([self._choice(candidate) for candidate in self._chosen()], self._usage())
+
+    async def _written(self, document: Callable[[], dict[str, Any]]) -> bytes:
+        """Twenty alternatives of each of thousands of tokens take a second to write, in which streams go on."""
+        return await self._service.work(lambda: _in_pieces(document()))
 
     def _chosen(self) -> list[_Candidate]:
         """The choices of each prompt: its candidates, or the likeliest of them."""
@@ -112,8 +126,20 @@ class Answer:
         ]
 
     def _choice(self, candidate: _Candidate) -> Choice:
-        logprobs = None if self._request.params.logprobs is None else candidate.logprobs
-        return Choice("".join(candidate.texts), logprobs, candidate.finish_reason)
+        text, logprobs = self._echo(candidate)
+        if logprobs is not None:
+            logprobs = [*logprobs, *candidate.logprobs]
+        return Choice(text + "".join(candidate.texts), logprobs, candidate.finish_reason)
+
+    def _echo(self, candidate: _Candidate) -> tuple[str, Logprobs | None]:
+        """What a choice begins with: its prompt where it is repeated, which has been run by now."""
+        echo, wanted = candidate.echo, self._request.params.logprobs is not None
+        if echo is None:
+            return "", [] if wanted else None
+        entries = candidate.handle.partial.prompt_logprobs if wanted else None
+        if entries is None:
+            return echo.text, None
+        return echo.text, [ShownToken(*each) for each in zip(echo.offsets, echo.ids, entries, strict=True)]
 
     def _usage(self) -> Usage:
         total = Usage(0, 0)
@@ -158,11 +184,20 @@ class Answer:
                     opening = self._reply.opening(index)
                     if opening is not None:
                         yield _event(opening)
+                    if candidate.echo is not None:
+                        yield await self._echo_event(candidate)
                 logprobs = self._logprobs(candidate, chunk)
                 if chunk.text or logprobs or chunk.finish_reason:
                     yield _event(self._reply.chunk(index, chunk.text, logprobs, chunk.finish_reason))
         if self._request.include_usage:
             yield _event(self._reply.usage_chunk(self._usage()))
+
+    async def _echo_event(self, candidate: _Candidate) -> bytes:
+        def piece() -> dict[str, Any]:
+            text, logprobs = self._echo(candidate)
+            return self._reply.chunk(candidate.index, text, logprobs, None)
+
+        return b"data: " + await self._written(piece) + b"\n\n"
 
     async def _chunks(self, trace: RequestTrace) -> AsyncGenerator[tuple[_Candidate, GenerationChunk], None]:
         """The chunks of all candidates, as they come. Raises ApiError where one does not end well."""
@@ -206,7 +241,8 @@ class Answer:
             return None
         if chunk.logprob is None or chunk.token in self._ends:
             return []
-        return [(offset, chunk.logprob)]
+        token = chunk.logprob.token
+        return [ShownToken(self._service.texts.begin(token, chunk.text, offset), token, chunk.logprob)]
 
     async def _cancel_on_disconnect(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

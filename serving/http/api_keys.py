@@ -19,8 +19,8 @@ from starling.serving.http.answer import Refusal
 LOGGER = logging.getLogger("starling.serve")
 
 VARIABLE = "STARLING_API_KEY"
-#: What stands under this path needs a key; health and metrics do not.
-PROTECTED = "/v1/"
+#: Paths that need no key: all others do.
+OPEN = frozenset({"/health", "/ready", "/metrics"})
 #: What a header may have around its value. Other white space, as a text has it, may be a piece of a key in UTF-8.
 _BLANK = b" \t\r"
 #: A file of keys is small; what is larger is something else.
@@ -80,7 +80,7 @@ class ApiKeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or pass the request on."""
-        guarded = scope["type"] == "http" and scope["path"].startswith(PROTECTED)
+        guarded = scope["type"] == "http" and scope["path"] not in OPEN
         if guarded and not self._allows(_authorization(scope)):
             await Refusal(unauthorized())(scope, receive, send)
         else:

@@ -26,6 +26,7 @@ from starling.serving.http.host_guard import ANY, HostGuard
 from starling.serving.http.request_bodies import ApiRequest, Limits, chat_request, completion_request
 from starling.serving.http.request_log import RequestLog, request_trace
 from starling.serving.http.service import Service
+from starling.serving.http.token_endpoints import TokenEndpoints
 from starling.serving.metrics.prometheus import CONTENT_TYPE
 
 _FAILED = "the serving loop has ended by a failure, which is in the log: start the server again\n"
@@ -56,7 +57,7 @@ def make_app(
     if api_keys:
         middleware.append(Middleware(ApiKeyGuard, keys=tuple(api_keys)))
     app = Starlette(
-        routes=endpoints.routes(),
+        routes=[*endpoints.routes(), *TokenEndpoints(service, max_body).routes()],
         middleware=middleware,
         exception_handlers={ApiError: _refused, HTTPException: _http_error, Exception: _failed},
     )
@@ -123,12 +124,13 @@ class _Endpoints:
         if self._service.draining:
             raise shutting_down()
         body = await read_body(request, self._max_body)
-        wanted, handles = await self._service.start(
+        submitted = await self._service.start(
             lambda: read(json_object(body), self._service.limits), request_trace(request.scope).id
         )
+        wanted = submitted.request
         request_trace(request.scope).note_ignored(wanted.ignored)
         reply = form(wanted.model, self._service.texts, stream=wanted.stream, with_usage=wanted.include_usage)
-        return Answer(self._service, handles, wanted, reply)
+        return Answer(self._service, submitted, reply)
 
     def _model(self, name: str) -> dict[str, Any]:
         limits = self._service.limits

@@ -28,7 +28,6 @@ COMPLETION_TOKENS = 16
 API_DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
 
 UNSUPPORTED_COMPLETION: Unsupported = {
-    "echo": ((False,), "the prompt is not repeated in the answer"),
     "suffix": (("",), "text is generated at the end of the prompt only"),
 }
 UNSUPPORTED_CHAT: Unsupported = {
@@ -52,7 +51,7 @@ IGNORED_CHAT = IGNORED_FIELDS | {"parallel_tool_calls"}
 
 #: All that a body may name. Anything else is refused where it looks misspelt or the server is strict, else ignored.
 _COMMON = SAMPLING_FIELDS | {"model", "stream", "stream_options", "logprobs", "n"}
-COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "best_of", *UNSUPPORTED_COMPLETION}
+COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "echo", "best_of", *UNSUPPORTED_COMPLETION}
 CHAT_FIELDS = _COMMON | IGNORED_CHAT | {"messages", "template", "top_logprobs", *TEMPLATE_FIELDS, *UNSUPPORTED_CHAT}
 
 
@@ -99,6 +98,8 @@ class ApiRequest:
     template: str | None = None
     #: What the client hands to the template.
     variables: Mapping[str, Any] = field(default_factory=dict)
+    #: Whether the answer begins with its prompt.
+    echo: bool = False
     #: Names of fields that nobody knows.
     ignored: tuple[str, ...] = ()
 
@@ -129,10 +130,13 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
     """The body of /v1/completions. Raises ApiError that names the field."""
     fields = Fields(document)
     ignored = fields.refuse_unknown(COMPLETION_FIELDS, elsewhere=CHAT_FIELDS, least=limits.least_alike)
-    model = _model(fields, limits)
+    model = read_model(fields, limits)
     fields.refuse_unsupported(UNSUPPORTED_COMPLETION)
     logprobs = _count("logprobs", fields.optional("logprobs", int))
     params = read_sampling(fields, limits.defaults, max_tokens=COMPLETION_TOKENS, logprobs=logprobs)
+    echo = fields.get("echo", bool, False)
+    if echo:
+        params = replace(params, prompt_logprobs=logprobs)
     stream, include_usage = _streaming(fields)
     prompts = _prompts(fields)
     choices = _choices(fields, "n", 1, MOST_CHOICES)
@@ -148,6 +152,7 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
         prompts=prompts,
         choices=choices,
         candidates=candidates,
+        echo=echo,
         ignored=ignored,
     )
 
@@ -156,7 +161,7 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
     """The body of /v1/chat/completions. Raises ApiError that names the field."""
     fields = Fields(document)
     ignored = fields.refuse_unknown(CHAT_FIELDS, elsewhere=COMPLETION_FIELDS, least=limits.least_alike)
-    model = _model(fields, limits)
+    model = read_model(fields, limits)
     fields.refuse_unsupported(UNSUPPORTED_CHAT)
     params = read_sampling(fields, limits.defaults, max_tokens=limits.max_seq, logprobs=_chat_logprobs(fields))
     choices = _choices(fields, "n", 1, MOST_CHOICES)
@@ -175,8 +180,9 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
     )
 
 
-def _model(fields: Fields, limits: Limits) -> str:
-    model = fields.required("model", str)
+def read_model(fields: Fields, limits: Limits) -> str:
+    """The model's name, the first of those served where there is none. Raises ApiError for one that is not served."""
+    model = fields.get("model", str, limits.models[0])
     if model not in limits.models:
         raise ApiError(
             404,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from starling.engine.batching.request import RequestHandle
@@ -12,6 +13,7 @@ from starling.engine.engine import Engine
 from starling.engine.errors import StarlingError
 from starling.engine.serving_loop import ServingLoop
 from starling.serving.api.api_errors import ApiError, bad_field, from_engine, shutting_down
+from starling.serving.api.prompt_echo import PromptEcho, prompt_echo
 from starling.serving.api.token_texts import TokenTexts
 from starling.serving.http.request_bodies import ApiRequest, Limits
 from starling.serving.metrics.prometheus import PrometheusMetrics
@@ -20,6 +22,16 @@ T = TypeVar("T")
 
 #: Threads that read requests. They take turns with the event loop's: the fewer, the sooner it has its own.
 WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A request whose generations are queued: `request.candidates` of the first prompt, then those of the next."""
+
+    request: ApiRequest
+    handles: list[RequestHandle]
+    #: Of each prompt, where the answer repeats it; else none.
+    echoes: list[PromptEcho]
 
 
 class Service:
@@ -42,7 +54,7 @@ class Service:
         """Whether the serving loop has ended by a failure: nothing is answered until the process starts anew."""
         return self._loop.failure is not None
 
-    async def start(self, read: Callable[[], ApiRequest], request_id: str) -> tuple[ApiRequest, list[RequestHandle]]:
+    async def start(self, read: Callable[[], ApiRequest], request_id: str) -> Submitted:
         """Read a request and queue it, under the id of its HTTP request; a handle for each candidate of each prompt.
 
         All that takes the longer the longer the request is (JSON, template, tokenizer) runs on a worker; streams go on
@@ -53,13 +65,13 @@ class Service:
             raise shutting_down()
         handles: list[RequestHandle] = []
         try:
-            request = await self.work(lambda: self._read_and_submit(read, request_id, handles))
+            submitted = await self.work(lambda: self._read_and_submit(read, request_id, handles))
         except ApiError:
             for handle in handles:  # those before the one that was refused
                 self.finish(handle, recorded=False)
             raise
         self._running.update(handles)
-        return request, handles
+        return submitted
 
     async def work(self, task: Callable[[], T]) -> T:
         """What a task returns that takes long, for the event loop."""
@@ -91,15 +103,21 @@ class Service:
 
     def _read_and_submit(
         self, read: Callable[[], ApiRequest], request_id: str, handles: list[RequestHandle]
-    ) -> ApiRequest:
+    ) -> Submitted:
         """The request, whose generations are submitted and put into `handles` one after the other."""
         request = read()
+        if request.params.prompt_logprobs is not None and self.engine.backend.most_scored == 0:
+            problem = "this server has the log-probabilities of answers only"
+            raise bad_field("echo", f"echo with logprobs: {problem}; leave one of them out", "unsupported_parameter")
         try:
-            for ids in self._encoded(request):  # all of them, before one is submitted
+            encoded, tokenizer = self._encoded(request), self.engine.tokenizer
+            pairs = zip(request.prompts, encoded, strict=True) if request.echo else ()
+            echoes = [prompt_echo(tokenizer, self.texts, prompt, ids) for prompt, ids in pairs]
+            for ids in encoded:  # all of them are known, before one is submitted
                 self._submit(request, ids, request_id, handles)
         except StarlingError as error:
             raise from_engine(error, request.prompt_field) from None
-        return request
+        return Submitted(request, handles, echoes)
 
     def _submit(self, request: ApiRequest, ids: list[int], request_id: str, handles: list[RequestHandle]) -> None:
         for candidate in range(request.candidates):

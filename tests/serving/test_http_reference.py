@@ -23,6 +23,7 @@ from starling.serving.api.fields import Unsupported
 from starling.serving.http import body, connections, logs, request_log
 from starling.serving.http import request_bodies as requests
 from starling.serving.http.app import _Endpoints
+from starling.serving.http.token_endpoints import TokenEndpoints
 from starling.serving.metrics.metric_table import REQUEST_METRICS, STATE_METRICS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "http.md").read_text(encoding="utf-8")
@@ -92,7 +93,7 @@ def test_numeric_defaults_are_those_of_the_code() -> None:
 
 def test_limits_endpoints_metrics_and_the_logs_fields_are_those_of_the_code() -> None:
     limits = {row[0]: row[1] for row in table("Limits")}
-    assert limits["strings in `stop`"] == str(sampling_fields.MOST_STOPS)
+    assert limits["strings in `stop`"] == str(sampling_params.MOST_STOP_STRINGS)
     assert limits["alternatives of `logprobs`"] == str(sampling_fields.MOST_LOGPROBS)
     assert limits["time for the body to arrive"] == f"{body.BODY_TIMEOUT_S} s"
     assert limits["characters of one of them"] == str(sampling_params.LONGEST_STOP)
@@ -110,8 +111,7 @@ def test_limits_endpoints_metrics_and_the_logs_fields_are_those_of_the_code() ->
         f"Further limits: {connections.HEADERS_TIMEOUT_S:g} s for a request's headers, {body.BODY_TIMEOUT_S} s for "
         f"its body, {connections.IDLE_TIMEOUT_S} s for an idle connection, {connections.UNREAD_TIMEOUT_S:g} s for a "
         f"client that reads nothing, {template.replace(', ', ' and ')} for the chat template, "
-        f"{sampling_params.MOST_STOP_STRINGS} stop strings of {sampling_params.LONGEST_STOP:,} characters "
-        f"({sampling_fields.MOST_STOPS} by this API), "
+        f"{sampling_params.MOST_STOP_STRINGS} stop strings of {sampling_params.LONGEST_STOP:,} characters, "
         f"{sampling_fields.MOST_LOGPROBS} alternatives of logprobs"
     ) in help_text
     assert f"within `--grace` seconds ({options['grace']})" in PAGE
@@ -119,7 +119,8 @@ def test_limits_endpoints_metrics_and_the_logs_fields_are_those_of_the_code() ->
     for option in set(re.findall(r"--[a-z][a-z-]+", PAGE)):
         assert option in CliRunner().invoke(serve_command, ["--help"]).output, option
 
-    routes = {route.path.replace(":path", ""): route.methods for route in _Endpoints.routes(object.__new__(_Endpoints))}
+    found = [route for kind in (_Endpoints, TokenEndpoints) for route in kind.routes(object.__new__(kind))]
+    routes = {route.path.replace(":path", ""): route.methods for route in found}
     assert [words(row[0])[0] for row in table("Endpoints")] == list(routes)
     for path, method in ((words(row[0])[0], row[1]) for row in table("Endpoints")):
         assert method in (routes[path] or ())
@@ -169,7 +170,7 @@ TYPES: dict[str, tuple[list[Any], list[Any]]] = {
         + [[{"role": "user", "content": "Hi", "name": "Bo", "tool_calls": []}]],
         [[], "Hi", [5], [{"role": "tool", "content": "x"}], [{"role": "user", "content": "x", "tool_calls": [1]}]],
     ),
-    "string, or list of strings": (["x", ["a", "b", "c", "d"]], ["", [""], ["a"] * 5, 5]),
+    "string, or list of strings": (["x", ["a", "b", "c", "d"]], ["", [""], ["a"] * 65, 5]),
     "list of token ids": ([[], [5]], ["x", [-1], ["x"]]),
     "object": ([], [[], "x"]),
     "object of numbers": ([{}, {"5": 1, "31999": -100}], [[], {"x": 1}, {"5": "1"}, {"5": 101}]),
@@ -293,7 +294,7 @@ def test_errors_are_those_of_the_table(server: Server) -> None:
 
     for change in (
         *({"temperature": -1}, {"prompt": None}, {"max_token": 1}, {"suffix": "x"}, {"top_p": "x"}, {"logprobs": 21}),
-        *({"stop": ["a"] * 5}, {"prompt": "word " * 100}, {"model": "x"}, {"prompt": "x" * 300_000}),
+        *({"stop": ["a"] * 65}, {"prompt": "word " * 100}, {"model": "x"}, {"prompt": "x" * 300_000}),
         long | {"deadline_s": 0.2},
     ):
         note(*ask(server, "completions", change))
