@@ -19,7 +19,10 @@ from starling.engine.kernels.cuda.variants import (
     NormArguments,
 )
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled with g++")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled with g++"),
+]
 
 EPSILON = 1e-5
 LIMIT = 5e-4  # the rounding of a result to fp16 is 2e-4

@@ -30,6 +30,8 @@ from starling.profiling.gpu.stages.random_bundles import WEIGHT_FILE, fill_bundl
 from starling.profiling.gpu.stages.results_file import FILE, Results, read_results
 from starling.profiling.gpu.stages.stage_table import STAGES
 
+pytestmark = pytest.mark.slow
+
 FP16, INT8 = "tiny-fp16", "tiny-int8-fp16"
 
 
