@@ -20,10 +20,10 @@ assert [choice.message.content for choice in choices] == [FACTS["chat"]] * 2
 text_model = f"text-completion-openai/{FACTS['model']}"
 result = litellm.text_completion(model=text_model, prompt=FACTS["prompts"], **COMMON)
 assert [choice.text for choice in result.choices] == FACTS["texts"], result
+refusal = ""
 try:
     litellm.completion(model=model, messages=FACTS["messages"], **COMMON | {"temperature": -1})
 except litellm.BadRequestError as error:
-    assert "temperature" in str(error)
-else:
-    raise AssertionError("a temperature below 0 was taken")
+    refusal = str(error)
+assert "temperature" in refusal, refusal
 print("chat, stream, n 2; two prompts; a refusal")
