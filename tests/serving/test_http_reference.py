@@ -4,9 +4,11 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import openai
 import pytest
 from click.testing import CliRunner
 from http_server import MODEL, Server, serving
@@ -147,13 +149,25 @@ def server(tiny_bundle: Path) -> Iterator[Server]:
 def ask(
     server: Server, endpoint: str, change: dict[str, Any], **headers: str
 ) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, error and headers of a request that changes the base of its endpoint."""
+    """Status, error and headers of a request by the real client that changes the base of its endpoint.
+
+    What the client has no argument for goes into `extra_body`, as its users would send it.
+    """
     name = next(iter(change), "")
     asked = BASE[endpoint] | BESIDE.get(name, {}) | change
-    status, answered, content = server.request(
-        "POST", PATHS[endpoint], asked, {"Authorization": "Bearer key", **headers}
-    )
-    return status, {} if status == 200 else json.loads(content)["error"], dict(answered)
+    client = server.client("key")
+    create = {"completions": client.completions, "chat": client.chat.completions}[endpoint].with_raw_response.create
+    arguments = signature(create).parameters
+    beside = {"extra_body": {key: value for key, value in asked.items() if key not in arguments}}
+    try:
+        reply = create(
+            **{key: value for key, value in asked.items() if key in arguments}, **beside, extra_headers=headers
+        )
+    except openai.APIStatusError as error:
+        body: Any = error.body
+        return error.status_code, body, dict(error.response.headers)
+    reply.http_response.read()
+    return reply.status_code, {}, dict(reply.headers)
 
 
 #: Good and bad values of the types that are not just a range of numbers.
