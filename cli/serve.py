@@ -6,11 +6,13 @@ import ipaddress
 import logging
 import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from starling.cli.shared.completion import BundlePath
 from starling.cli.shared.options import (
     bundle_argument,
     engine_options,
@@ -23,8 +25,7 @@ from starling.engine.errors import UserError
 from starling.serving.http.logs import FORMATS, LEVELS, configure_logging
 
 if TYPE_CHECKING:
-    from starling.engine.engine import Engine
-    from starling.serving.http.request_bodies import Limits
+    from starling.serving.http.served import Served
 
 LOGGER = logging.getLogger("starling.serve")
 
@@ -34,6 +35,11 @@ LOGGER = logging.getLogger("starling.serve")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--model-name", multiple=True, help="Name of the model for clients; repeatable.  [default: the folder's]")
+@click.option(
+    "--reward-model",
+    type=BundlePath(path_type=Path),
+    help="Second bundle, which scores texts: served beside BUNDLE, under its folder's name.",
+)
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys, one a line.  [default: $STARLING_API_KEY]")
 @click.option(
     "--max-body", type=click.IntRange(1), default=2**20, show_default=True, help="Bytes of a request at most."
@@ -100,6 +106,9 @@ def command(bundle: Path, **options: Any) -> None:
     reads nothing, 10 s and 1 GiB for the chat template, 64 stop strings of 1,024 characters, 20
     alternatives of logprobs; deadline_s of a request limits its whole time.
 
+    A bundle that scores or embeds texts (alone, or beside BUNDLE as --reward-model) is served by /classify, /pooling,
+    /score, /rerank and /v1/embeddings; scores are raw ones unless a request asks for probabilities.
+
     A request that names no temperature is sampled at the bundle's own, else at 1, as OpenAI does; `generate` is greedy.
 
     \b
@@ -120,35 +129,23 @@ def command(bundle: Path, **options: Any) -> None:
     hosts, origins = _allowed_hosts(options), _allowed_origins(options["allow_origin"])
     # Before the model is loaded: a port that is taken is known at once.
     listener = listen(options["host"], options["port"])
-    from starling.engine.engine import Engine
-    from starling.engine.serving_loop import ServingLoop
-    from starling.serving.http.service import Service
+    from starling.cli.shared.served_models import open_served
 
-    with listener, Engine(bundle, max_batch=options["max_batch"], **settings) as engine:
-        for text in (engine.backend.note, engine.backend.kernels_note):
-            if text is not None:
-                LOGGER.warning(text)
-        loop = ServingLoop(engine, queue_limit=options["max_queue"], prefill_chunk=options["prefill_chunk"])
-        service = None
-        try:
-            service = Service(engine, loop, _limits(engine, options))
-            app = make_app(
-                service, api_keys=keys, max_body=options["max_body"], allowed_hosts=hosts, allowed_origins=origins
-            )
-            host, port = listener.getsockname()[:2]
-            serve(
-                app,
-                service,
-                listener,
-                grace_s=options["grace"],
-                on_ready=lambda: _announce(engine, service.limits, options, host, port, with_keys=bool(keys)),
-                max_connections=options["max_connections"],
-                log_level=options["log_level"],
-            )
-        finally:
-            loop.close(drain=False)
-            if service is not None:
-                service.close()
+    with listener, ExitStack() as stack:
+        served = open_served(stack, bundle, settings, options)
+        app = make_app(
+            served, api_keys=keys, max_body=options["max_body"], allowed_hosts=hosts, allowed_origins=origins
+        )
+        host, port = listener.getsockname()[:2]
+        serve(
+            app,
+            served,
+            listener,
+            grace_s=options["grace"],
+            on_ready=lambda: _announce(served, options, host, port, with_keys=bool(keys)),
+            max_connections=options["max_connections"],
+            log_level=options["log_level"],
+        )
 
 
 def _allowed_hosts(options: dict[str, Any]) -> tuple[str, ...]:
@@ -182,32 +179,17 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _limits(engine: Engine, options: dict[str, Any]) -> Limits:
-    from starling.serving.http.request_bodies import API_DEFAULTS, MOST_CHOICES, Limits
-
-    most = options["max_prompt"] or engine.max_seq
-    if most > engine.max_seq:
-        raise UserError(f"--max-prompt is {most}, but the KV cache has {engine.max_seq} positions: raise --max-seq")
-    own = {name: engine.bundle.generation.get(name) for name in API_DEFAULTS}
-    return Limits(
-        models=options["model_name"] or (engine.bundle.folder.resolve().name,),
-        max_seq=engine.max_seq,
-        max_prompt=most,
-        max_choices=min(MOST_CHOICES, options["max_batch"] + options["max_queue"]),
-        strict=options["strict"],
-        defaults=API_DEFAULTS | {name: value for name, value in own.items() if value is not None},
-    )
-
-
-def _announce(
-    engine: Engine, limits: Limits, options: dict[str, Any], host: str, port: int, *, with_keys: bool
-) -> None:
+def _announce(served: Served, options: dict[str, Any], host: str, port: int, *, with_keys: bool) -> None:
     if not with_keys and not _is_loopback(host):
         LOGGER.warning(f"{host} is open to other machines and no API key is set: see --api-key-file")
     shown = f"[{host}]" if ":" in host else host
     rows = f"{options['max_batch']} requests at a time, {options['max_queue']} may wait"
-    LOGGER.info(f"{' and '.join(limits.models)} on http://{shown}:{port} · {rows} · {cache_figure(engine)}")
-    temperature = str(limits.defaults["temperature"]).removesuffix(".0")
+    generating = served.generating
+    cache = "" if generating is None else f" · {cache_figure(generating.engine)}"
+    LOGGER.info(f"{' and '.join(served.models)} on http://{shown}:{port} · {rows}{cache}")
+    if generating is None:
+        return
+    temperature = str(generating.limits.defaults["temperature"]).removesuffix(".0")
     if temperature != "0":
         LOGGER.info(
             f"requests without a temperature are sampled at {temperature}; send 0 for the greedy answers of `generate`"

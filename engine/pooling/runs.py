@@ -35,7 +35,7 @@ def next_group(lengths: Sequence[int], backend: PoolingBackend, long_from: int |
 def run_group(backend: PoolingBackend, texts: Sequence[Ids]) -> Iterator[Vectors | None]:
     """Run the texts of a group: None after each run but the last, then float32 [texts, width], the last tokens' own.
 
-    The keys and values are gone when it ends. Raises BackendError where a run fails or a number is not finite.
+    The keys and values are gone when it ends. Raises BackendError where a run fails.
     """
     longest = max(map(len, texts))
     cache = backend.new_cache(len(texts), longest)
@@ -56,15 +56,14 @@ def run_group(backend: PoolingBackend, texts: Sequence[Ids]) -> Iterator[Vectors
             if start == longest:
                 break
             yield None
-    if not np.isfinite(vectors).all():
-        raise BackendError(
-            "a score is not a finite number: the model's numbers overflowed; export it with --dtype fp32"
-        )
     yield vectors
 
 
 def run_all(backend: PoolingBackend, texts: Sequence[Ids], long_from: int | None = None) -> Vectors:
-    """Numbers float32 [texts, width] of all texts, in their order; the longest run first."""
+    """Numbers float32 [texts, width] of all texts, in their order; the longest run first.
+
+    Raises BackendError where a run fails or a number is not finite.
+    """
     found = np.zeros((len(texts), backend.width), np.float32)
     waiting = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     while waiting:
@@ -73,5 +72,13 @@ def run_all(backend: PoolingBackend, texts: Sequence[Ids], long_from: int | None
         for vectors in run_group(backend, [texts[index] for index in chosen]):
             if vectors is not None:
                 found[chosen] = vectors
-        waiting = [index for index in waiting if index not in chosen]
+        taken = set(chosen)
+        waiting = [index for index in waiting if index not in taken]
+    check_finite_numbers(found)
     return found
+
+
+def check_finite_numbers(vectors: Vectors) -> None:
+    """Raise BackendError where a number is not finite."""
+    if not np.isfinite(vectors).all():
+        raise BackendError("the model's numbers overflowed: a score is not finite; export it with --dtype fp32")

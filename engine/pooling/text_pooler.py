@@ -62,6 +62,15 @@ class TextPooler:
         checked = checked_ids(ids, self.bundle, self.backend.max_seq)
         return PreparedText(tuple(read_part(checked, self.pooling)), len(checked))
 
+    def paired(self, first: str, second: str) -> TextInput:
+        """A question and its answer as one text: a chat where the bundle has a template, else as the tokenizer's pair.
+
+        Raises PromptError for text that is not UTF-8.
+        """
+        if self._templates().names:
+            return [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
+        return self._tokenizer.encode_pair(first, second)
+
     def pool(self, texts: Sequence[PreparedText]) -> Vectors:
         """Scores or hidden states float32 [texts, width], as the model gives them."""
         return run_all(self.backend, [text.ids for text in texts], self.pooling.long_from)

@@ -115,6 +115,11 @@ class Tokenizer:
         before, behind = self.affixes
         return [*before, *plain, *behind] if add_special_tokens else plain
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Ids of two texts with what the checkpoint puts around and between them. Raises PromptError as `encode`."""
+        with _refusing_surrogates():
+            return self._core.encode_batch_fast([(first, second)], add_special_tokens=True)[0].ids
+
     def offsets(self, text: str) -> list[int]:
         """How many characters of the text come before each token of `encode(text)`; a space before a word is its own.
 

@@ -101,7 +101,7 @@ class Answer:
             await Refusal(error)(scope, receive, send)
             return
         if self._request.params.logprobs is None:
-            content = _json(self._document())
+            content = json_bytes(self._document())
         else:
             content = await self._written(self._document)
         await Response(content, media_type="application/json")(scope, receive, send)
@@ -265,7 +265,7 @@ class Refusal(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         """The body. Half a surrogate pair, which JSON can bring in and UTF-8 cannot hold, becomes a question mark."""
-        return _json(content)
+        return json_bytes(content)
 
 
 async def _send_body(send: Send, body: bytes) -> None:
@@ -273,13 +273,13 @@ async def _send_body(send: Send, body: bytes) -> None:
 
 
 def _event(document: dict[str, Any]) -> bytes:
-    return b"data: " + _json(document) + b"\n\n"
+    return b"data: " + json_bytes(document) + b"\n\n"
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-def _json(document: Any) -> bytes:
+def json_bytes(document: Any) -> bytes:
     """The document in UTF-8, which cannot hold half a surrogate pair: that becomes a question mark."""
     return _ENCODER.encode(document).encode("utf-8", "replace")
 

@@ -25,7 +25,8 @@ from starling.serving.http.body import read_body
 from starling.serving.http.host_guard import ANY, HostGuard
 from starling.serving.http.request_bodies import ApiRequest, Limits, chat_request, completion_request
 from starling.serving.http.request_log import RequestLog, request_trace
-from starling.serving.http.service import Service
+from starling.serving.http.scoring_endpoints import ScoringEndpoints
+from starling.serving.http.served import Served
 from starling.serving.http.token_endpoints import TokenEndpoints
 from starling.serving.metrics.prometheus import CONTENT_TYPE
 
@@ -38,7 +39,7 @@ _CORS: dict[str, Any] = {
 
 
 def make_app(
-    service: Service,
+    served: Served,
     *,
     api_keys: Sequence[str] = (),
     max_body: int,
@@ -50,14 +51,16 @@ def make_app(
     `allowed_hosts` are the names that it answers to (see HostGuard), `allowed_origins` the web sites whose pages may
     read its answers ("*": all).
     """
-    endpoints = _Endpoints(service, max_body)
+    routes = [*_Endpoints(served, max_body).routes(), *ScoringEndpoints(served.scoring, max_body).routes()]
+    if served.generating is not None:
+        routes += TokenEndpoints(served.generating, max_body).routes()
     middleware = [Middleware(HostGuard, names=tuple(allowed_hosts))]
     if allowed_origins:  # before the keys: a browser asks without one whether it may send one
         middleware.append(Middleware(CORSMiddleware, allow_origins=tuple(allowed_origins), **_CORS))
     if api_keys:
         middleware.append(Middleware(ApiKeyGuard, keys=tuple(api_keys)))
     app = Starlette(
-        routes=[*endpoints.routes(), *TokenEndpoints(service, max_body).routes()],
+        routes=routes,
         middleware=middleware,
         exception_handlers={ApiError: _refused, HTTPException: _http_error, Exception: _failed},
     )
@@ -67,8 +70,8 @@ def make_app(
 class _Endpoints:
     """The endpoints; each is one method."""
 
-    def __init__(self, service: Service, max_body: int) -> None:
-        self._service, self._max_body = service, max_body
+    def __init__(self, served: Served, max_body: int) -> None:
+        self._served, self._max_body = served, max_body
         self._created = int(time.time())
 
     def routes(self) -> list[Route]:
@@ -93,53 +96,54 @@ class _Endpoints:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._service.limits.models]})
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._served.models]})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME."""
         name = request.path_params["model"]
-        if name not in self._service.limits.models:
+        if name not in self._served.models:
             raise ApiError(404, f"there is no model {shown(name)} here", param="model", code="model_not_found")
         return JSONResponse(self._model(name))
 
     async def health(self, request: Request) -> Response:
         """GET /health: the process answers, and so does the engine's thread."""
-        return PlainTextResponse(_FAILED, 503) if self._service.failed else PlainTextResponse("ok\n")
+        return PlainTextResponse(_FAILED, 503) if self._served.failed else PlainTextResponse("ok\n")
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: new requests are taken."""
-        if self._service.failed:
+        if self._served.failed:
             return PlainTextResponse(_FAILED, 503)
-        if self._service.draining:
+        if self._served.draining:
             return PlainTextResponse("not taking requests\n", 503)
         return PlainTextResponse("ready\n")
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
-        return Response(self._service.metrics.export(), media_type=CONTENT_TYPE)
+        generating = self._served.generating
+        return Response(b"" if generating is None else generating.metrics.export(), media_type=CONTENT_TYPE)
 
     async def _answer(
         self, request: Request, read: Callable[[Mapping[str, Any], Limits], ApiRequest], form: type[Reply]
     ) -> Answer:
-        if self._service.draining:
+        service = self._served.generator
+        if service.draining:
             raise shutting_down()
         body = await read_body(request, self._max_body)
-        submitted = await self._service.start(
-            lambda: read(json_object(body), self._service.limits), request_trace(request.scope).id
+        submitted = await service.start(
+            lambda: read(json_object(body), service.limits), request_trace(request.scope).id
         )
         wanted = submitted.request
         request_trace(request.scope).note_ignored(wanted.ignored)
-        reply = form(wanted.model, self._service.texts, stream=wanted.stream, with_usage=wanted.include_usage)
-        return Answer(self._service, submitted, reply)
+        reply = form(wanted.model, service.texts, stream=wanted.stream, with_usage=wanted.include_usage)
+        return Answer(service, submitted, reply)
 
     def _model(self, name: str) -> dict[str, Any]:
-        limits = self._service.limits
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "starling",
-            "max_model_len": limits.max_seq,
+            "max_model_len": self._served.models[name],
         }
 
 

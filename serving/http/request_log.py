@@ -68,6 +68,10 @@ class RequestTrace:
         if self._finish_reason in (None, "stop", "length"):
             self._finish_reason = reason
 
+    def note_prompt_tokens(self, count: int) -> None:
+        """Tokens of texts that were scored or embedded."""
+        self._prompt_tokens += count
+
     def note_ignored(self, names: Sequence[str]) -> None:
         """Fields of the request that nobody knows: the response's header names them, and so does the log."""
         shown = [_UNFIT.sub("?", name[:_LONGEST_NAME]) for name in names[:_MOST_NAMES]]
@@ -108,7 +112,7 @@ class RequestTrace:
             # Percent-encoded, and without the query, in which some clients put what nobody should see.
             "path": quote(self._scope["path"][:_MOST_OF_A_PATH], errors="replace"),
             "status": CLIENT_GONE if self.client_gone else self.status,
-            "prompt_tokens": self._prompt_tokens if timings else None,
+            "prompt_tokens": self._prompt_tokens if timings or self._prompt_tokens else None,
             "completion_tokens": sum(one.new_tokens for one in timings) if timings else None,
             "ttft_ms": round(min(first), 1) if first else None,
             "total_ms": round((perf_counter() - self._begin) * 1e3, 1),

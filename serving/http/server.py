@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from starling.engine.errors import StarlingError
 from starling.serving.http.connections import IDLE_TIMEOUT_S, bounded_protocol
 from starling.serving.http.logs import numeric
-from starling.serving.http.service import Service
+from starling.serving.http.served import Served
 
 #: SIGHUP comes where the terminal is closed; Windows has none.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -47,7 +47,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(
     app: ASGIApp,
-    service: Service,
+    served: Served,
     listener: socket.socket,
     *,
     grace_s: float,
@@ -74,21 +74,21 @@ def serve(
         timeout_keep_alive=IDLE_TIMEOUT_S,
         timeout_graceful_shutdown=int(grace_s) + _FAREWELL_S,
     )
-    _Server(config, service, grace_s, on_ready).run(sockets=[listener])
+    _Server(config, served, grace_s, on_ready).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service, grace_s: float, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, served: Served, grace_s: float, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service, self._grace_s, self._on_ready = service, grace_s, on_ready
+        self._served, self._grace_s, self._on_ready = served, grace_s, on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._service.draining = True
-        deadline = asyncio.get_running_loop().call_later(self._grace_s, self._service.cancel_all)
+        self._served.drain()
+        deadline = asyncio.get_running_loop().call_later(self._grace_s, self._served.cancel_all)
         await super().shutdown(sockets)
         deadline.cancel()
 
@@ -108,5 +108,5 @@ class _Server(uvicorn.Server):
             return  # a terminal that is closed may say so more than once
         if self.should_exit:
             os._exit(128 + sig)  # asked twice: nothing on disk is half written
-        self._service.draining = True
+        self._served.drain()
         self.should_exit = True

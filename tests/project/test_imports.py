@@ -13,7 +13,7 @@ LAYERS = (
     Layer("starling.cli"),
     Layer("starling.profiling"),
     Layer("starling.export", "starling.serving"),
-    Layer("starling.engine.serving_loop"),
+    Layer("starling.engine.serving_loop", "starling.engine.pooling_loop"),
     Layer("starling.engine.engine"),
     Layer("starling.engine.chat_session"),
     Layer("starling.engine.batching", "starling.engine.pooling"),

@@ -27,6 +27,7 @@ from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization.blocks import BlockQuantization
 from starling.serving.http.app import make_app
 from starling.serving.http.request_bodies import API_DEFAULTS, Limits
+from starling.serving.http.served import Served
 from starling.serving.http.service import Service
 
 MAP = ROOT / "docs" / "architecture.md"
@@ -113,7 +114,7 @@ def chat_functions(bundle: Path) -> Functions:
         ServingLoop(engine) as loop,
     ):
         limits = Limits(models=("tiny",), max_seq=256, max_prompt=256, defaults=API_DEFAULTS)
-        app = make_app(Service(engine, loop, limits), max_body=2**20)
+        app = make_app(Served(Service(engine, loop, limits), None), max_body=2**20)
 
         async def ask_twice() -> bytes:
             await _post(app, "/v1/chat/completions", CHAT)

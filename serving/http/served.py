@@ -1,0 +1,63 @@
+"""What a server has behind it: a model that generates, one that scores or embeds, or both, each with its own loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starling.serving.http.scoring_service import ScoringService, no_such_model
+from starling.serving.http.service import Service
+
+
+@dataclass(slots=True)
+class Served:
+    """At least one of the two. They end together."""
+
+    generating: Service | None
+    scoring: ScoringService | None
+
+    @property
+    def generator(self) -> Service:
+        """The model that generates. Raises ApiError where there is none."""
+        if self.generating is None:
+            assert self.scoring is not None
+            task = self.scoring.engine.bundle.task
+            raise no_such_model(f"no model here generates text: {self.scoring.models[0]} is for the task {task}")
+        return self.generating
+
+    @property
+    def models(self) -> dict[str, int]:
+        """The names of all models, and the longest sequence that each takes."""
+        found: dict[str, int] = {}
+        if self.generating is not None:
+            found |= dict.fromkeys(self.generating.limits.models, self.generating.limits.max_seq)
+        if self.scoring is not None:
+            found |= dict.fromkeys(self.scoring.models, self.scoring.engine.max_seq)
+        return found
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new begins."""
+        return any(one.draining for one in self._both())
+
+    def drain(self) -> None:
+        """Begin nothing new."""
+        for one in self._both():
+            one.draining = True
+
+    @property
+    def failed(self) -> bool:
+        """Whether a model's thread has ended by a failure."""
+        return any(one.failed for one in self._both())
+
+    def cancel_all(self) -> None:
+        """End every request where it is."""
+        for one in self._both():
+            one.cancel_all()
+
+    def close(self) -> None:
+        """End the workers."""
+        for one in self._both():
+            one.close()
+
+    def _both(self) -> list[Service | ScoringService]:
+        return [one for one in (self.generating, self.scoring) if one is not None]

@@ -1,0 +1,251 @@
+"""A server of a model that scores or embeds, alone or beside one that generates, in the shapes of vLLM and OpenAI."""
+
+import base64
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from http_server import MODEL, Server, serving
+
+from starling.engine.engine import Engine
+
+CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+TEXTS = ["Hello", "How are you? I am fine.", "One more text that is a good deal longer than the others are."]
+
+
+@pytest.fixture(scope="module")
+def rewarding(reward_bundle: Path) -> Iterator[Server]:
+    with serving(reward_bundle, "--max-batch", "4") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def both(tiny_bundle: Path, reward_bundle: Path) -> Iterator[Server]:
+    with serving(tiny_bundle, "--reward-model", reward_bundle, "--max-batch", "4", "--max-seq", "128") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def classifying(classifier_bundle: Path) -> Iterator[Server]:
+    with serving(classifier_bundle) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def embedding(embedding_bundle: Path) -> Iterator[Server]:
+    with serving(embedding_bundle) as server:
+        yield server
+
+
+def scores(bundle: Path, texts: list[Any]) -> list[float]:
+    with Engine(bundle) as engine:
+        found: list[float] = engine.score_texts(texts)[:, 0].tolist()
+    return found
+
+
+def post(server: Server, path: str, **fields: Any) -> dict[str, Any]:
+    status, _, content = server.request("POST", path, fields)
+    assert status == 200, content
+    document: dict[str, Any] = json.loads(content)
+    return document
+
+
+def error(server: Server, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+    status, _, content = server.request("POST", path, fields)
+    return status, json.loads(content)["error"]
+
+
+def test_pooling_gives_raw_scores_of_texts_ids_and_chats(rewarding: Server, reward_bundle: Path) -> None:
+    expected = scores(reward_bundle, [*TEXTS, [1, 5, 6], CHAT])
+    answer = post(rewarding, "/pooling", model=MODEL, input=TEXTS)
+    assert [item["data"] for item in answer["data"]] == [[pytest.approx(score, abs=1e-4)] for score in expected[:3]]
+    assert [(item["index"], item["object"]) for item in answer["data"]] == [(i, "pooling") for i in range(3)]
+    assert (answer["object"], answer["model"]) == ("list", MODEL)
+    assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] > 20
+    ids = post(rewarding, "/pooling", model=MODEL, input=[1, 5, 6])
+    assert ids["data"][0]["data"] == [pytest.approx(expected[3], abs=1e-4)]
+    assert ids["usage"]["prompt_tokens"] == 3
+    chat = post(rewarding, "/pooling", messages=CHAT, task="classify")  # the only model, unnamed
+    assert chat["data"][0]["data"] == [pytest.approx(expected[4], abs=1e-4)]
+    packed = post(rewarding, "/pooling", input="Hello", encoding_format="base64")["data"][0]["data"]
+    assert np.frombuffer(base64.b64decode(packed), "<f4") == pytest.approx(expected[:1], abs=1e-4)
+
+
+def test_classify_names_the_label(classifying: Server, classifier_bundle: Path) -> None:
+    with Engine(classifier_bundle) as engine:
+        raw = engine.score_texts(TEXTS)
+    answer = post(classifying, "/classify", model=MODEL, input=TEXTS)
+    assert [item["probs"] for item in answer["data"]] == [pytest.approx(row.tolist(), abs=1e-4) for row in raw]
+    labels = ["bad", "so so", "good"]
+    assert [item["label"] for item in answer["data"]] == [labels[int(row.argmax())] for row in raw]
+    assert {item["num_classes"] for item in answer["data"]} == {3}
+    shares = post(classifying, "/classify", model=MODEL, input=TEXTS, use_activation=True)["data"]
+    assert [sum(item["probs"]) for item in shares] == pytest.approx([1, 1, 1])
+    powers = np.exp(raw) / np.exp(raw).sum(axis=1, keepdims=True)
+    assert shares[0]["probs"] == pytest.approx(powers[0].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+def test_pairs_are_scored_as_chats(rewarding: Server, reward_bundle: Path, path: str) -> None:
+    chats = [[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": text}] for text in TEXTS]
+    expected = scores(reward_bundle, chats)
+    for fields in (
+        {"text_1": "Hello", "text_2": TEXTS},
+        {"text_1": ["Hello"] * 3, "text_2": TEXTS},
+        {"queries": "Hello", "documents": TEXTS},
+    ):
+        answer = post(rewarding, path, model=MODEL, **fields)
+        assert [item["score"] for item in answer["data"]] == pytest.approx(expected, abs=1e-4)
+        assert {item["object"] for item in answer["data"]} == {"score"}
+    one = post(rewarding, path, text_1="Hello", text_2=TEXTS[0], use_activation=True)["data"][0]["score"]
+    assert one == pytest.approx(1 / (1 + np.exp(-expected[0])), abs=1e-4)
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_documents_are_ranked(rewarding: Server, reward_bundle: Path, path: str) -> None:
+    chats = [[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": text}] for text in TEXTS]
+    expected = scores(reward_bundle, chats)
+    order = sorted(range(3), key=lambda index: -expected[index])
+    answer = post(rewarding, path, model=MODEL, query="Hello", documents=[TEXTS[0], {"text": TEXTS[1]}, TEXTS[2]])
+    assert [result["index"] for result in answer["results"]] == order
+    assert [result["relevance_score"] for result in answer["results"]] == pytest.approx(
+        [expected[index] for index in order], abs=1e-4
+    )
+    assert [result["document"]["text"] for result in answer["results"]] == [TEXTS[index] for index in order]
+    best = post(rewarding, path, query="Hello", documents=TEXTS, top_n=1, return_documents=False)["results"]
+    assert [result["index"] for result in best] == order[:1]
+    assert "document" not in best[0]
+
+
+def test_a_text_without_a_template_is_paired_as_the_tokenizer_pairs(classifying: Server) -> None:
+    status, refused = error(classifying, "/score", text_1="a", text_2="b")
+    assert status == 400
+    assert "gives 3 scores of a text, not one: use /classify" in refused["message"]
+
+
+def test_embeddings_are_what_openais_client_reads(embedding: Server, embedding_bundle: Path) -> None:
+    with Engine(embedding_bundle) as engine:
+        raw = engine.embed_texts(TEXTS)
+    unit = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+    client = embedding.client()
+    for encoding in ({}, {"encoding_format": "float"}):  # the client asks for base64 by itself
+        found = client.embeddings.create(model=MODEL, input=TEXTS, **encoding)  # type: ignore[call-overload]
+        assert np.abs(np.array([item.embedding for item in found.data]) - unit).max() < 1e-5
+        assert found.usage.prompt_tokens == found.usage.total_tokens > 20
+    plain = post(embedding, "/v1/embeddings", model=MODEL, input="Hello", use_activation=False)
+    assert np.abs(np.array(plain["data"][0]["embedding"]) - raw[0]).max() < 1e-4
+    with pytest.raises(openai.BadRequestError, match="dimensions is not supported"):
+        client.embeddings.create(model=MODEL, input="a", dimensions=8)
+
+
+def test_two_models_stand_side_by_side(both: Server, reward_bundle: Path) -> None:
+    client = both.client()
+    assert [model.id for model in client.models.list().data] == [MODEL, reward_bundle.name]
+    assert json.loads(both.request("GET", f"/v1/models/{reward_bundle.name}")[2])["max_model_len"] == 512
+    assert client.completions.create(model=MODEL, prompt="Once", max_tokens=2).usage.completion_tokens == 2
+    found = post(both, "/pooling", model=reward_bundle.name, input="Hello")["data"][0]["data"]
+    assert found == pytest.approx(scores(reward_bundle, ["Hello"]), abs=1e-4)
+    assert error(both, "/pooling", model=MODEL, input="a")[0] == 404
+    with pytest.raises(openai.NotFoundError, match=f"there is no model '{reward_bundle.name}' here"):
+        client.completions.create(model=reward_bundle.name, prompt="Once")
+
+
+def test_a_server_without_such_a_model_says_so(rewarding: Server, embedding: Server, both: Server) -> None:
+    for server in (rewarding, embedding):
+        with pytest.raises(openai.NotFoundError, match=f"no model here generates text: {MODEL} is for the task"):
+            server.client().completions.create(model=MODEL, prompt="Once")
+        with pytest.raises(openai.NotFoundError, match="no model here generates text"):
+            server.client().chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "a"}])
+    assert "no model here embeds texts" in error(rewarding, "/v1/embeddings", input="a")[1]["message"]
+    assert "no model here scores texts" in error(embedding, "/classify", input="a")[1]["message"]
+    assert "no model here embeds texts" in error(both, "/v1/embeddings", input="a")[1]["message"]
+
+
+def test_a_server_that_only_generates_says_so(tiny_bundle: Path) -> None:
+    with serving(tiny_bundle) as server:
+        for path in ("/classify", "/pooling", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"):
+            status, refused = error(server, path, input="a")
+            assert status == 404
+            assert "no model here scores texts" in refused["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/classify", {}, "input"),
+        ("/classify", {"input": 5}, "input"),
+        ("/classify", {"input": []}, "input"),
+        ("/classify", {"input": ["a", 5]}, "input"),
+        ("/classify", {"input": [1, "a"]}, "input"),
+        ("/classify", {"input": ""}, "input"),
+        ("/classify", {"input": [99999]}, "input"),
+        ("/classify", {"input": "a", "messages": CHAT}, "input"),
+        ("/classify", {"messages": []}, "messages"),
+        ("/classify", {"messages": CHAT, "template": "none"}, "template"),
+        ("/classify", {"input": ["a"] * 2049}, "input"),
+        ("/classify", {"input": "a", "use_activation": 1}, "use_activation"),
+        ("/classify", {"input": "a", "use_activations": True}, "use_activations"),
+        ("/classify", {"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ("/classify", {"input": "a", "truncation_side": "top"}, "truncation_side"),
+        ("/classify", {"input": "a", "deadline_s": 0}, "deadline_s"),
+        ("/pooling", {"input": "a", "task": "embed"}, "task"),
+        ("/pooling", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
+        ("/score", {"text_1": "a"}, "text_2"),
+        ("/score", {"text_1": ["a", "b"], "text_2": ["a"]}, "text_1"),
+        ("/score", {"text_1": ["a", 5], "text_2": "a"}, "text_1"),
+        ("/rerank", {"query": "a"}, "documents"),
+        ("/rerank", {"query": "a", "documents": []}, "documents"),
+        ("/rerank", {"query": "a", "documents": [{"title": "b"}]}, "documents"),
+        ("/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_by_its_field(
+    rewarding: Server, path: str, fields: dict[str, Any], param: str
+) -> None:
+    status, refused = error(rewarding, path, **fields)
+    assert (status, refused["param"]) == (400, param), refused
+
+
+def test_a_long_text_is_cut_or_refused(rewarding: Server, classifying: Server) -> None:
+    long = [5] * 600
+    assert post(rewarding, "/pooling", input=long)["usage"]["prompt_tokens"] == 512  # as the model's own rule says
+    assert post(rewarding, "/pooling", input=long, truncate_prompt_tokens=7)["usage"]["prompt_tokens"] == 7
+    status, refused = error(classifying, "/classify", input=long)
+    assert (status, refused["code"]) == (400, "context_length_exceeded")
+    assert post(classifying, "/classify", input=long, truncate_prompt_tokens=-1)["usage"]["prompt_tokens"] == 128
+
+
+def test_requests_at_the_same_time_are_all_answered(rewarding: Server, reward_bundle: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    lists = [[f"text {i}", "b" * i] for i in range(1, 25)]
+    expected = [
+        scores_of for scores_of in np.array(scores(reward_bundle, [t for texts in lists for t in texts])).reshape(-1, 2)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda texts: post(rewarding, "/pooling", input=texts), lists))
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert [item["data"][0] for item in answer["data"]] == pytest.approx(list(wanted), abs=1e-4)
+
+
+def test_keys_guard_every_path_but_health_and_metrics(reward_bundle: Path) -> None:
+    with serving(reward_bundle, env={"STARLING_API_KEY": "key"}) as server:
+        for path in ("/classify", "/pooling", "/score", "/rerank", "/v2/rerank", "/v1/embeddings"):
+            assert server.request("POST", path, {"input": "a"})[0] == 401, path
+        authorized = {"Authorization": "Bearer key"}
+        assert server.request("POST", "/pooling", {"input": "a"}, authorized)[0] == 200
+        assert {server.request("GET", path)[0] for path in ("/health", "/ready", "/metrics")} == {200}
+
+
+def test_the_log_has_the_texts_tokens_and_the_deadline_holds(rewarding: Server) -> None:
+    post(rewarding, "/pooling", input=[1, 5, 6])
+    time.sleep(0.2)
+    assert any("POST /pooling 200" in line and "prompt_tokens=3" in line for line in rewarding.log)
+    status, refused = error(rewarding, "/pooling", input=[[5] * 512] * 300, deadline_s=0.01)
+    assert (status, refused["code"]) == (504, "deadline_exceeded")
+    assert post(rewarding, "/pooling", input=[1, 5, 6])["usage"]["prompt_tokens"] == 3  # what was late runs no more
