@@ -25,6 +25,7 @@ from starling.serving.api.fields import Unsupported
 from starling.serving.http import body, connections, logs, request_log
 from starling.serving.http import request_bodies as requests
 from starling.serving.http.app import _Endpoints
+from starling.serving.http.scoring_endpoints import ScoringEndpoints
 from starling.serving.http.token_endpoints import TokenEndpoints
 from starling.serving.metrics.metric_table import REQUEST_METRICS, STATE_METRICS
 
@@ -121,7 +122,9 @@ def test_limits_endpoints_metrics_and_the_logs_fields_are_those_of_the_code() ->
     for option in set(re.findall(r"--[a-z][a-z-]+", PAGE)):
         assert option in CliRunner().invoke(serve_command, ["--help"]).output, option
 
-    found = [route for kind in (_Endpoints, TokenEndpoints) for route in kind.routes(object.__new__(kind))]
+    found = [
+        route for kind in (_Endpoints, TokenEndpoints, ScoringEndpoints) for route in kind.routes(object.__new__(kind))
+    ]
     routes = {route.path.replace(":path", ""): route.methods for route in found}
     assert [words(row[0])[0] for row in table("Endpoints")] == list(routes)
     for path, method in ((words(row[0])[0], row[1]) for row in table("Endpoints")):

@@ -16,6 +16,7 @@ from starling.engine.engine import Engine
 from starling.engine.serving_loop import ServingLoop
 from starling.serving.http.app import make_app
 from starling.serving.http.request_bodies import API_DEFAULTS, Limits
+from starling.serving.http.served import Served
 from starling.serving.http.service import Service
 
 REQUESTS, TOGETHER = 120, 12
@@ -42,7 +43,7 @@ def test_failed_late_cancelled_and_whole_requests_are_in_every_figure(
         return decode(*arguments)
 
     monkeypatch.setattr(backend, "decode", fails_at_times)
-    statuses = asyncio.run(_many(make_app(service, max_body=10_000)))
+    statuses = asyncio.run(_many(make_app(Served(service, None), max_body=10_000)))
     # Each way to end came: whole, failed, late, gone, refused for a full queue, and for a bad field.
     assert {200, 500, 504, 499, 429, 400} <= set(statuses), statuses
     assert sum(statuses.values()) == REQUESTS

@@ -25,6 +25,7 @@ from starling.serving.http.app import make_app
 from starling.serving.http.logs import MOST_CHARACTERS, configure_logging
 from starling.serving.http.request_bodies import Limits, completion_request
 from starling.serving.http.request_log import FIELDS, RequestLog, request_trace
+from starling.serving.http.served import Served
 from starling.serving.http.service import Service
 
 pytestmark = pytest.mark.slow
@@ -199,7 +200,9 @@ def test_a_strangers_text_never_breaks_or_forges_a_line(texts: Server) -> None:
         assert len(line) < 2 * MOST_CHARACTERS
         assert line.isprintable()
     forged = texts.request(
-        "GET", "/x%0A2026%20ERROR%E2%80%A8%22", headers={"x-request-id": "path", "X-Forwarded-For": 'a" b=c'}
+        "GET",
+        "/x%0A2026%20ERROR%E2%80%A8%22",
+        headers={"x-request-id": "path", "X-Forwarded-For": 'a" b=c', "Authorization": f"Bearer {KEY}"},
     )
     assert forged[0] == 404
     assert "GET /x%0A2026%20ERROR%E2%80%A8%22 404 " in text_of(texts, "path")
@@ -395,7 +398,7 @@ def _figures(service: Service) -> list[float]:
 def test_an_embedded_application_logs_through_whatever_logging_is_set_up(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = make_app(service, max_body=1000)
+    app = make_app(Served(service, None), max_body=1000)
     with caplog.at_level("INFO", logger="starling.serve"):
         assert call(app, "/v1/completions", b"{}")[0]["status"] == 400
     [record] = caplog.records

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import pytest
 from http_server import MODEL, Server, serving
 
 from starling.engine.engine import Engine
+from starling.serving.http.scoring_bodies import SCORING_FIELDS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "http.md").read_text(encoding="utf-8")
 
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 TEXTS = ["Hello", "How are you? I am fine.", "One more text that is a good deal longer than the others are."]
@@ -58,6 +63,13 @@ def post(server: Server, path: str, **fields: Any) -> dict[str, Any]:
 def error(server: Server, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
     status, _, content = server.request("POST", path, fields)
     return status, json.loads(content)["error"]
+
+
+def test_the_page_has_the_fields_of_the_code() -> None:
+    section = PAGE.split("\n## Scores and embeddings\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert listed == {name for names in SCORING_FIELDS.values() for name in names}
 
 
 def test_pooling_gives_raw_scores_of_texts_ids_and_chats(rewarding: Server, reward_bundle: Path) -> None:
@@ -221,8 +233,6 @@ def test_a_long_text_is_cut_or_refused(rewarding: Server, classifying: Server) -
 
 
 def test_requests_at_the_same_time_are_all_answered(rewarding: Server, reward_bundle: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     lists = [[f"text {i}", "b" * i] for i in range(1, 25)]
     expected = [
         scores_of for scores_of in np.array(scores(reward_bundle, [t for texts in lists for t in texts])).reshape(-1, 2)

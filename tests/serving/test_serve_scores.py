@@ -21,6 +21,7 @@ from starling.export.check.torch_reference import load_reference, reference_logi
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.serving.http.app import make_app
 from starling.serving.http.request_bodies import API_DEFAULTS, Limits
+from starling.serving.http.served import Served
 from starling.serving.http.service import Service
 
 TEXT = "The largest city in Japan is 東京 𓀀, and ünïcode is everywhere."
@@ -185,7 +186,7 @@ def test_where_a_prompt_cannot_be_scored_echo_says_so(tiny_tensorrt_bundle: Path
     engine = Engine(tiny_tensorrt_bundle, backend="onnxruntime-cpu", max_seq=64, threads=1)
     with engine, ServingLoop(engine) as loop:
         service = Service(engine, loop, limits)
-        client = TestClient(make_app(service, max_body=2**20))
+        client = TestClient(make_app(Served(service, None), max_body=2**20))
         refused = client.post("/v1/completions", json={"prompt": "Hi", "echo": True, "logprobs": 1})
         taken = client.post("/v1/completions", json={"prompt": "Hi", "echo": True, "max_tokens": 0})
         service.close()
@@ -267,7 +268,7 @@ def test_keys_guard_all_that_works(tiny_bundle: Path) -> None:
     limits = Limits((MODEL,), 64, 64, defaults=API_DEFAULTS)
     with Engine(tiny_bundle, max_seq=64, threads=1) as engine, ServingLoop(engine) as loop:
         service = Service(engine, loop, limits)
-        client = TestClient(make_app(service, max_body=2**20, api_keys=["key"]))
+        client = TestClient(make_app(Served(service, None), max_body=2**20, api_keys=["key"]))
         for path in ("/tokenize", "/detokenize", "/v1/completions", "/nothing"):
             assert client.post(path, json={"prompt": "a", "tokens": [5]}).status_code == 401
         assert client.get("/tokenizer_info").status_code == 401
