@@ -363,11 +363,11 @@ def test_an_unforeseen_exception_is_a_500_without_its_words_and_a_traceback_in_t
 
     async def endpoint(request: Request) -> Answer:
         document = await request.json()
-        wanted, handles = await service.start(
+        submitted = await service.start(
             lambda: completion_request(document, service.limits), request_trace(request.scope).id
         )
         reply = Unforeseen(MODEL, service.texts, stream=stream, with_usage=False)
-        return Answer(service, handles, wanted, reply)
+        return Answer(service, submitted, reply)
 
     app = Starlette(routes=[Route("/x", endpoint, methods=["POST"])], exception_handlers={Exception: _failed})
     before = _figures(service)
