@@ -138,6 +138,7 @@ def _answers(
             gpus=options["ray_gpus"],
             settings=settings,
             prefill_chunk=options["prefill_chunk"],
+            prefix_cache=options["prefix_cache"],
         )
         yield from answer_on_ray(todo, job, on_bad_line)
         return
@@ -145,7 +146,13 @@ def _answers(
     from starling.serving.batch.runner import answer
 
     with Engine(bundle, **settings) as engine:
-        yield from answer(engine, todo, prefill_chunk=options["prefill_chunk"], on_bad_line=on_bad_line)
+        yield from answer(
+            engine,
+            todo,
+            prefill_chunk=options["prefill_chunk"],
+            prefix_cache=options["prefix_cache"],
+            on_bad_line=on_bad_line,
+        )
 
 
 def _bad_lines(options: dict[str, Any], skipped: list[str]) -> Callable[[BadLine], None]:

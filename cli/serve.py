@@ -20,7 +20,7 @@ from starling.cli.shared.options import (
     serving_options,
     speculation_option,
 )
-from starling.cli.shared.result_output import cache_figure
+from starling.cli.shared.result_output import cache_figure, prefix_figure
 from starling.engine.errors import UserError
 from starling.serving.http.logs import FORMATS, LEVELS, configure_logging
 
@@ -91,6 +91,7 @@ LOGGER = logging.getLogger("starling.serve")
     is_flag=True,
     help="Refuse fields of a request that nobody knows, in place of naming them in x-starling-ignored.",
 )
+@click.option("--isolate", is_flag=True, help="Share known prefixes among requests of the same API key alone.")
 @serving_options
 @engine_options
 @speculation_option
@@ -126,6 +127,8 @@ def command(bundle: Path, **options: Any) -> None:
     configure_logging(options["log_level"], options["log_format"])
     settings = {**engine_settings(options), "speculation": options["speculation"]}
     keys = read_api_keys(options["api_key_file"], os.environ)
+    if options["isolate"] and not keys:
+        raise UserError("--isolate keeps API keys apart, but there is none: add --api-key-file")
     hosts, origins = _allowed_hosts(options), _allowed_origins(options["allow_origin"])
     # Before the model is loaded: a port that is taken is known at once.
     listener = listen(options["host"], options["port"])
@@ -185,8 +188,10 @@ def _announce(served: Served, options: dict[str, Any], host: str, port: int, *, 
     shown = f"[{host}]" if ":" in host else host
     rows = f"{options['max_batch']} requests at a time, {options['max_queue']} may wait"
     generating = served.generating
-    cache = "" if generating is None else f" · {cache_figure(generating.engine)}"
-    LOGGER.info(f"{' and '.join(served.models)} on http://{shown}:{port} · {rows}{cache}")
+    memory = ""
+    if generating is not None:
+        memory = f" · {cache_figure(generating.engine)} · {prefix_figure(generating.loop)}"
+    LOGGER.info(f"{' and '.join(served.models)} on http://{shown}:{port} · {rows}{memory}")
     if generating is None:
         return
     temperature = str(generating.limits.defaults["temperature"]).removesuffix(".0")

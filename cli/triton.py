@@ -16,6 +16,7 @@ from starling.cli.shared.options import (
     max_batch_option,
     max_queue_option,
     max_seq_option,
+    prefix_cache_option,
     speculation_option,
     verify_option,
 )
@@ -34,6 +35,7 @@ from starling.engine.names import GPU_BACKENDS
 @max_queue_option(128)
 @backend_options
 @speculation_option
+@prefix_cache_option
 @click.option(
     "--env",
     "environment",

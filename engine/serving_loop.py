@@ -8,6 +8,7 @@ from threading import Condition, Event, Thread, current_thread
 from time import perf_counter
 from types import TracebackType
 
+from starling.engine.backends.backend import PREFIX_BLOCK
 from starling.engine.batching.chunk_queue import ChunkQueue
 from starling.engine.batching.prefill_pacing import PrefillPace
 from starling.engine.batching.prefix_store import DEFAULT_PREFIX_CACHE, PrefixStore
@@ -171,9 +172,14 @@ class ServingLoop:
             self._changed.notify_all()
 
     @property
-    def prefix_blocks(self) -> int:
-        """How many blocks of 32 tokens the known prefixes may take; 0 where none are kept."""
-        return 0 if self._prefixes is None else self._prefixes.capacity
+    def copies_rows(self) -> bool:
+        """Whether the backend copies rows: else no prefixes are known, and each answer to a prompt prefills it."""
+        return self._prefixes is not None
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens the known prefixes may have together."""
+        return 0 if self._prefixes is None else self._prefixes.capacity * PREFIX_BLOCK
 
     @property
     def failure(self) -> BaseException | None:

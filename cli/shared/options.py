@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from pathlib import Path
@@ -167,6 +168,25 @@ _PREFILL_CHUNK = click.option(
     show_default=True,
     help="Prompt tokens prefilled between two steps of the requests that run, at most.",
 )
+
+
+def _bytes(context: click.Context, option: click.Parameter, value: str) -> int:
+    """A size with or without a unit, in bytes; a usage error for anything else."""
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) ?([KMGT]?)(I?)B?", value.strip().upper())
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no size: give for example 512MiB, 2GB, or 0", context, option)
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+
+
+prefix_cache_option = click.option(
+    "--prefix-cache",
+    metavar="SIZE",
+    default="256MiB",
+    show_default=True,
+    callback=_bytes,
+    help="Memory for known prefixes of prompts, where the backend copies rows (a CPU): 512MiB, 2GB; 0 keeps none.",
+)
 _REQUESTS = max_batch_option(4, "Requests that run together: rows of the KV cache.", "--slots")
 
 backend_options = _stack(_BACKEND)
@@ -175,9 +195,9 @@ max_seq_option = _MAX_SEQ[0]
 verify_option = _VERIFY[0]
 speculation_option = _SPECULATION[0]
 sampling_options = _stack(_SAMPLING)
-serving_options = _stack([_REQUESTS, max_queue_option(64), _PREFILL_CHUNK])
+serving_options = _stack([_REQUESTS, max_queue_option(64), _PREFILL_CHUNK, prefix_cache_option])
 #: `serving_options` without the queue: a batch reads its file as fast as rows become free.
-offline_options = _stack([_REQUESTS, _PREFILL_CHUNK])
+offline_options = _stack([_REQUESTS, _PREFILL_CHUNK, prefix_cache_option])
 
 #: Names of the options in `_SAMPLING`, which are those of `SamplingParams`.
 SAMPLING_NAMES = tuple(str(option.name) for option in click.command()(sampling_options(lambda: None)).params)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from starling.engine.engine import Engine
     from starling.engine.generation.results import GenerationResult, Timings
     from starling.engine.generation.sampler import TokenLogprob
+    from starling.engine.serving_loop import ServingLoop
 
 
 def note_backend(engine: Engine) -> None:
@@ -50,6 +51,14 @@ def cache_figure(engine: Engine) -> str:
     """Memory of the KV cache and what fits into it."""
     rows = f"{engine.max_batch} x " if engine.max_batch > 1 else ""
     return f"KV cache {human_bytes(engine.kv_cache_bytes)} ({rows}{engine.max_seq} positions)"
+
+
+def prefix_figure(loop: ServingLoop) -> str:
+    """Memory of known prefixes and what fits into it."""
+    if not loop.copies_rows:
+        return "no known prefixes (this backend copies no rows)"
+    size = loop.engine.kv_cache_bytes // (loop.engine.max_seq * loop.engine.max_batch) * loop.prefix_tokens
+    return f"known prefixes up to {human_bytes(size)} ({loop.prefix_tokens} tokens)" if size else "no known prefixes"
 
 
 def logprob_lines(result: GenerationResult, engine: Engine) -> Iterator[str]:

@@ -35,7 +35,10 @@ def open_served(stack: ExitStack, folder: Path, settings: dict[str, Any], option
     if main.task != "generate":
         if reward is not None:
             raise UserError(f"--reward-model stands beside a model that generates text, which {folder} does not")
-        refuse_options(["max_prompt", "prefill_chunk"], "is about generating text, which this bundle does not")
+        refuse_options(
+            ["max_prompt", "prefill_chunk", "prefix_cache", "isolate"],
+            "is about generating text, which this bundle does not",
+        )
         return Served(None, _scoring(stack, main, settings, options, names))
     second = None
     if reward is not None:
@@ -60,7 +63,12 @@ def _generating(
     from starling.serving.http.service import Service
 
     engine = _engine(stack, bundle, settings, options)
-    loop = ServingLoop(engine, queue_limit=options["max_queue"], prefill_chunk=options["prefill_chunk"])
+    loop = ServingLoop(
+        engine,
+        queue_limit=options["max_queue"],
+        prefill_chunk=options["prefill_chunk"],
+        prefix_cache=options["prefix_cache"],
+    )
     stack.callback(loop.close, drain=False)
     service = Service(engine, loop, _limits(engine, options, names))
     stack.callback(service.close)
@@ -103,5 +111,6 @@ def _limits(engine: Engine, options: dict[str, Any], names: tuple[str, ...]) -> 
         max_prompt=most,
         max_choices=min(MOST_CHOICES, options["max_batch"] + options["max_queue"]),
         strict=options["strict"],
+        isolate=options["isolate"],
         defaults=API_DEFAULTS | {name: value for name, value in own.items() if value is not None},
     )

@@ -17,18 +17,20 @@ Logprobs: TypeAlias = Sequence[ShownToken]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of the prompts and of the answers, their end tokens counted."""
+    """Tokens of the prompts, `cached` of which were not prefilled, and of the answers, their end tokens counted."""
 
     prompt: int
     answer: int
+    cached: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(self.prompt + other.prompt, self.answer + other.answer)
+        return Usage(self.prompt + other.prompt, self.answer + other.answer, self.cached + other.cached)
 
-    def document(self) -> dict[str, int]:
+    def document(self) -> dict[str, Any]:
         """OpenAI's `usage`."""
         total = self.prompt + self.answer
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.answer, "total_tokens": total}
+        document = {"prompt_tokens": self.prompt, "completion_tokens": self.answer, "total_tokens": total}
+        return document | {"prompt_tokens_details": {"cached_tokens": self.cached}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,4 +131,4 @@ class ChatReply(Reply):
 
 def usage_of(timings: Timings) -> Usage:
     """What one generation used."""
-    return Usage(timings.prompt_tokens, timings.new_tokens)
+    return Usage(timings.prompt_tokens, timings.new_tokens, timings.reused_tokens)

@@ -28,6 +28,7 @@ class RayJob:
     #: Keyword arguments of Engine.
     settings: dict[str, Any]
     prefill_chunk: int
+    prefix_cache: int
 
 
 def answer_on_ray(
@@ -64,7 +65,7 @@ class _Worker:
 
     def __init__(self, job: RayJob) -> None:
         self._engine = Engine(job.bundle, **job.settings)
-        self._prefill_chunk = job.prefill_chunk
+        self._prefill_chunk, self._prefix_cache = job.prefill_chunk, job.prefix_cache
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         """Answer a block: pickled (entry, record, ""), or (None, None, what is wrong with the line)."""
@@ -73,6 +74,7 @@ class _Worker:
             self._engine,
             [pickle.loads(item) for item in batch["entry"]],
             prefill_chunk=self._prefill_chunk,
+            prefix_cache=self._prefix_cache,
             on_bad_line=lambda line: bad.append(str(line)),
         )
         rows: list[tuple[Entry | None, dict[str, Any] | None, str]] = [

@@ -18,7 +18,12 @@ Record = tuple[Entry, dict[str, Any]]
 
 
 def answer(
-    engine: Engine, entries: Iterable[Entry], *, prefill_chunk: int, on_bad_line: Callable[[BadLine], None]
+    engine: Engine,
+    entries: Iterable[Entry],
+    *,
+    prefill_chunk: int,
+    prefix_cache: int,
+    on_bad_line: Callable[[BadLine], None],
 ) -> Iterator[list[Record]]:
     """Records in order of completion, those that are there at once together.
 
@@ -27,7 +32,7 @@ def answer(
     iterator is closed.
     """
     most = 2 * engine.max_batch
-    loop = ServingLoop(engine, queue_limit=engine.max_batch, prefill_chunk=prefill_chunk)
+    loop = ServingLoop(engine, queue_limit=engine.max_batch, prefill_chunk=prefill_chunk, prefix_cache=prefix_cache)
     try:
         yield from _Run(engine, loop, on_bad_line).records(iter(entries), most)
     finally:

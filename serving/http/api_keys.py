@@ -71,6 +71,10 @@ def _check_mode(file: Path, mode: int) -> None:
         LOGGER.warning(f"--api-key-file {file} can be read by every user of this machine: chmod 600 {file}")
 
 
+#: Where the scope of a request has the digest of its key.
+_OWNER = "starling.owner"
+
+
 class ApiKeyGuard:
     """Lets requests pass that bear one of the keys; several make it possible to change them without a gap."""
 
@@ -80,18 +84,25 @@ class ApiKeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or pass the request on."""
-        guarded = scope["type"] == "http" and scope["path"] not in OPEN
-        if guarded and not self._allows(_authorization(scope)):
-            await Refusal(unauthorized())(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            scheme, _, key = _authorization(scope).partition(b" ")
+            digest = _digest(_key(key))
+            if not self._allows(scheme, digest):
+                await Refusal(unauthorized())(scope, receive, send)
+                return
+            scope[_OWNER] = digest.hex()
+        await self._app(scope, receive, send)
 
-    def _allows(self, authorization: bytes) -> bool:
-        scheme, _, key = authorization.partition(b" ")
-        digest = _digest(_key(key))
+    def _allows(self, scheme: bytes, digest: bytes) -> bool:
         # Every key is compared, and digests are of one length: the time says nothing about how near a guess came.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+def owner_of(scope: Scope) -> str:
+    """Stands for the API key that a request bears, and does not tell it; "" where nobody is asked for one."""
+    owner: str = scope.get(_OWNER, "")
+    return owner
 
 
 def _authorization(scope: Scope) -> bytes:

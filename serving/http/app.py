@@ -20,7 +20,7 @@ from starling.serving.api.api_errors import ApiError, shutting_down, unexpected
 from starling.serving.api.fields import json_object
 from starling.serving.api.replies import ChatReply, CompletionReply, Reply
 from starling.serving.http.answer import Answer, Refusal
-from starling.serving.http.api_keys import ApiKeyGuard
+from starling.serving.http.api_keys import ApiKeyGuard, owner_of
 from starling.serving.http.body import read_body
 from starling.serving.http.host_guard import ANY, HostGuard
 from starling.serving.http.request_bodies import ApiRequest, Limits, chat_request, completion_request
@@ -129,8 +129,9 @@ class _Endpoints:
         if service.draining:
             raise shutting_down()
         body = await read_body(request, self._max_body)
+        owner = owner_of(request.scope) if service.limits.isolate else ""
         submitted = await service.start(
-            lambda: read(json_object(body), service.limits), request_trace(request.scope).id
+            lambda: read(json_object(body), service.limits).of_owner(owner), request_trace(request.scope).id
         )
         wanted = submitted.request
         request_trace(request.scope).note_ignored(wanted.ignored)

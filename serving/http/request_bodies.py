@@ -50,13 +50,15 @@ UNSUPPORTED_CHAT: Unsupported = {
 IGNORED_CHAT = IGNORED_FIELDS | {"parallel_tool_calls"}
 
 #: All that a body may name. Anything else is refused where it looks misspelt or the server is strict, else ignored.
-_COMMON = SAMPLING_FIELDS | {"model", "stream", "stream_options", "logprobs", "n"}
+_COMMON = SAMPLING_FIELDS | {"model", "stream", "stream_options", "logprobs", "n", "cache_salt"}
 COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "echo", "best_of", *UNSUPPORTED_COMPLETION}
 CHAT_FIELDS = _COMMON | IGNORED_CHAT | {"messages", "template", "top_logprobs", *TEMPLATE_FIELDS, *UNSUPPORTED_CHAT}
 
 
 #: OpenAI's own limit on `n`.
 MOST_CHOICES = 128
+#: Characters of a cache_salt.
+LONGEST_SALT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class Limits:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     #: Whether unknown fields are all refused.
     strict: bool = False
+    #: Whether known prefixes are kept apart by API key.
+    isolate: bool = False
 
     @property
     def least_alike(self) -> float:
@@ -102,23 +106,23 @@ class ApiRequest:
     echo: bool = False
     #: Names of fields that nobody knows.
     ignored: tuple[str, ...] = ()
+    #: Known prefixes are shared among requests of the same salt alone.
+    cache_salt: str = ""
+
+    def of_owner(self, owner: str) -> ApiRequest:
+        """The request with known prefixes of its owner's alone, where there is one."""
+        return replace(self, cache_salt=f"{owner} {self.cache_salt}") if owner else self
 
     @property
     def generations(self) -> int:
         """How many generations answer it."""
         return self.candidates * (len(self.prompts) or 1)
 
-    def params_of(self, candidate: int) -> SamplingParams:
-        """The settings of one of a prompt's candidates: each draws its own tokens, the same ones for the same seed.
-
-        The likelihood of candidates, of which the best are returned, needs their log-probabilities.
-        """
-        params = self.params
-        if candidate and params.seed is not None:
-            params = replace(params, seed=params.seed + candidate)
-        if self.candidates > self.choices and params.logprobs is None:
-            params = replace(params, logprobs=0)
-        return params
+    @property
+    def candidate_params(self) -> SamplingParams:
+        """The settings of a candidate. To find the likeliest of several, log-probabilities are needed."""
+        ranked = self.candidates > self.choices and self.params.logprobs is None
+        return replace(self.params, logprobs=0) if ranked else self.params
 
     @property
     def prompt_field(self) -> str:
@@ -154,6 +158,7 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
         candidates=candidates,
         echo=echo,
         ignored=ignored,
+        cache_salt=_cache_salt(fields),
     )
 
 
@@ -177,6 +182,7 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
         candidates=choices,
         variables=read_template_variables(fields),
         ignored=ignored,
+        cache_salt=_cache_salt(fields),
     )
 
 
@@ -191,6 +197,14 @@ def read_model(fields: Fields, limits: Limits) -> str:
             code="model_not_found",
         )
     return model
+
+
+def _cache_salt(fields: Fields) -> str:
+    salt = fields.get("cache_salt", str, "")
+    if len(salt) > LONGEST_SALT:
+        problem = f"cache_salt has {len(salt)} characters: give at most {LONGEST_SALT}"
+        raise bad_field("cache_salt", problem, "invalid_value")
+    return salt
 
 
 def _streaming(fields: Fields) -> tuple[bool, bool]:

@@ -43,7 +43,7 @@ class Service:
         self.metrics = PrometheusMetrics(limits.models[0], loop.stats)
         #: True once the server ends: what runs is finished, nothing new begins.
         self.draining = False
-        self._loop = loop
+        self.loop = loop
         self._running: set[RequestHandle] = set()
         self._settling: set[asyncio.Task[None]] = set()
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="starling-request")
@@ -52,7 +52,7 @@ class Service:
     @property
     def failed(self) -> bool:
         """Whether the serving loop has ended by a failure: nothing is answered until the process starts anew."""
-        return self._loop.failure is not None
+        return self.loop.failure is not None
 
     async def start(self, read: Callable[[], ApiRequest], request_id: str) -> Submitted:
         """Read a request and queue it, under the id of its HTTP request; a handle for each candidate of each prompt.
@@ -120,16 +120,16 @@ class Service:
         return Submitted(request, handles, echoes)
 
     def _submit(self, request: ApiRequest, ids: list[int], request_id: str, handles: list[RequestHandle]) -> None:
-        for candidate in range(request.candidates):
-            name = request_id if request.generations == 1 else f"{request_id}-{len(handles)}"
-            handle = self._loop.submit(
-                ids,
-                request.params_of(candidate),
-                deadline_s=request.deadline_s,
-                reply=request.messages is not None,
-                request_id=name,
-            )
-            handles.append(handle)
+        names = [f"{request_id}-{len(handles) + candidate}" for candidate in range(request.candidates)]
+        handles += self.loop.submit_choices(
+            ids,
+            request.candidate_params,
+            request.candidates,
+            deadline_s=request.deadline_s,
+            reply=request.messages is not None,
+            request_ids=[request_id] if request.generations == 1 else names,
+            cache_salt=request.cache_salt,
+        )
 
     def _encoded(self, request: ApiRequest) -> list[list[int]]:
         """The prompts' token ids, none longer than the server takes."""

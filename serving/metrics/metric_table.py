@@ -68,6 +68,8 @@ WAITING = Metric("vllm:num_requests_waiting", "gauge", "Requests that wait for a
 CACHE_USAGE = Metric("vllm:kv_cache_usage_perc", "gauge", "Rows of the KV cache in use; 1 is all of them.")
 PROMPT_TOKENS = Metric("vllm:prompt_tokens", "counter", "Prompt tokens prefilled.")
 GENERATION_TOKENS = Metric("vllm:generation_tokens", "counter", "Tokens generated.")
+PREFIX_QUERIES = Metric("vllm:prefix_cache_queries", "counter", "Prompt tokens looked up among known prefixes.")
+PREFIX_HITS = Metric("vllm:prefix_cache_hits", "counter", "Prompt tokens copied from known prefixes, not prefilled.")
 REQUEST_SUCCESS = Metric(
     "vllm:request_success", "counter", "Requests that came to an end, by its reason.", labels=(REASON_LABEL,)
 )
@@ -99,7 +101,10 @@ REQUEST_GENERATION_TOKENS = Metric(
 )
 
 #: Set from the scheduler's own state whenever they are read.
-STATE_METRICS = (RUNNING, WAITING, CACHE_USAGE, PROMPT_TOKENS, GENERATION_TOKENS, REQUEST_SUCCESS)
+STATE_METRICS = (
+    *(RUNNING, WAITING, CACHE_USAGE, PROMPT_TOKENS, GENERATION_TOKENS),
+    *(PREFIX_QUERIES, PREFIX_HITS, REQUEST_SUCCESS),
+)
 #: Observed once for each request that comes to an end.
 REQUEST_METRICS = (
     TIME_TO_FIRST_TOKEN,

@@ -14,6 +14,8 @@ from starling.serving.metrics.metric_table import (
     CACHE_USAGE,
     GENERATION_TOKENS,
     LABELS,
+    PREFIX_HITS,
+    PREFIX_QUERIES,
     PROMPT_TOKENS,
     REQUEST_METRICS,
     REQUEST_SUCCESS,
@@ -66,6 +68,8 @@ class _State(Collector):
         yield self._gauge(CACHE_USAGE, stats.running / stats.max_batch)
         yield self._counter(PROMPT_TOKENS, stats.prompt_tokens)
         yield self._counter(GENERATION_TOKENS, stats.generated_tokens)
+        yield self._counter(PREFIX_QUERIES, stats.prefix_queries)
+        yield self._counter(PREFIX_HITS, stats.prefix_hits)
         ended = CounterMetricFamily(
             REQUEST_SUCCESS.name, REQUEST_SUCCESS.help, labels=[*LABELS, *REQUEST_SUCCESS.labels]
         )

@@ -70,6 +70,8 @@ class TritonMetrics:
         self._state[table.CACHE_USAGE].set(stats.running / stats.max_batch)
         self._raise(self._state[table.PROMPT_TOKENS], stats.prompt_tokens)
         self._raise(self._state[table.GENERATION_TOKENS], stats.generated_tokens)
+        self._raise(self._state[table.PREFIX_QUERIES], stats.prefix_queries)
+        self._raise(self._state[table.PREFIX_HITS], stats.prefix_hits)
         ends = dict.fromkeys(_REASONS, 0)
         for reason, count in stats.ended.items():
             ends[table.finished_reason(reason)] += count

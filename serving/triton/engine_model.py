@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from starling.engine.generation.results import Timings
 
 INPUTS = (Tensor("command", "STRING", optional=False),)
+_NUMBERS = ("max_batch", "max_seq", "threads", "queue_limit", "prefix_cache")
 OUTPUTS = (Tensor("answer", "STRING"),)
 
 
@@ -37,10 +38,10 @@ class TritonPythonModel:
 
         self._pb_utils = import_module("triton_python_backend_utils")
         settings = engine_settings(json.loads(args["model_config"])["parameters"])
-        queue_limit = settings.pop("queue_limit")
+        loop = {name: settings.pop(name) for name in ("queue_limit", "prefix_cache") if name in settings}
         bundle = Path(args["model_repository"]) / args["model_version"] / settings.pop("bundle")
         self._engine = Engine(bundle, **settings)
-        self._serving = ServingLoop(self._engine, queue_limit=queue_limit)
+        self._serving = ServingLoop(self._engine, **loop)
         self._metrics = self._make_metrics(args["model_name"])
         self._socket = EngineSocket(self._serving, self._engine.tokenizer, self._ended)
         self._pb_utils.Logger.log_info(
@@ -107,11 +108,9 @@ class TritonPythonModel:
 
 
 def engine_settings(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """config.pbtxt's parameters as arguments of Engine, with bundle and queue_limit."""
+    """config.pbtxt's parameters as arguments of Engine, with bundle and those of ServingLoop."""
     texts = {name: value["string_value"] for name, value in parameters.items()}
-    numbers: dict[str, Any] = {
-        name: int(texts[name]) for name in ("max_batch", "max_seq", "threads", "queue_limit") if name in texts
-    }
+    numbers: dict[str, Any] = {name: int(texts[name]) for name in _NUMBERS if name in texts}
     return {
         **numbers,
         **{name: texts[name] for name in ("bundle", "backend", "engine", "speculation") if name in texts},

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from starling import __version__
+from starling.engine.batching.prefix_store import DEFAULT_PREFIX_CACHE
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
 from starling.engine.installation import source
@@ -59,6 +60,8 @@ class RepositoryOptions:
     threads: int | None = None
     #: Where drafts come from, None for none.
     speculation: str | None = None
+    #: Bytes for known prefixes.
+    prefix_cache: int = DEFAULT_PREFIX_CACHE
     #: Environment for EXECUTION_ENV_PATH: a folder with bin/activate, or a packed .tar.gz.
     environment: Path | None = None
     #: Put the bundle into the repository; otherwise it is named by its absolute path.
@@ -75,6 +78,7 @@ class RepositoryOptions:
             "queue_limit": self.max_queue,
             "threads": self.threads,
             "speculation": self.speculation,
+            "prefix_cache": self.prefix_cache,
         }
         return {name: str(value) for name, value in given.items() if value is not None}
 

@@ -191,11 +191,11 @@ TYPES: dict[str, tuple[list[Any], list[Any]]] = {
     "list of token ids": ([[], [5]], ["x", [-1], ["x"]]),
     "object": ([], [[], "x"]),
     "object of numbers": ([{}, {"5": 1, "31999": -100}], [[], {"x": 1}, {"5": "1"}, {"5": 101}]),
+    "string": ([], [5, ["x"]]),
     "list of strings": ([[], ["a", "b c"]], ["a", [1], [""]]),
     "list of texts": ([["a", "b c"]], ["a", [], [""], [1]]),
     "JSON schema": ([{"type": "integer"}, '{"type": "integer"}', True], [5, [], "{", False, {"not": {}}]),
     "true or false": ([True, False], ["yes", 1]),
-    "string": ([], [5, ["x"]]),
     "whole number": ([], ["1", 1.5, True]),
     "number": ([], ["1", True]),
 }
@@ -210,6 +210,7 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
     "above 0 to 1": ([0.01, 1], [0, 1.01]),
     "1e-6 to 1e6": ([1e-6, 2, 1e6], [0, 1e-7, 2e6]),
     "0 to 1": ([0, 1], [-0.1, 1.1]),
+    "up to 256 characters": ([], []),
     "0 to 20": ([0, 20], [-1, 21]),
     # Two: as many as this server runs and lets wait.
     "1 to 128": ([1, 2], [0, 3, 129]),
@@ -223,6 +224,7 @@ GOOD: dict[str, list[Any]] = {
     "stream_options": [{"include_usage": True}],
     "chat_template_kwargs": [{}, {"enable_thinking": False, "list": [1, 2.5, None, {"a": "<s>"}]}],
     "reasoning_effort": ["low"],
+    "cache_salt": ["", "tenant 7", "x" * requests.LONGEST_SALT],
     "response_format": [
         {"type": "text"},
         {"type": "json_object"},
@@ -250,6 +252,7 @@ BAD: dict[str, list[Any]] = {
     "guided_regex": ["(", ""],
     "guided_grammar": ["start: (", ""],
     "stream_options": [{"include_usage": "yes"}],
+    "cache_salt": ["x" * (requests.LONGEST_SALT + 1)],
     "chat_template_kwargs": [{"messages": []}, {"eos_token": "x"}, {"two words": 1}, {"a": "x" * 70000}],
 }
 

@@ -161,7 +161,7 @@ def test_an_answer_is_known_too_when_the_chat_goes_on(engine: Engine) -> None:
 def test_a_loop_without_a_cache_knows_nothing(engine: Engine) -> None:
     with ServingLoop(engine, prefix_cache=0) as loop:
         results = [loop.submit(SHARED, some(3)).result(60) for _ in range(2)]
-        assert (loop.prefix_blocks, loop.stats().prefix_queries, loop.stats().prompt_tokens) == (0, 0, 300)
+        assert (loop.prefix_tokens, loop.stats().prefix_queries, loop.stats().prompt_tokens) == (0, 0, 300)
     assert results[1].timings.reused_tokens == 0
     with pytest.raises(UserError, match="prefix_cache=-1"):
         ServingLoop(engine, prefix_cache=-1)
