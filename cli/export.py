@@ -68,6 +68,9 @@ _ACTIVATION_OPTIONS = ("calibration", "calibration_tokens", "smoothing", "accept
 @click.option("--smoothing", type=float, help="SmoothQuant's alpha for w8a8 and fp8, 0 for none.  [default: 0.8]")
 @click.option("--accept-quality", is_flag=True, help="Write a w8a8 or fp8 bundle however far it is from PyTorch.")
 @click.option("--check/--no-check", default=None, help="Compare with PyTorch.  [default: unless weights are random]")
+@click.option(
+    "--all-logits", is_flag=True, help="model_genai.onnx gives every token's logits, for lm-eval's back ends."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--force", is_flag=True, help="Replace the bundle in OUT.")
 @json_option
@@ -118,6 +121,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
             check=options["check"],
             accept_quality=options["accept_quality"],
             force=options["force"],
+            all_logits=options["all_logits"],
             max_positions=options["max_positions"],
         )
         progress.phase(f"opening {model}")
@@ -146,6 +150,8 @@ def _check_settings(out: Path, options: dict[str, Any]) -> BlockQuantization | Q
         refuse_options(_BLOCK_OPTIONS, "is for --dialect ort: TensorRT's quantization is symmetric")
     else:
         refuse_options(_QDQ_OPTIONS, "is for --dialect tensorrt")
+    if dialect != "ort":
+        refuse_options(["all_logits"], "is for --dialect ort: no other has a graph for onnxruntime-genai")
     if options["check"] is False:
         refuse_options(["accept_quality"], "is about the comparison with PyTorch, which --no-check leaves out")
     from starling.export.bundle_folder import check_target

@@ -22,7 +22,8 @@ from starling.export.check.parity import Parity, require_fp32
 from starling.export.check.pooled_quality import PooledParity, measure_pooled, require_fp32_pooled
 from starling.export.check.torch_reference import cut
 from starling.export.checkpoints.checkpoint import Checkpoint, Shapes, TensorSource
-from starling.export.dialects import Dialect, get_dialect
+from starling.export.dialects import get_dialect
+from starling.export.dialects.dialect import Companion
 from starling.export.graphs.projections import write_projections
 from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.prepare_qdq import Calibration, prepare
@@ -42,6 +43,7 @@ class ExportOptions:
     """What the bundle shall be. `check` None: compare with PyTorch unless the weights are random.
 
     `max_positions` is the longest sequence that it takes: see `positions_of`.
+    `all_logits`: the graph for onnxruntime-genai gives those of every token, as lm-eval's back ends want them.
     `weights` False leaves them out: the weight file has its size and takes no space. The graphs are the same.
     """
 
@@ -54,11 +56,14 @@ class ExportOptions:
     force: bool = False
     weights: bool = True
     max_positions: int | None = None
+    all_logits: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError where the settings do not go together."""
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
+        if self.all_logits and self.dialect != "ort":
+            raise UserError(f"all_logits is for --dialect ort: {self.dialect} has no graph for onnxruntime-genai")
         if self.quantization is not None:
             check_quantization(self.quantization, self.dialect)
 
@@ -133,7 +138,7 @@ def _write_model(
     data = write_weights(graph, tensors, folder / WEIGHT_FILE, blocks, progress.bytes)
     _clean(graph)
     ir.save(graph, folder / GRAPH_FILE)
-    companions = _write_companions(graph, blocks, dialect, folder)
+    companions = _write_companions(dialect.companions(graph, blocks, all_logits=options.all_logits), folder)
     for name, document in dialect.settings(arch, checkpoint).items():
         write_json(folder / name, document)
     manifest = _manifest(checkpoint, arch, options, graph, total) | companions
@@ -147,10 +152,10 @@ def _write_model(
     return manifest, arch
 
 
-def _write_companions(graph: ir.Model, how: BlockQuantization | None, dialect: Dialect, folder: Path) -> dict[str, Any]:
+def _write_companions(companions: list[Companion], folder: Path) -> dict[str, Any]:
     """Write the further graphs over the same weights; what bundle.json says of them."""
     said: dict[str, Any] = dict.fromkeys(("reference_graph", "kernel_graph", "cuda_graph", "cuda_kernels"))
-    for companion in dialect.companions(graph, how):
+    for companion in companions:
         ir.save(companion.model, folder / companion.file)
         if companion.field is not None:
             said[companion.field] = companion.record

@@ -90,7 +90,9 @@ class CanonicalDialect:
     def optimize(self, model: ir.Model) -> None:
         """Nothing: the oracle stays as the model was written."""
 
-    def companions(self, model: ir.Model, how: BlockQuantization | None) -> list[Companion]:
+    def companions(
+        self, model: ir.Model, how: BlockQuantization | None, *, all_logits: bool = False
+    ) -> list[Companion]:
         """None: every reader of the standard runs the graph itself."""
         return []
 

@@ -173,8 +173,13 @@ class Dialect(Protocol):
         """Rewrite the traced graph in place; it still holds the abstract `starling::Linear` and `Embedding` nodes."""
         ...
 
-    def companions(self, model: ir.Model, how: BlockQuantization | None) -> list[Companion]:
-        """The further graphs of a finished one, whose weights have been written; it is left as it is."""
+    def companions(
+        self, model: ir.Model, how: BlockQuantization | None, *, all_logits: bool = False
+    ) -> list[Companion]:
+        """The further graphs of a finished one, whose weights have been written; it is left as it is.
+
+        With `all_logits` the one for onnxruntime-genai gives those of every token.
+        """
         ...
 
     def settings(self, architecture: Architecture, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

@@ -134,13 +134,15 @@ class OrtDialect:
         pack_attention_inputs(model)
         fuse_residual_norms(model)
 
-    def companions(self, model: ir.Model, how: BlockQuantization | None) -> list[Companion]:
+    def companions(
+        self, model: ir.Model, how: BlockQuantization | None, *, all_logits: bool = False
+    ) -> list[Companion]:
         """For onnxruntime-genai, the engine's CPU kernels, CUDA, and the engine's CUDA kernels, where they fit.
 
         Of a graph that gives no logits the CPU kernels' alone.
         """
         generates = any(output.name == LOGITS for output in model.graph.outputs)
-        found = [Companion(genai.GRAPH_FILE, genai.genai_graph(model))] if generates else []
+        found = [Companion(genai.GRAPH_FILE, genai.genai_graph(model, all_logits=all_logits))] if generates else []
         if (for_kernels := kernel_graph(model, how)) is not None:
             found.append(Companion(KERNEL_GRAPH_FILE, for_kernels, "kernel_graph", KERNEL_GRAPH_FILE))
         if not generates:

@@ -119,7 +119,9 @@ class TensorrtDialect:
             model.graph.insert_before(node, lookup)
             node.replace_input_with(0, lookup.outputs[0])
 
-    def companions(self, model: ir.Model, how: BlockQuantization | None) -> list[Companion]:
+    def companions(
+        self, model: ir.Model, how: BlockQuantization | None, *, all_logits: bool = False
+    ) -> list[Companion]:
         """The reference graph, in which `TRT_Attention` has a meaning."""
         return [Companion(REFERENCE_FILE, reference_graph(model), "reference_graph", REFERENCE_FILE)]
 

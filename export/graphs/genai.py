@@ -27,8 +27,11 @@ GRAPH_FILE = "model_genai.onnx"
 MODEL_TYPE = "decoder"
 
 
-def genai_graph(model: ir.Model) -> ir.Model:
-    """A copy of an `ort` graph with `attention_mask` in place of the two lengths, and the last token's logits alone."""
+def genai_graph(model: ir.Model, *, all_logits: bool = False) -> ir.Model:
+    """A copy of an `ort` graph with `attention_mask` in place of the two lengths, and the last token's logits alone.
+
+    With `all_logits` those of every token: [batch, sequence, vocab] of a prompt are in memory at once.
+    """
     twin = model.clone()
     graph = twin.graph
     by_name = {value.name: value for value in graph.inputs}
@@ -42,17 +45,47 @@ def genai_graph(model: ir.Model) -> ir.Model:
     shape = insert(graph, first, ir.node("Shape", [mask], attributes={"start": 1}))
     scalar = insert(graph, first, ir.node("Squeeze", [shape]))
     total = insert(graph, first, ir.node("Cast", [scalar], attributes={"to": ir.DataType.INT32}))
-    last = insert(graph, first, ir.node("Constant", [], attributes={"value_ints": [-1]}))
     for choice in [output for output in graph.outputs if output.name == NEXT_TOKENS]:
         graph.outputs.remove(choice)
         graph.remove(choice.producer(), safe=True)  # type: ignore[arg-type]
-    for name, value in ((SEQLENS_K, seqlens), (TOTAL_SEQUENCE_LENGTH, total), (LOGITS_TO_KEEP, last)):
+    for name, value in ((SEQLENS_K, seqlens), (TOTAL_SEQUENCE_LENGTH, total)):
         ir.convenience.replace_all_uses_with(by_name[name], value)
         graph.inputs.remove(by_name[name])
+    kept: int | ir.SymbolicDim = 1
+    if all_logits:
+        _keep_all(by_name[LOGITS_TO_KEEP])
+        kept = ir.SymbolicDim("sequence")
+    else:
+        last = insert(graph, first, ir.node("Constant", [], attributes={"value_ints": [-1]}))
+        ir.convenience.replace_all_uses_with(by_name[LOGITS_TO_KEEP], last)
+    graph.inputs.remove(by_name[LOGITS_TO_KEEP])
     logits = next(output for output in graph.outputs if output.name == LOGITS)
     assert logits.shape is not None
-    logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])  # by which onnxruntime-genai knows how many it gets
+    logits.shape = ir.Shape([logits.shape[0], kept, logits.shape[2]])  # by which genai knows how many it gets
+    _name_past(twin)
     return twin
+
+
+def _keep_all(kept: ir.Value) -> None:
+    """Take out what gathers the positions `kept`."""
+    [use] = kept.uses()
+    gather = use.node
+    ir.convenience.replace_all_uses_with(gather.outputs[0], gather.inputs[0])  # type: ignore[arg-type]
+    assert gather.graph is not None
+    gather.graph.remove(gather, safe=True)
+
+
+def _name_past(model: ir.Model) -> None:
+    """Name the cache's length as other exporters do: lm-eval knows by it that it may begin with an empty one."""
+    for values, prefix, name in (
+        (model.graph.inputs, PAST, "past_sequence_length"),
+        (model.graph.outputs, PRESENT, "total_sequence_length"),
+    ):
+        for value in values:
+            if value.name is not None and value.name.startswith(prefix):
+                assert value.shape is not None
+                batch, heads, _, head_dim = value.shape
+                value.shape = ir.Shape([batch, heads, name, head_dim])
 
 
 def genai_config(arch: Architecture, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -8,19 +8,22 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from http_server import Server, serving
 
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.exporter import ExportOptions, export_bundle
 from starling.profiling.peers.checkpoint_folder import GGUF, write_checkpoint
 
 pytestmark = [pytest.mark.install, pytest.mark.slow]
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
 LM_EVAL = "lm_eval==0.4.13"
 LENGTH = 256
+CHOICE, ANSWER, TEXT = "starling_choice", "starling_answer", "starling_text"
 Samples = dict[str, list[dict[str, Any]]]
 
 
@@ -64,10 +67,10 @@ def server(demo_bundle: Path) -> Iterator[Server]:
         yield running
 
 
-def run(python: Path, out: Path, *arguments: str) -> Samples:
+def run(python: Path, out: Path, *arguments: str, tasks: Sequence[str] = (CHOICE, ANSWER, TEXT)) -> Samples:
     """The samples of each task, in order, as the command line writes them."""
     command = [python, "-m", "starling.profiling.quality.lm_eval_model", "run", *arguments]
-    command += ["--tasks", "starling_choice,starling_answer,starling_text", "--include_path", str(TASKS)]
+    command += ["--tasks", ",".join(tasks), "--include_path", str(TASKS)]
     command += ["--num_fewshot", "2", "--batch_size", "4", "--log_samples", "--output_path", str(out)]
     local = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(out / "datasets"), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=TASKS, env=os.environ | local, capture_output=True, text=True, check=False)
@@ -80,22 +83,34 @@ def run(python: Path, out: Path, *arguments: str) -> Samples:
     return found
 
 
-def check_same(got: Samples, expected: Samples) -> None:
-    """The same choices, texts and scores; sums of log-probabilities as near as float32 has them."""
-    assert [len(expected[task]) for task in ("starling_choice", "starling_answer", "starling_text")] == [22, 10, 5]
-    for ours, theirs in zip(got["starling_choice"], expected["starling_choice"], strict=True):
+def check_choices(got: Samples, expected: Samples) -> None:
+    """The same choices, as near as float32 has the log-probabilities of all answers."""
+    assert len(expected[CHOICE]) == 22
+    for ours, theirs in zip(got[CHOICE], expected[CHOICE], strict=True):
         assert (ours["acc"], ours["acc_norm"]) == (theirs["acc"], theirs["acc_norm"])
         answers, wanted = ours["filtered_resps"], theirs["filtered_resps"]
         assert [is_greedy for _, is_greedy in answers] == [is_greedy for _, is_greedy in wanted]
         values = [[float(value) for value, _ in each] for each in (answers, wanted)]
         assert values[0] == pytest.approx(values[1], abs=1e-3)
         assert values[0].index(max(values[0])) == values[1].index(max(values[1]))
-    for ours, theirs in zip(got["starling_answer"], expected["starling_answer"], strict=True):
-        assert (ours["resps"], ours["exact_match"]) == (theirs["resps"], theirs["exact_match"])
-    for ours, theirs in zip(got["starling_text"], expected["starling_text"], strict=True):
+    assert 0 < sum(line["acc"] for line in expected[CHOICE]) < 22, "else nothing is compared"
+
+
+def check_texts(got: Samples, expected: Samples) -> None:
+    """The log-likelihood of whole texts."""
+    assert len(expected[TEXT]) == 5
+    for ours, theirs in zip(got[TEXT], expected[TEXT], strict=True):
         assert ours["byte_perplexity"] == pytest.approx(theirs["byte_perplexity"], rel=1e-4)
-    assert 0 < sum(line["acc"] for line in expected["starling_choice"]) < 22, "else nothing is compared"
-    assert 0 < sum(line["exact_match"] for line in expected["starling_answer"]) < 10
+
+
+def check_same(got: Samples, expected: Samples) -> None:
+    """The same choices, texts and scores."""
+    check_choices(got, expected)
+    check_texts(got, expected)
+    assert len(expected[ANSWER]) == 10
+    for ours, theirs in zip(got[ANSWER], expected[ANSWER], strict=True):
+        assert (ours["resps"], ours["exact_match"]) == (theirs["resps"], theirs["exact_match"])
+    assert 0 < sum(line["exact_match"] for line in expected[ANSWER]) < 10
 
 
 def test_in_process_all_is_as_by_transformers(
@@ -112,6 +127,16 @@ def test_through_a_server_all_is_as_by_transformers(
     url = f"http://127.0.0.1:{server.port}/v1/completions"
     model = f"model=m,base_url={url},tokenizer_backend=remote,max_length={LENGTH + 2}"
     check_same(run(python, tmp_path, "--model", "local-completions", "--model_args", model), by_transformers)
+
+
+def test_lm_evals_own_onnx_runtime_runs_a_bundle_with_all_logits(
+    python: Path, demo_checkpoint: Checkpoint, by_transformers: Samples, tmp_path: Path
+) -> None:
+    """It cuts a window and its first token to `max_length` tokens."""
+    export_bundle(demo_checkpoint, tmp_path / "bundle", ExportOptions(check=False, all_logits=True))
+    model = f"pretrained={tmp_path / 'bundle'},max_length={LENGTH + 1}"
+    arguments = ("--model", "onnxruntime", "--model_args", model)
+    check_choices(run(python, tmp_path / "out", *arguments, tasks=(CHOICE,)), by_transformers)
 
 
 def test_settings_that_the_engine_does_not_have_are_refused_by_name(
