@@ -15,6 +15,9 @@ GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
 #: Characters of a grammar, and members of an object: 2,000 that may be left out take a second to compile.
 MOST_CHARACTERS, MOST_MEMBERS = 2**17, 2000
 
+#: As models write JSON on one line. Free whitespace lets a small model write it without end.
+JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from starling.engine.errors import SamplingError, StarlingError, one_line
 from starling.engine.installation import install_command
-from starling.engine.text.grammar import MOST_MEMBERS, GrammarSpec
+from starling.engine.text.grammar import JSON_LAYOUT, MOST_MEMBERS, GrammarSpec
 from starling.engine.text.grammar_state import GrammarState
 from starling.engine.text.tokenizer import Tokenizer
 
@@ -29,8 +29,6 @@ MOST_KEPT, MOST_KEPT_CHARACTERS = 64, 2**20
 MOST_LEXER_STATES, MOST_SYMBOLS = 25_000, 200_000
 #: What may come next, as rules: an object of MOST_MEMBERS that may be left out has several for each.
 MOST_ITEMS = 5 * MOST_MEMBERS
-#: As models write JSON on one line. Free whitespace lets a small model write it without end.
-JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 #: A rule or a directive that only Lark's syntax has. (llguidance's own test takes minutes for a text of line ends.)
 _LARK = re.compile(r"(?m)^[ \t]*(%llguidance\b|start[ \t]*:(?!:=))")
