@@ -302,9 +302,12 @@ class Engine:
         *,
         limit: int | None = None,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of `messages` ({"role", "content"}) up to where the assistant's answer begins.
 
+        `tools` are functions in OpenAI's form, for templates that know them; calls of theirs are `tool_calls` of an
+        assistant's message, results messages with the role "tool".
         `variables` are handed to the template by their names: JSON values, `{"enable_thinking": False}` for example.
         Raises PromptError where the bundle has no such template, the template refuses the messages, a variable may not
         be given, or they are longer than `limit` tokens can hold, as `encode` does.
@@ -316,6 +319,7 @@ class Engine:
             add_generation_prompt=True,
             limit=limit or self.max_seq,
             client_variables=variables,
+            tools=tools,
         )
 
     @cached_property

@@ -44,6 +44,7 @@ class SamplingOverrides(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     grammar: GrammarSpec | None
+    shown_tokens: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class SamplingParams:
     logprobs: how many of the likeliest tokens to report beside the chosen one's log-probability; None reports nothing.
     prompt_logprobs: the same for each token of the prompt, all of which is then run, whatever the cache holds of it.
     grammar: what the answer must look like. It ends where it is complete, as "stop"; one that "length" ends may not be.
+    shown_tokens: special tokens whose text is part of the answer's; the others give none.
     """
 
     temperature: float = 0.0
@@ -88,6 +90,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: GrammarSpec | None = None
+    shown_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, "0 (greedy) or more", lambda x: x >= 0)
@@ -111,11 +114,12 @@ class SamplingParams:
         for name in ("seed", "logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), "0 or more, or None")
-        for name in ("stop", "stop_token_ids", "bad_words"):
+        for name in ("stop", "stop_token_ids", "bad_words", "shown_tokens"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_texts("stop", _checked_tuple(self, "stop"), MOST_STOP_STRINGS)
         _check_texts("bad_words", _checked_tuple(self, "bad_words"), MOST_BAD_WORDS)
+        _check_texts("shown_tokens", _checked_tuple(self, "shown_tokens"), MOST_STOP_STRINGS)
         for index, token in enumerate(_checked_tuple(self, "stop_token_ids")):
             _check_int("stop_token_ids", token, "a token id", at=f"[{index}]")
         if not isinstance(self.ignore_eos, bool):

@@ -152,7 +152,7 @@ def make_sequence(
         top_logprobs=params.logprobs,
         stop_ids=stop_ids,
         sample=None if as_chosen else make_sampler(params, processors),
-        detokenizer=tokenizer.detokenizer(() if reply else prompt),
+        detokenizer=tokenizer.detokenizer(() if reply else prompt, params.shown_tokens),
         stops=StopMatcher(params.stop) if params.stop else None,
         min_tokens=params.min_tokens,
         grammar=grammar,

@@ -52,6 +52,7 @@ class DetokenizerFactory:
         texts = self._texts_by_id(vocab) if self._byte_level or self._sentencepiece else []
         piece = _characters if self._byte_level else _text_or_byte
         self._pieces = [None if text is None else piece(text) for text in texts]
+        self._with_shown: dict[frozenset[int], list[str | bytes | None]] = {}
 
     @property
     def strips_first_space(self) -> bool:
@@ -69,18 +70,30 @@ class DetokenizerFactory:
             return None
         return [piece.encode() if isinstance(piece, str) else piece or b"" for piece in self._pieces]
 
-    def make(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+    def make(self, prompt_ids: Sequence[int] = (), shown: Mapping[int, str] | None = None) -> Detokenizer:
         """A fresh detokenizer.
 
         After `prompt_ids` the first space is kept, and a character that the prompt left incomplete is completed.
+        `shown` are special ids that give a text.
         """
+        pieces = self._pieces_with(shown) if shown else self._pieces
         tail = [token_id for token_id in prompt_ids[-PROMPT_TAIL:] if token_id not in self._special_ids]
         if self._byte_level:
-            return _ByteLevel(self._pieces, tail)
+            return _ByteLevel(pieces, tail)
         if self._sentencepiece:
             started = bool(tail) or any(token_id not in self._special_ids for token_id in prompt_ids)
-            return _SentencePiece(self._pieces, tail, strip=self._strips and not started)
+            return _SentencePiece(pieces, tail, strip=self._strips and not started)
         return _Window(self._core, tail)
+
+    def _pieces_with(self, shown: Mapping[int, str]) -> list[str | bytes | None]:
+        """The pieces with those of special ids, made once for each set of them: a program has one or two."""
+        key = frozenset(shown)
+        if key not in self._with_shown:
+            pieces = list(self._pieces)
+            for token_id, text in shown.items():
+                pieces[token_id] = text
+            self._with_shown[key] = pieces
+        return self._with_shown[key]
 
     def _texts_by_id(self, vocab: Mapping[str, int]) -> list[str | None]:
         """Texts by id, None for special ids and gaps; those of a byte-level vocabulary with a character per byte."""

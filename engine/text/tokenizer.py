@@ -136,9 +136,18 @@ class Tokenizer:
         """The text of the ids, special tokens left out or by their names."""
         return self._core.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        """A fresh incremental detokenizer. After `prompt_ids` the text continues theirs and keeps its first space."""
-        return self._detokenizers.make(prompt_ids)
+    def detokenizer(self, prompt_ids: Sequence[int] = (), shown: Sequence[str] = ()) -> Detokenizer:
+        """A fresh incremental detokenizer. After `prompt_ids` the text continues theirs and keeps its first space.
+
+        `shown` are special tokens that give their text, as the others do not.
+        """
+        ids = {token: text for text in shown if (token := self._core.token_to_id(text)) in self.special_ids}
+        return self._detokenizers.make(prompt_ids, ids)
+
+    @cached_property
+    def special_ids_by_text(self) -> Mapping[str, int]:
+        """The ids of the special tokens by their texts."""
+        return {self._added[token]: token for token in self.special_ids}
 
     @property
     def strips_first_space(self) -> bool:

@@ -1,4 +1,4 @@
-"""The grammar of an answer that calls tools: which functions, with arguments of their schemas, in the model's own form."""
+"""The grammar of an answer that calls tools: these functions, arguments of their schemas, the model's own form."""
 
 from __future__ import annotations
 

@@ -41,6 +41,8 @@ class Choice:
     #: None where none were asked for.
     logprobs: Logprobs | None
     finish_reason: str
+    #: OpenAI's `tool_calls`.
+    calls: Sequence[dict[str, Any]] = ()
 
 
 class Reply(ABC):
@@ -65,9 +67,16 @@ class Reply(ABC):
         """The chunk before a choice's first text, if there is one."""
         return None
 
-    def chunk(self, index: int, text: str, logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:
-        """A piece of a choice."""
-        piece = {"index": index} | self._piece(text, logprobs, finish_reason)
+    def chunk(
+        self,
+        index: int,
+        text: str,
+        logprobs: Logprobs | None,
+        finish_reason: str | None,
+        calls: Sequence[dict[str, Any]] = (),
+    ) -> dict[str, Any]:
+        """A piece of a choice; `calls` are a chat's `tool_calls`."""
+        piece = {"index": index} | self._piece(text, logprobs, finish_reason, calls)
         return self._head | {"choices": [piece]} | self._no_usage
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
@@ -77,17 +86,21 @@ class Reply(ABC):
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The whole answer as one object."""
         shown = [
-            {"index": index} | self._choice(choice.text, choice.logprobs, choice.finish_reason)
+            {"index": index} | self._choice(choice.text, choice.logprobs, choice.finish_reason, choice.calls)
             for index, choice in enumerate(choices)
         ]
         return self._head | {"choices": shown, "usage": usage.document()}
 
     @abstractmethod
-    def _piece(self, text: str, logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:
+    def _piece(
+        self, text: str, logprobs: Logprobs | None, finish_reason: str | None, calls: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
         """A chunk's choice, without its index."""
 
     @abstractmethod
-    def _choice(self, text: str, logprobs: Logprobs | None, finish_reason: str) -> dict[str, Any]:
+    def _choice(
+        self, text: str, logprobs: Logprobs | None, finish_reason: str, calls: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
         """A whole answer's choice, without its index."""
 
 
@@ -97,7 +110,9 @@ class CompletionReply(Reply):
     prefix = "cmpl"
     kinds = ("text_completion", "text_completion")
 
-    def _piece(self, text: str, logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:
+    def _piece(
+        self, text: str, logprobs: Logprobs | None, finish_reason: str | None, calls: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
         shown = None if logprobs is None else self._texts.completion(logprobs)
         return {"text": text, "logprobs": shown, "finish_reason": finish_reason}
 
@@ -115,11 +130,18 @@ class ChatReply(Reply):
         choice = {"index": index} | self._delta({"role": "assistant", "content": ""}, None, None)
         return self._head | {"choices": [choice]} | self._no_usage
 
-    def _piece(self, text: str, logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:
-        return self._delta({"content": text} if text else {}, logprobs, finish_reason)
+    def _piece(
+        self, text: str, logprobs: Logprobs | None, finish_reason: str | None, calls: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        delta: dict[str, Any] = {"content": text} if text else {}
+        return self._delta(delta | ({"tool_calls": calls} if calls else {}), logprobs, finish_reason)
 
-    def _choice(self, text: str, logprobs: Logprobs | None, finish_reason: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+    def _choice(
+        self, text: str, logprobs: Logprobs | None, finish_reason: str, calls: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
         return {"message": message, "logprobs": self._shown(logprobs), "finish_reason": finish_reason}
 
     def _delta(self, delta: dict[str, Any], logprobs: Logprobs | None, finish_reason: str | None) -> dict[str, Any]:

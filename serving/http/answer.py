@@ -18,6 +18,7 @@ from starling.serving.api.api_errors import ApiError, from_engine, out_of_time, 
 from starling.serving.api.prompt_echo import PromptEcho
 from starling.serving.api.replies import Choice, Logprobs, Reply, Usage, usage_of
 from starling.serving.api.token_texts import ShownToken
+from starling.serving.api.tool_replies import ToolReader
 from starling.serving.http.interleave import interleave
 from starling.serving.http.request_bodies import ApiRequest
 from starling.serving.http.request_log import RequestTrace, request_trace
@@ -51,6 +52,8 @@ class _Candidate:
         #: Whether its end is in the metrics.
         self.recorded = False
         self.opened = False
+        #: Reads the calls of tools, where there are any.
+        self.tools: ToolReader | None = None
 
     @property
     def likelihood(self) -> float:
@@ -74,6 +77,9 @@ class Answer:
             )
             for index, handle in enumerate(handles)
         ]
+        if request.tools is not None and request.tool_format is not None:
+            for candidate in self._candidates:
+                candidate.tools = ToolReader(request.tool_format, request.tools)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer. A client that goes away cancels its request, which frees the rows within a step."""
@@ -129,7 +135,11 @@ class Answer:
         text, logprobs = self._echo(candidate)
         if logprobs is not None:
             logprobs = [*logprobs, *candidate.logprobs]
-        return Choice(text + "".join(candidate.texts), logprobs, candidate.finish_reason)
+        text += "".join(candidate.texts)
+        if candidate.tools is None:
+            return Choice(text, logprobs, candidate.finish_reason)
+        text, calls = candidate.tools.whole(text)
+        return Choice(text, logprobs, candidate.tools.finish_reason(candidate.finish_reason), calls)
 
     def _echo(self, candidate: _Candidate) -> tuple[str, Logprobs | None]:
         """What a choice begins with: its prompt where it is repeated, which has been run by now."""
@@ -187,8 +197,9 @@ class Answer:
                     if candidate.echo is not None:
                         yield await self._echo_event(candidate)
                 logprobs = self._logprobs(candidate, chunk)
-                if chunk.text or logprobs or chunk.finish_reason:
-                    yield _event(self._reply.chunk(index, chunk.text, logprobs, chunk.finish_reason))
+                text, calls, reason = self._read(candidate, chunk)
+                if text or calls or logprobs or reason:
+                    yield _event(self._reply.chunk(index, text, logprobs, reason, calls))
         if self._request.include_usage:
             yield _event(self._reply.usage_chunk(self._usage()))
 
@@ -227,6 +238,14 @@ class Answer:
                 raise from_engine(error.__cause__, self._request.prompt_field) from error
             trace.note_failure(error)
             raise unexpected(trace.id) from error
+
+    def _read(self, candidate: _Candidate, chunk: GenerationChunk) -> tuple[str, list[dict[str, Any]], str | None]:
+        """Text, calls of tools and finish_reason of a chunk."""
+        tools, reason = candidate.tools, chunk.finish_reason
+        if tools is None:
+            return chunk.text, [], reason
+        text, calls = tools.deltas(chunk.text, last=reason is not None)
+        return text, calls, None if reason is None else tools.finish_reason(reason)
 
     def _record_end(self, candidate: _Candidate, trace: RequestTrace, timings: Timings, reason: FinishReason) -> None:
         """The one place where a generation's end enters the metrics and the log."""

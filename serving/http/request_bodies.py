@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from starling.engine.errors import shown
 from starling.engine.generation.sampling_params import SamplingParams
+from starling.engine.text.tool_formats import ToolFormat
 from starling.serving.api.api_errors import ApiError, bad_field
 from starling.serving.api.fields import LIKE_A_KNOWN, Fields, Unsupported
 from starling.serving.api.messages import TEMPLATE_FIELDS, read_messages, read_template_variables
@@ -18,6 +19,7 @@ from starling.serving.api.sampling_fields import (
     read_deadline,
     read_sampling,
 )
+from starling.serving.api.tool_fields import TOOL_FIELDS, ToolUse, read_tools
 
 Messages: TypeAlias = list[dict[str, Any]]
 
@@ -31,10 +33,8 @@ UNSUPPORTED_COMPLETION: Unsupported = {
     "suffix": (("",), "text is generated at the end of the prompt only"),
 }
 UNSUPPORTED_CHAT: Unsupported = {
-    "tools": (([],), "tools are not supported; describe them in a message"),
-    "functions": (([],), "tools are not supported; describe them in a message"),
-    "tool_choice": (("none", "auto"), "tools are not supported"),
-    "function_call": (("none", "auto"), "tools are not supported"),
+    "functions": (([],), "it is not supported; send tools"),
+    "function_call": (("none", "auto"), "it is not supported; send tool_choice"),
     "modalities": ((["text"],), "only text is generated"),
     "audio": ((), "it is not supported"),
     "prediction": ((), "it is not supported"),
@@ -46,13 +46,12 @@ UNSUPPORTED_CHAT: Unsupported = {
     "continue_final_message": ((False,), "the answer always begins a message of its own"),
     "documents": (([],), "it is not supported; put them into a message"),
 }
-#: Without tools it says nothing about the answer either.
-IGNORED_CHAT = IGNORED_FIELDS | {"parallel_tool_calls"}
 
 #: All that a body may name. Anything else is refused where it looks misspelt or the server is strict, else ignored.
 _COMMON = SAMPLING_FIELDS | {"model", "stream", "stream_options", "logprobs", "n", "cache_salt"}
 COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "echo", "best_of", *UNSUPPORTED_COMPLETION}
-CHAT_FIELDS = _COMMON | IGNORED_CHAT | {"messages", "template", "top_logprobs", *TEMPLATE_FIELDS, *UNSUPPORTED_CHAT}
+CHAT_FIELDS = _COMMON | IGNORED_FIELDS | TOOL_FIELDS | TEMPLATE_FIELDS | {"messages", "template", "top_logprobs"}
+CHAT_FIELDS |= UNSUPPORTED_CHAT.keys()
 
 
 #: OpenAI's own limit on `n`.
@@ -104,6 +103,9 @@ class ApiRequest:
     variables: Mapping[str, Any] = field(default_factory=dict)
     #: Whether the answer begins with its prompt.
     echo: bool = False
+    #: The tools that it may call, and the form in which the model of the template writes calls.
+    tools: ToolUse | None = None
+    tool_format: ToolFormat | None = None
     #: Names of fields that nobody knows.
     ignored: tuple[str, ...] = ()
     #: Known prefixes are shared among requests of the same salt alone.
@@ -181,6 +183,7 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
         choices=choices,
         candidates=choices,
         variables=read_template_variables(fields),
+        tools=read_tools(fields),
         ignored=ignored,
         cache_salt=_cache_salt(fields),
     )

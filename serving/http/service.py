@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from starling.engine.batching.request import RequestHandle
@@ -15,6 +15,7 @@ from starling.engine.serving_loop import ServingLoop
 from starling.serving.api.api_errors import ApiError, bad_field, from_engine, shutting_down
 from starling.serving.api.prompt_echo import PromptEcho, prompt_echo
 from starling.serving.api.token_texts import TokenTexts
+from starling.serving.api.tool_fields import form_of, with_tools
 from starling.serving.http.request_bodies import ApiRequest, Limits
 from starling.serving.metrics.prometheus import PrometheusMetrics
 
@@ -110,6 +111,7 @@ class Service:
             problem = "this server has the log-probabilities of answers only"
             raise bad_field("echo", f"echo with logprobs: {problem}; leave one of them out", "unsupported_parameter")
         try:
+            request = self._with_tools(request)
             encoded, tokenizer = self._encoded(request), self.engine.tokenizer
             pairs = zip(request.prompts, encoded, strict=True) if request.echo else ()
             echoes = [prompt_echo(tokenizer, self.texts, prompt, ids) for prompt, ids in pairs]
@@ -118,6 +120,17 @@ class Service:
         except StarlingError as error:
             raise from_engine(error, request.prompt_field) from None
         return Submitted(request, handles, echoes)
+
+    def _with_tools(self, request: ApiRequest) -> ApiRequest:
+        """The request with what its tools ask of the answer."""
+        if request.tools is None:
+            return request
+        template = self.engine.chat_templates.source(request.template)
+        if template is None:  # as encoding will say
+            return request
+        known = form_of(template, request.params.grammar)
+        params = with_tools(request.params, request.tools, known, self.engine.tokenizer.special_ids_by_text)
+        return replace(request, params=params, tool_format=known)
 
     def _submit(self, request: ApiRequest, ids: list[int], request_id: str, handles: list[RequestHandle]) -> None:
         names = [f"{request_id}-{len(handles) + candidate}" for candidate in range(request.candidates)]
@@ -137,7 +150,11 @@ class Service:
         if request.messages is not None:
             encoded = [
                 self.engine.apply_chat_template(
-                    request.messages, request.template, limit=limit, variables=request.variables
+                    request.messages,
+                    request.template,
+                    limit=limit,
+                    variables=request.variables,
+                    tools=None if request.tools is None else request.tools.tools,
                 )
             ]
         else:

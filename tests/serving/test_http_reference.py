@@ -32,7 +32,7 @@ from starling.serving.metrics.metric_table import REQUEST_METRICS, STATE_METRICS
 PAGE = (Path(__file__).parents[2] / "docs" / "http.md").read_text(encoding="utf-8")
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 KNOWN = {"completions": requests.COMPLETION_FIELDS, "chat": requests.CHAT_FIELDS}
-IGNORED = {"completions": sampling_fields.IGNORED_FIELDS, "chat": requests.IGNORED_CHAT}
+IGNORED = {"completions": sampling_fields.IGNORED_FIELDS, "chat": sampling_fields.IGNORED_FIELDS}
 REFUSED: dict[str, Unsupported] = {
     "completions": {**sampling_fields.UNSUPPORTED_SAMPLING, **requests.UNSUPPORTED_COMPLETION},
     "chat": {**sampling_fields.UNSUPPORTED_SAMPLING, **requests.UNSUPPORTED_CHAT},
@@ -185,7 +185,14 @@ TYPES: dict[str, tuple[list[Any], list[Any]]] = {
             for role in ("system", "developer")
         ]
         + [[{"role": "user", "content": "Hi", "name": "Bo", "tool_calls": []}]],
-        [[], "Hi", [5], [{"role": "tool", "content": "x"}], [{"role": "user", "content": "x", "tool_calls": [1]}]],
+        [
+            [],
+            "Hi",
+            [5],
+            [{"role": "tool", "content": "x"}],
+            [{"role": "assistant"}],
+            [{"role": "user", "content": "x", "tool_calls": [1]}],
+        ],
     ),
     "string, or list of strings": (["x", ["a", "b", "c", "d"]], ["", [""], ["a"] * 65, 5]),
     "list of token ids": ([[], [5]], ["x", [-1], ["x"]]),
@@ -193,6 +200,8 @@ TYPES: dict[str, tuple[list[Any], list[Any]]] = {
     "object of numbers": ([{}, {"5": 1, "31999": -100}], [[], {"x": 1}, {"5": "1"}, {"5": 101}]),
     "string": ([], [5, ["x"]]),
     "list of strings": ([[], ["a", "b c"]], ["a", [1], [""]]),
+    "list of tools": ([[]], ["x", [5], [{"type": "function"}], [{"type": "function", "function": {"name": "f"}}]]),
+    "choice of a tool": (["none", "auto"], [5, "any", "required", {"type": "function", "function": {"name": "f"}}]),
     "list of texts": ([["a", "b c"]], ["a", [], [""], [1]]),
     "JSON schema": ([{"type": "integer"}, '{"type": "integer"}', True], [5, [], "{", False, {"not": {}}]),
     "true or false": ([True, False], ["yes", 1]),

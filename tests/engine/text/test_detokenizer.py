@@ -147,3 +147,14 @@ def test_other_decoders_stream_to_the_whole_decode_too(decoder: object) -> None:
     for _ in range(50):
         ids = [rng.randrange(300, 32002) for _ in range(30)]
         assert "".join(streamed(subject, ids)) == subject.decode(ids)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_special_tokens_are_shown_where_they_are_asked_for(model: str) -> None:
+    subject = load(with_added(tokenizer_json(model), [{"content": "[TOOL_CALLS]"}, {"content": "[OTHER]"}]))
+    ids = subject.encode("Well [TOOL_CALLS] [OTHER]naïve", add_special_tokens=False)
+    detokenizer = subject.detokenizer(ids[:1], ("[TOOL_CALLS]", "unknown", "Well"))
+    shown = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+    assert "[TOOL_CALLS]" in shown
+    assert shown.replace("[TOOL_CALLS]", "") == "".join(streamed(subject, ids, ids[:1]))
+    assert "[OTHER]" not in shown

@@ -42,7 +42,8 @@ ANSWERS = {
     ),
     "hermes, with a text before, and two calls": Answer(
         HERMES,
-        'Let me look.\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich", "days": 2}}\n</tool_call>\n'
+        'Let me look.\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich", "days": 2}}\n'
+        "</tool_call>\n"
         '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
         "Let me look.",
         (WEATHER, ("now", {})),
@@ -202,7 +203,7 @@ TEMPLATES = {
     "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>"
     ' <tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>{% endif %}': HERMES,
     "{% if tools %}[AVAILABLE_TOOLS]{{ tools }}[/AVAILABLE_TOOLS]{% endif %}{{ '[TOOL_CALLS] [' }}": MISTRAL_LIST,
-    "{% if tools %}{{ tools }}{% endif %}{{ '[TOOL_CALLS]' + call.function.name + '[ARGS]' + arguments }}": MISTRAL_NAMED,
+    "{% if tools %}{{ tools }}{% endif %}{{ '[TOOL_CALLS]' + call.name + '[ARGS]' + arguments }}": MISTRAL_NAMED,
     '{% if tools %}Environment: ipython\nRespond in the format {"name": function name, "parameters": dictionary of '
     "argument name and its value}.{% endif %}": LLAMA3,
     "{% for tool in tools %}{{ tool }}{% endfor %}<start_function_call>call:{{ name }}{<escape>": FUNCTION_GEMMA,
