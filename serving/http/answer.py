@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from starling.engine.batching.request import RequestHandle
 from starling.engine.errors import RequestFailed, UserError
 from starling.engine.generation.results import FinishReason, GenerationChunk, Timings
-from starling.serving.api.api_errors import ApiError, from_engine, out_of_time, shutting_down, unexpected
+from starling.serving.api.api_errors import ApiError, out_of_time, shutting_down, unexpected
 from starling.serving.api.prompt_echo import PromptEcho
 from starling.serving.api.replies import Choice, Logprobs, Reply, Usage, usage_of
 from starling.serving.api.token_texts import ShownToken
@@ -235,7 +235,8 @@ class Answer:
         except RequestFailed as error:
             self._record_end(candidate, trace, candidate.handle.partial.timings, "failed")
             if isinstance(error.__cause__, UserError):  # what it forbids leaves nothing to choose
-                raise from_engine(error.__cause__, self._request.prompt_field) from error
+                cause = error.__cause__
+                raise ApiError(400, cause.client_message, param=cause.field, logged=cause.problem) from error
             trace.note_failure(error)
             raise unexpected(trace.id) from error
 
