@@ -21,9 +21,9 @@ from starling.engine.batching.speculation import checked_speculation
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.chat_session import ChatSession
 from starling.engine.errors import BackendError, PromptError, SamplingError, UserError, did_you_mean
-from starling.engine.generation.continuation_scores import ContinuationScore, ContinuationScorer, split_continuation
+from starling.engine.generation.continuation_scores import ContinuationScore, ContinuationScorer, scored_pair
 from starling.engine.generation.logits_processors import LogitsProcessor
-from starling.engine.generation.prompts import Prompt, check_count, checked_ids, common_prefix, is_single
+from starling.engine.generation.prompts import Prompt, checked_ids, common_prefix, is_single
 from starling.engine.generation.results import GenerationInterrupted, GenerationResult
 from starling.engine.generation.sampling_params import SamplingOverrides, SamplingParams
 from starling.engine.generation.sequence import GenerationSequence, make_sequence
@@ -226,7 +226,10 @@ class Engine:
         Raises PromptError, and BackendError where the graph gives the last token's logits only.
         """
         self.backend.check_scores()
-        pairs = [self._scored_pair(prompt, each, f"continuations[{i}]") for i, each in enumerate(continuations)]
+        pairs = [
+            scored_pair(prompt, each, f"continuations[{i}]", self.encode, self.bundle, self.max_seq)
+            for i, each in enumerate(continuations)
+        ]
         self._check_not_reserved()
         self._end_newest()
         self._first_row = None
@@ -236,20 +239,6 @@ class Engine:
         except BaseException:
             self._scorer.forget()
             raise
-
-    def _scored_pair(self, prompt: Prompt, continuation: Prompt, place: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if len(continuation) == 0:
-            raise PromptError(f"{place} is empty", detail="give at least one token", field="continuations")
-        if isinstance(continuation, str) and not isinstance(prompt, str):
-            raise PromptError(f"{place} is a text, but the prompt is token ids", detail="give ids for both")
-        ids = tuple(self.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
-        if isinstance(continuation, str) and isinstance(prompt, str):
-            ids, rest = split_continuation(self.encode(prompt + continuation), ids)
-        else:
-            rest = checked_ids(cast(Sequence[int], continuation), self.bundle, self.max_seq)
-        # The last token's logits are not needed, so it takes no place in the cache.
-        check_count(len(ids) + len(rest) - 1, self.bundle, self.max_seq)
-        return checked_ids(ids, self.bundle, self.max_seq), rest
 
     def chat(self, system: str | None = None, template: str | None = None) -> ChatSession:
         """A multi-turn chat with an optional system message, by the bundle's template or the one named `template`."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from starling.engine.backends.backend import Backend, chunk_length
 from starling.engine.backends.logits import Logits, check_finite
-from starling.engine.generation.prompts import common_prefix
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.errors import PromptError
+from starling.engine.generation.prompts import Prompt, check_count, checked_ids, common_prefix
 from starling.engine.generation.sampler import TokenLogprob, logprobs
 from starling.engine.generation.sequence import token_logprobs
 
@@ -81,10 +83,33 @@ class ContinuationScorer:
         return self._after_prompt
 
 
-def split_continuation(whole: Sequence[int], prompt: Sequence[int]) -> tuple[Ids, Ids]:
-    """The ids of a prompt and its continuation together, cut where they are no longer those of the prompt alone.
+def scored_pair(
+    prompt: Prompt,
+    continuation: Prompt,
+    place: str,
+    encode: Callable[[str], list[int]],
+    bundle: Bundle,
+    max_seq: int,
+) -> tuple[Ids, Ids]:
+    """A prompt and its continuation as token ids: of texts those of both together, cut where they differ from the
+    prompt's own.
 
-    The prompt keeps at least one token, and so does the continuation where there is more than one.
+    Raises PromptError, which calls the continuation by its `place`, for what cannot be scored.
     """
-    cut = max(1, min(common_prefix(whole, prompt), len(whole) - 1))
-    return tuple(whole[:cut]), tuple(whole[cut:])
+    if len(continuation) == 0:
+        raise PromptError(f"{place} is empty", detail="give at least one token", field="continuations")
+    ids = tuple(encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+    if not isinstance(continuation, str):
+        rest = checked_ids(continuation, bundle, max_seq)
+    elif isinstance(prompt, str):
+        whole = tuple(encode(prompt + continuation))
+        if len(whole) < 2:
+            problem = f"the prompt and {place} are one token together"
+            raise PromptError(problem, detail="give a longer prompt, or token ids", field="continuations")
+        cut = max(1, min(common_prefix(whole, ids), len(whole) - 1))
+        ids, rest = whole[:cut], whole[cut:]
+    else:
+        raise PromptError(f"{place} is a text, but the prompt is token ids", detail="give ids for both")
+    # The last token's logits are not needed, so it takes no place in the cache.
+    check_count(len(ids) + len(rest) - 1, bundle, max_seq)
+    return checked_ids(ids, bundle, max_seq), rest

@@ -18,6 +18,7 @@ from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import BackendError, PromptError, SamplingError, UserError
+from starling.engine.generation.continuation_scores import scored_pair
 from starling.engine.generation.results import GenerationResult
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
@@ -190,6 +191,19 @@ def test_texts_are_scored_as_the_tokens_of_both_together(engine: Engine) -> None
     assert engine.encode("New Yor")[-1] != engine.encode("New York")[-1]
     [inside] = engine.score("New Yor", ["k"])
     assert [entry.token for entry in inside.tokens] == engine.encode("New York")[-len(inside.tokens) :]
+
+
+def test_texts_that_are_one_token_together_cannot_be_cut(tiny_bundle: Path) -> None:
+    """As they may be where no BOS comes before them."""
+    bundle = Bundle.open(tiny_bundle)
+
+    def encode(text: str) -> list[int]:
+        return {"New": [5], "s": [6], "New York": [5, 7], "News": [9], "New Yorks": [5, 8]}[text]
+
+    with pytest.raises(PromptError, match=r"the prompt and continuations\[0\] are one token together: give a longer"):
+        scored_pair("New", "s", "continuations[0]", encode, bundle, 64)
+    assert scored_pair("New", " York", "", encode, bundle, 64) == ((5,), (7,))
+    assert scored_pair("New York", "s", "", encode, bundle, 64) == ((5,), (8,)), "the token that both are part of"
 
 
 @pytest.mark.parametrize(
