@@ -150,7 +150,7 @@ class PoolingLoop:
         if not self._waiting:
             return
         backend, long_from = self._pooler.backend, self._pooler.pooling.long_from
-        places = next_group([len(job.texts[index].ids) for job, index in self._waiting], backend, long_from)
+        places = next_group([job.texts[index].ids for job, index in self._waiting], backend, long_from)
         group = [self._waiting[place] for place in places]
         taken = set(places)
         self._waiting = [text for place, text in enumerate(self._waiting) if place not in taken]

@@ -1,4 +1,4 @@
-"""Texts through a PoolingBackend: short ones together in one run, a long one alone, chunk after chunk."""
+"""Texts through a PoolingBackend: short ones together in one run, a long one alone, a common beginning once."""
 
 from __future__ import annotations
 
@@ -9,27 +9,42 @@ import numpy as np
 from starling.engine.backends.backend import chunk_length
 from starling.engine.backends.pooling_backend import PoolingBackend, Vectors
 from starling.engine.errors import BackendError
+from starling.engine.generation.prompts import common_prefix
 
 Ids = Sequence[int]
 
+#: Tokens of a run that takes hardly longer than one of a single token.
+WORTH_A_RUN = 32
 
-def next_group(lengths: Sequence[int], backend: PoolingBackend, long_from: int | None = None) -> list[int]:
-    """Which of the waiting texts run together with the first one, which is among them: indices into their `lengths`.
 
-    Those of the nearest lengths, as far as one run takes them, padded as they are to the longest; the first alone where
-    it is longer than a run. Beyond `long_from` texts are rotated otherwise than below.
+def next_group(texts: Sequence[Ids], backend: PoolingBackend, long_from: int | None = None) -> list[int]:
+    """Which of the waiting texts run together with the first one, which is among them: their indices.
+
+    Those that begin as it does, where that saves work; else those of the nearest lengths, as far as one run takes them,
+    padded as they are to the longest; the first alone where it is longer than a run. Beyond `long_from` tokens texts
+    are rotated otherwise than below, and so run apart.
     """
-    first = lengths[0]
-    if first > backend.run_tokens // 2:
-        return [0]
+    first = len(texts[0])
+    alike = [i for i, text in enumerate(texts) if long_from is None or (len(text) > long_from) == (first > long_from)]
+    family = _family(texts, alike, backend.max_batch)
+    if len(family) > 1:
+        return family
     group, longest = [0], first
-    for index in sorted(range(1, len(lengths)), key=lambda index: abs(lengths[index] - first)):
-        longest = max(longest, lengths[index])
-        same_kind = long_from is None or (lengths[index] > long_from) == (first > long_from)
-        if len(group) == backend.max_batch or longest * (len(group) + 1) > backend.run_tokens or not same_kind:
+    for index in sorted(alike[1:], key=lambda index: abs(len(texts[index]) - first)):
+        longest = max(longest, len(texts[index]))
+        if len(group) == backend.max_batch or longest * (len(group) + 1) > backend.run_tokens:
             break
         group.append(index)
     return group
+
+
+def _family(texts: Sequence[Ids], alike: Sequence[int], most: int) -> list[int]:
+    """The first text and those that share so much of its beginning that running it once saves work; else it alone."""
+    beginning = tuple(texts[0][:WORTH_A_RUN])
+    found = [0, *(i for i in alike[1:] if tuple(texts[i][:WORTH_A_RUN]) == beginning)][:most]
+    if len(beginning) < WORTH_A_RUN or not saves_work(shared_prefix([texts[i] for i in found]), len(found)):
+        return [0]
+    return found
 
 
 def run_group(backend: PoolingBackend, texts: Sequence[Ids]) -> Iterator[Vectors | None]:
@@ -37,26 +52,56 @@ def run_group(backend: PoolingBackend, texts: Sequence[Ids]) -> Iterator[Vectors
 
     The keys and values are gone when it ends. Raises BackendError where a run fails.
     """
+    shared = shared_prefix(texts)
+    if len(texts) == 1 or saves_work(shared, len(texts)):
+        yield from _run_in_turn(backend, texts, shared)
+        return
     longest = max(map(len, texts))
     cache = backend.new_cache(len(texts), longest)
-    if len(texts) > 1:
-        tokens = np.zeros((len(texts), longest), np.int64)  # what is after a text's end is not seen from before it
-        for row, text in zip(tokens, texts, strict=True):
-            row[: len(text)] = text
-        ends = sorted({len(text) - 1 for text in texts})
-        found = backend.run(cache, tokens, 0, ends)
-        vectors = np.stack([found[row, ends.index(len(text) - 1)] for row, text in enumerate(texts)])
-    else:
-        tokens = np.array(texts, np.int64)
-        start = 0
-        while True:
-            length = chunk_length(longest - start, backend.run_tokens)
-            vectors = backend.run(cache, tokens[:, start : start + length], start, [length - 1])[:, 0]
+    tokens = np.zeros((len(texts), longest), np.int64)  # what is after a text's end is not seen from before it
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    ends = sorted({len(text) - 1 for text in texts})
+    found = backend.run(cache, tokens, 0, ends)
+    yield np.stack([found[row, ends.index(len(text) - 1)] for row, text in enumerate(texts)])
+
+
+def _run_in_turn(backend: PoolingBackend, texts: Sequence[Ids], shared: int) -> Iterator[Vectors | None]:
+    """What the texts begin with once, then the rest of each, over the keys and values of the one before it."""
+    cache = backend.new_cache(1, max(map(len, texts)))
+    found = np.zeros((len(texts), backend.width), np.float32)
+    for index, text in enumerate(texts):
+        ids = np.array([text], np.int64)
+        start = shared if index else 0
+        while start < len(text):
+            # The shared part ends with a run of its own, so that it is the same for every text.
+            until = shared if start < shared else len(text)
+            length = chunk_length(until - start, backend.run_tokens)
+            vectors = backend.run(cache, ids[:, start : start + length], start, [length - 1])
             start += length
-            if start == longest:
-                break
+            if start < len(text):
+                yield None
+        found[index] = vectors[0, 0]
+        if index + 1 < len(texts):
             yield None
-    yield vectors
+    yield found
+
+
+def shared_prefix(texts: Sequence[Ids]) -> int:
+    """How many ids all of several texts begin with, less than any of them has; 0 for one alone."""
+    if len(texts) < 2:
+        return 0
+    least = min(map(len, texts)) - 1
+    first = texts[0]
+    return min(least, *(common_prefix(first, text) for text in texts[1:]))
+
+
+def saves_work(shared: int, texts: int) -> bool:
+    """Whether it is less work to run a beginning once and each rest alone than all texts together.
+
+    A run of few tokens takes about as long as one of WORTH_A_RUN: it reads all weights.
+    """
+    return shared * (texts - 1) > WORTH_A_RUN * texts
 
 
 def run_all(backend: PoolingBackend, texts: Sequence[Ids], long_from: int | None = None) -> Vectors:
@@ -67,7 +112,7 @@ def run_all(backend: PoolingBackend, texts: Sequence[Ids], long_from: int | None
     found = np.zeros((len(texts), backend.width), np.float32)
     waiting = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     while waiting:
-        group = next_group([len(texts[index]) for index in waiting], backend, long_from)
+        group = next_group([texts[index] for index in waiting], backend, long_from)
         chosen = [waiting[place] for place in group]
         for vectors in run_group(backend, [texts[index] for index in chosen]):
             if vectors is not None:

@@ -72,12 +72,42 @@ class _Backend:
     ],
 )
 def test_texts_of_like_length_run_together(lengths: list[int], group: list[int]) -> None:
-    assert next_group(lengths, cast(Any, _Backend())) == group
+    rows = [[number] * length for number, length in enumerate(lengths)]
+    assert next_group(rows, cast(Any, _Backend())) == group
 
 
 def test_texts_that_are_rotated_otherwise_run_apart() -> None:
-    assert next_group([65, 64, 66], cast(Any, _Backend()), long_from=64) == [0]
-    assert next_group([65, 66, 64], cast(Any, _Backend()), long_from=64) == [0, 1]
+    assert next_group([[1] * 65, [1] * 64, [2] * 66], cast(Any, _Backend()), long_from=64) == [0, 2]
+    assert next_group([[1] * 20, [2] * 65], cast(Any, _Backend()), long_from=64) == [0]
+
+
+def test_texts_with_one_beginning_run_it_once(engine: Engine) -> None:
+    """Eight answers to one question: its tokens once, and theirs."""
+    backend, ran = engine.pooler.backend, 0
+    run = backend.run
+    question, answers = texts((100,))[0], texts((20, 31, 7, 40, 25, 25, 1, 60), seed=2)
+    rows = [[*question, *answer] for answer in answers]
+    alone = np.concatenate([engine.score_texts([row]) for row in rows])
+
+    def counted(cache: Any, tokens: Any, *rest: Any) -> Any:
+        nonlocal ran
+        ran += tokens.size
+        return run(cache, tokens, *rest)
+
+    cast(Any, backend).run = counted
+    try:
+        together = engine.score_texts(rows)
+    finally:
+        cast(Any, backend).run = run
+    assert ran == 100 + sum(map(len, answers))
+    assert np.abs(together - alone).max() < 1e-4
+
+
+def test_the_same_text_twice_is_read_twice(engine: Engine) -> None:
+    [row] = texts((200,))
+    [one], [other] = engine.score_texts([row, row])
+    assert one == pytest.approx(other, abs=1e-4)
+    assert one == pytest.approx(float(engine.score_texts([row])[0, 0]), abs=1e-4)
 
 
 def test_no_keys_and_values_are_kept(engine: Engine) -> None:
