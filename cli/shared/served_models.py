@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,16 @@ def open_served(stack: ExitStack, folder: Path, settings: dict[str, Any], option
         second = Bundle.open(reward, verify=settings["verify"]).require("score")
         if _name(second) in names:
             raise UserError(f"both models are called {_name(second)}: give --model-name for the other one")
-    generating = _generating(stack, main, settings, options, names)
-    if second is None:
-        return Served(generating, None)
-    cpu = {name: settings[name] for name in ("threads", "verify")}
-    return Served(generating, _scoring(stack, second, cpu, options, (_name(second),)))
+    scoring = None
+    if second is not None:
+        cpu = {name: settings[name] for name in ("threads", "verify")}
+        scoring = _scoring(stack, second, cpu, options, (_name(second),))
+    return Served(_generating(stack, main, settings, options, names, _judges(second)), scoring)
+
+
+def _judges(reward: Bundle | None) -> tuple[str, ...]:
+    """The name of a model that gives one score of a text, which can say which answer is the best."""
+    return (_name(reward),) if reward is not None and reward.output_width == 1 else ()
 
 
 def _name(bundle: Bundle) -> str:
@@ -57,7 +63,12 @@ def _name(bundle: Bundle) -> str:
 
 
 def _generating(
-    stack: ExitStack, bundle: Bundle, settings: dict[str, Any], options: dict[str, Any], names: tuple[str, ...]
+    stack: ExitStack,
+    bundle: Bundle,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    names: tuple[str, ...],
+    judges: tuple[str, ...],
 ) -> Service:
     from starling.engine.serving_loop import ServingLoop
     from starling.serving.http.service import Service
@@ -70,7 +81,7 @@ def _generating(
         prefix_cache=options["prefix_cache"],
     )
     stack.callback(loop.close, drain=False)
-    service = Service(engine, loop, _limits(engine, options, names))
+    service = Service(engine, loop, replace(_limits(engine, options, names), reward_models=judges))
     stack.callback(service.close)
     return service
 

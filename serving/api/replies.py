@@ -17,11 +17,13 @@ Logprobs: TypeAlias = Sequence[ShownToken]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of the prompts, `cached` of which were not prefilled, and of the answers, their end tokens counted."""
+    """Tokens of the prompts, `cached` of which were not prefilled, of the answers (their end tokens too), and of what a
+    reward model read (None: nothing)."""
 
     prompt: int
     answer: int
     cached: int = 0
+    reward: int | None = None
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(self.prompt + other.prompt, self.answer + other.answer, self.cached + other.cached)
@@ -30,6 +32,8 @@ class Usage:
         """OpenAI's `usage`."""
         total = self.prompt + self.answer
         document = {"prompt_tokens": self.prompt, "completion_tokens": self.answer, "total_tokens": total}
+        if self.reward is not None:
+            document["reward_tokens"] = self.reward
         return document | {"prompt_tokens_details": {"cached_tokens": self.cached}}
 
 
@@ -43,6 +47,8 @@ class Choice:
     finish_reason: str
     #: OpenAI's `tool_calls`.
     calls: Sequence[dict[str, Any]] = ()
+    #: What a reward model gave it; None where none was asked.
+    reward: float | None = None
 
 
 class Reply(ABC):
@@ -86,7 +92,9 @@ class Reply(ABC):
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The whole answer as one object."""
         shown = [
-            {"index": index} | self._choice(choice.text, choice.logprobs, choice.finish_reason, choice.calls)
+            {"index": index}
+            | self._choice(choice.text, choice.logprobs, choice.finish_reason, choice.calls)
+            | ({} if choice.reward is None else {"reward": choice.reward})
             for index, choice in enumerate(choices)
         ]
         return self._head | {"choices": shown, "usage": usage.document()}

@@ -6,6 +6,8 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -22,6 +24,7 @@ from starling.serving.api.tool_replies import ToolReader
 from starling.serving.http.interleave import interleave
 from starling.serving.http.request_bodies import ApiRequest
 from starling.serving.http.request_log import RequestTrace, request_trace
+from starling.serving.http.scoring_service import ScoringService
 from starling.serving.http.service import Service, Submitted
 
 _EVENT_HEADERS = [
@@ -47,6 +50,8 @@ class _Candidate:
         #: Of all tokens, the end token too.
         self.log_probability = 0.0
         self.finish_reason = ""
+        #: What the reward model gives it.
+        self.reward: float | None = None
         self.timings: Timings | None = None
         self.offset = 0 if echo is None else len(echo.text)
         #: Whether its end is in the metrics.
@@ -56,15 +61,21 @@ class _Candidate:
         self.tools: ToolReader | None = None
 
     @property
-    def likelihood(self) -> float:
-        """Mean log-probability of a token: what `best_of` goes by."""
+    def merit(self) -> float:
+        """What `best_of` goes by: the reward, else the mean log-probability of a token."""
+        if self.reward is not None:
+            return self.reward
         return self.log_probability / max(1, self.timings.new_tokens if self.timings else 1)
 
 
 class Answer:
     """An ASGI response that reads the generations of one request to their end."""
 
-    def __init__(self, service: Service, submitted: Submitted, reply: Reply) -> None:
+    def __init__(
+        self, service: Service, submitted: Submitted, reply: Reply, scoring: ScoringService | None = None
+    ) -> None:
+        """`scoring` has the reward model that the request names."""
+        self._begin, self._scoring, self._reward_tokens = perf_counter(), scoring, 0
         request, handles, echoes = submitted.request, submitted.handles, submitted.echoes
         self._service, self._request, self._reply = service, request, reply
         self._ends = _end_tokens(service, request)
@@ -103,6 +114,8 @@ class Answer:
                     candidate.logprobs += self._logprobs(candidate, chunk) or ()
                     if chunk.logprob is not None:
                         candidate.log_probability += chunk.logprob.logprob
+            if self._request.reward_model is not None:
+                await self._judge(trace)
         except ApiError as error:
             await Refusal(error)(scope, receive, send)
             return
@@ -119,16 +132,29 @@ class Answer:
         """Twenty alternatives of each of thousands of tokens take a second to write, in which streams go on."""
         return await self._service.work(lambda: _in_pieces(document()))
 
+    async def _judge(self, trace: RequestTrace) -> None:
+        """Give every candidate its reward: all of them are read together, what they begin with once."""
+        assert self._scoring is not None
+        left = None
+        if self._request.deadline_s is not None:
+            left = max(0.001, self._request.deadline_s - (perf_counter() - self._begin))
+        answers = ["".join(candidate.texts) for candidate in self._candidates]
+        rewards, self._reward_tokens = await self._scoring.rewards(
+            self._request, answers, self._service.engine.tokenizer.decode, left, trace.id
+        )
+        for candidate, reward in zip(self._candidates, rewards, strict=True):
+            candidate.reward = reward
+
     def _chosen(self) -> list[_Candidate]:
-        """The choices of each prompt: its candidates, or the likeliest of them."""
+        """The choices of each prompt: its candidates, or the likeliest of them; by their reward where there is one."""
         choices, per_prompt = self._request.choices, self._request.candidates
-        if choices == per_prompt:
+        if choices == per_prompt and self._request.reward_model is None:
             return self._candidates
         prompts = [self._candidates[i : i + per_prompt] for i in range(0, len(self._candidates), per_prompt)]
         return [
             candidate
             for candidates in prompts
-            for candidate in sorted(candidates, key=lambda one: one.likelihood, reverse=True)[:choices]
+            for candidate in sorted(candidates, key=lambda one: one.merit, reverse=True)[:choices]
         ]
 
     def _choice(self, candidate: _Candidate) -> Choice:
@@ -136,10 +162,11 @@ class Answer:
         if logprobs is not None:
             logprobs = [*logprobs, *candidate.logprobs]
         text += "".join(candidate.texts)
+        reward = candidate.reward
         if candidate.tools is None:
-            return Choice(text, logprobs, candidate.finish_reason)
+            return Choice(text, logprobs, candidate.finish_reason, reward=reward)
         text, calls = candidate.tools.whole(text)
-        return Choice(text, logprobs, candidate.tools.finish_reason(candidate.finish_reason), calls)
+        return Choice(text, logprobs, candidate.tools.finish_reason(candidate.finish_reason), calls, reward)
 
     def _echo(self, candidate: _Candidate) -> tuple[str, Logprobs | None]:
         """What a choice begins with: its prompt where it is repeated, which has been run by now."""
@@ -157,7 +184,7 @@ class Answer:
             if candidate.timings is not None:
                 used = usage_of(candidate.timings)
                 total += used if candidate.counts_prompt else Usage(0, used.answer)
-        return total
+        return total if self._request.reward_model is None else replace(total, reward=self._reward_tokens)
 
     async def _stream(self, trace: RequestTrace, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events(trace)) as events:

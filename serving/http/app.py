@@ -136,7 +136,7 @@ class _Endpoints:
         wanted = submitted.request
         request_trace(request.scope).note_ignored(wanted.ignored)
         reply = form(wanted.model, service.texts, stream=wanted.stream, with_usage=wanted.include_usage)
-        return Answer(service, submitted, reply)
+        return Answer(service, submitted, reply, self._served.scoring)
 
     def _model(self, name: str) -> dict[str, Any]:
         return {

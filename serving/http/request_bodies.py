@@ -48,8 +48,10 @@ UNSUPPORTED_CHAT: Unsupported = {
 }
 
 #: All that a body may name. Anything else is refused where it looks misspelt or the server is strict, else ignored.
-_COMMON = SAMPLING_FIELDS | {"model", "stream", "stream_options", "logprobs", "n", "cache_salt"}
-COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "echo", "best_of", *UNSUPPORTED_COMPLETION}
+_COMMON = SAMPLING_FIELDS | {
+    *("model", "stream", "stream_options", "logprobs", "n", "best_of", "reward_model", "cache_salt")
+}
+COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "echo", *UNSUPPORTED_COMPLETION}
 CHAT_FIELDS = _COMMON | IGNORED_FIELDS | TOOL_FIELDS | TEMPLATE_FIELDS | {"messages", "template", "top_logprobs"}
 CHAT_FIELDS |= UNSUPPORTED_CHAT.keys()
 
@@ -76,6 +78,8 @@ class Limits:
     strict: bool = False
     #: Whether known prefixes are kept apart by API key.
     isolate: bool = False
+    #: Models that may judge the candidates of a prompt.
+    reward_models: tuple[str, ...] = ()
 
     @property
     def least_alike(self) -> float:
@@ -94,9 +98,11 @@ class ApiRequest:
     deadline_s: float | None
     prompts: tuple[str | list[int], ...] = ()
     messages: Messages | None = None
-    #: Choices that each prompt gets, and generations of it that they are taken from, the likeliest first.
+    #: Choices that each prompt gets, and generations of it that they are taken from: the likeliest first, or those of
+    #: the highest reward by the model of that name.
     choices: int = 1
     candidates: int = 1
+    reward_model: str | None = None
     #: The chat template by name; None is the bundle's default.
     template: str | None = None
     #: What the client hands to the template.
@@ -123,7 +129,7 @@ class ApiRequest:
     @property
     def candidate_params(self) -> SamplingParams:
         """The settings of a candidate. To find the likeliest of several, log-probabilities are needed."""
-        ranked = self.candidates > self.choices and self.params.logprobs is None
+        ranked = self.candidates > self.choices and self.params.logprobs is None and self.reward_model is None
         return replace(self.params, logprobs=0) if ranked else self.params
 
     @property
@@ -145,10 +151,7 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
         params = replace(params, prompt_logprobs=logprobs)
     stream, include_usage = _streaming(fields)
     prompts = _prompts(fields)
-    choices = _choices(fields, "n", 1, MOST_CHOICES)
-    candidates = _choices(fields, "best_of", choices, MOST_CHOICES)
-    _check_candidates(choices, candidates, stream=stream)
-    _check_together(limits, len(prompts), choices, candidates)
+    choices, candidates = _candidates(fields, limits, len(prompts), stream=stream)
     return ApiRequest(
         model,
         params,
@@ -158,6 +161,7 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
         prompts=prompts,
         choices=choices,
         candidates=candidates,
+        reward_model=_reward_model(fields, limits, stream=stream),
         echo=echo,
         ignored=ignored,
         cache_salt=_cache_salt(fields),
@@ -171,17 +175,19 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
     model = read_model(fields, limits)
     fields.refuse_unsupported(UNSUPPORTED_CHAT)
     params = read_sampling(fields, limits.defaults, max_tokens=limits.max_seq, logprobs=_chat_logprobs(fields))
-    choices = _choices(fields, "n", 1, MOST_CHOICES)
-    _check_together(limits, 1, choices, choices)
+    stream, include_usage = _streaming(fields)
+    choices, candidates = _candidates(fields, limits, 1, stream=stream)
     return ApiRequest(
         model,
         params,
-        *_streaming(fields),
+        stream,
+        include_usage,
         read_deadline(fields),
         messages=read_messages(fields),
         template=fields.optional("template", str),
         choices=choices,
-        candidates=choices,
+        candidates=candidates,
+        reward_model=_reward_model(fields, limits, stream=stream),
         variables=read_template_variables(fields),
         tools=read_tools(fields),
         ignored=ignored,
@@ -236,6 +242,30 @@ def _prompts(fields: Fields) -> tuple[str | list[int], ...]:
 
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _candidates(fields: Fields, limits: Limits, prompts: int, *, stream: bool) -> tuple[int, int]:
+    """How many choices each prompt gets, and of how many generations."""
+    choices = _choices(fields, "n", 1, MOST_CHOICES)
+    candidates = _choices(fields, "best_of", choices, MOST_CHOICES)
+    _check_candidates(choices, candidates, stream=stream)
+    _check_together(limits, prompts, choices, candidates)
+    return choices, candidates
+
+
+def _reward_model(fields: Fields, limits: Limits, *, stream: bool) -> str | None:
+    """The model that judges the generations, None for none."""
+    name = fields.optional("reward_model", str)
+    if name is None:
+        return None
+    if name not in limits.reward_models:
+        known = " or ".join(limits.reward_models)
+        remedy = f"use {known}" if known else "start the server with --reward-model"
+        raise bad_field("reward_model", f"there is no reward model {shown(name)} here: {remedy}", "model_not_found")
+    if stream:
+        problem = "a reward is known at the end of an answer: send reward_model without stream"
+        raise bad_field("reward_model", problem, "invalid_value")
+    return name
 
 
 def _choices(fields: Fields, name: str, default: int, most: int) -> int:

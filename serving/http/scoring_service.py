@@ -14,6 +14,7 @@ from starling.engine.errors import RequestFailed, StarlingError
 from starling.engine.pooling.text_pooler import PreparedText, TextInput, activated, normalized
 from starling.engine.pooling_loop import PoolingLoop
 from starling.serving.api.api_errors import ApiError, from_engine, out_of_time, shutting_down, unexpected
+from starling.serving.http.request_bodies import ApiRequest
 from starling.serving.http.scoring_bodies import Pair, ScoringRequest
 
 T = TypeVar("T")
@@ -96,6 +97,40 @@ class ScoringService:
             self._running.discard(future)
             if watcher is not None:
                 watcher.cancel()
+
+    async def rewards(
+        self,
+        request: ApiRequest,
+        answers: Sequence[str],
+        decode: Callable[[Sequence[int]], str],
+        deadline_s: float | None,
+        request_id: str,
+    ) -> tuple[list[float], int]:
+        """The reward of each answer to the request's prompts, in the order of its generations; tokens of all of them.
+
+        A chat goes through this model's own template, a prompt and its answer are one text. `decode` makes text of a
+        prompt's token ids. Raises ApiError as `answer` does.
+        """
+        texts = await self.work(lambda: self._answered(request, answers, decode))
+        vectors = await self.run(texts, deadline_s, request_id)
+        return vectors[:, 0].tolist(), sum(text.tokens for text in texts)
+
+    def _answered(
+        self, request: ApiRequest, answers: Sequence[str], decode: Callable[[Sequence[int]], str]
+    ) -> list[PreparedText]:
+        prompts = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in request.prompts]
+        texts: list[TextInput] = [
+            [*request.messages, {"role": "assistant", "content": answer}]
+            if request.messages is not None
+            else prompts[index // request.candidates] + answer
+            for index, answer in enumerate(answers)
+        ]
+        try:
+            return [self.engine.pooler.prepare(text) for text in texts]
+        except StarlingError as error:
+            refusal = from_engine(error, "reward_model")
+            refusal.param = "reward_model"
+            raise refusal from None
 
     def prepare(self, text: TextInput | Pair, request: ScoringRequest) -> PreparedText:
         """The tokens of a text, or of a pair. Raises PromptError, or UserError for a setting."""

@@ -262,6 +262,7 @@ BAD: dict[str, list[Any]] = {
     "guided_grammar": ["start: (", ""],
     "stream_options": [{"include_usage": "yes"}],
     "cache_salt": ["x" * (requests.LONGEST_SALT + 1)],
+    "reward_model": ["nobody"],
     "chat_template_kwargs": [{"messages": []}, {"eos_token": "x"}, {"two words": 1}, {"a": "x" * 70000}],
 }
 

@@ -259,3 +259,67 @@ def test_the_log_has_the_texts_tokens_and_the_deadline_holds(rewarding: Server) 
     status, refused = error(rewarding, "/pooling", input=[[5] * 512] * 300, deadline_s=0.01)
     assert (status, refused["code"]) == (504, "deadline_exceeded")
     assert post(rewarding, "/pooling", input=[1, 5, 6])["usage"]["prompt_tokens"] == 3  # what was late runs no more
+
+
+def best(server: Server, path: str, reward: Path, **fields: Any) -> dict[str, Any]:
+    return post(server, path, model=MODEL, temperature=1, seed=5, max_tokens=9, reward_model=reward.name, **fields)
+
+
+def test_the_best_of_several_answers_is_the_one_of_the_highest_reward(both: Server, reward_bundle: Path) -> None:
+    """The candidates are those of `n` without a reward model; each one's reward is what the model gives its chat."""
+    user = [{"role": "user", "content": "Hello"}]
+    asked: dict[str, Any] = {"model": MODEL, "messages": user, "temperature": 1, "seed": 5, "max_tokens": 9, "n": 4}
+    plain = post(both, "/v1/chat/completions", **asked)
+    answers = [choice["message"]["content"] for choice in plain["choices"]]
+    chats = [[*user, {"role": "assistant", "content": answer}] for answer in answers]
+    expected = scores(reward_bundle, chats)
+    order = sorted(range(4), key=lambda index: -expected[index])
+    assert len(set(answers)) == 4
+
+    found = best(both, "/v1/chat/completions", reward_bundle, messages=user, best_of=4)
+    [choice] = found["choices"]
+    assert choice["message"]["content"] == answers[order[0]]
+    assert choice["reward"] == pytest.approx(expected[order[0]], abs=1e-4)
+    assert found["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
+    assert found["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+    with Engine(reward_bundle) as engine:
+        read = sum(engine.pooler.prepare(chat).tokens for chat in chats)
+    assert found["usage"]["reward_tokens"] == read
+
+    sorted_all = best(both, "/v1/chat/completions", reward_bundle, messages=user, n=4)["choices"]
+    assert [choice["message"]["content"] for choice in sorted_all] == [answers[index] for index in order]
+    assert [choice["reward"] for choice in sorted_all] == pytest.approx([expected[i] for i in order], abs=1e-4)
+
+
+def test_a_completion_is_judged_with_its_prompt(both: Server, reward_bundle: Path, tiny_bundle: Path) -> None:
+    with Engine(tiny_bundle) as engine:
+        ids = engine.tokenizer.encode("Once upon")
+    for prompt in ("Once upon", ids, ["Once upon", "Twice"]):
+        found = best(both, "/v1/completions", reward_bundle, prompt=prompt, n=1, best_of=2)["choices"]
+        texts = ["Once upon", "Twice"][: len(found)]
+        expected = scores(reward_bundle, [text + one["text"] for text, one in zip(texts, found, strict=True)])
+        assert [choice["reward"] for choice in found] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"reward_model": "nobody"}, "there is no reward model 'nobody' here: use reward"),
+        ({"reward_model": "reward", "stream": True}, "without stream"),
+        ({"reward_model": "reward", "n": 2, "best_of": 1}, "best_of is 1, but n is 2"),
+        ({"reward_model": 5}, "reward_model is 5"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(both: Server, fields: dict[str, Any], named: str) -> None:
+    for path, prompt in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": CHAT[:1]})):
+        status, refused = error(both, f"/v1/{path}", model=MODEL, max_tokens=2, **prompt, **fields)
+        assert status == 400
+        assert named in refused["message"]
+
+
+def test_an_answer_that_the_reward_model_cannot_read_is_refused(tiny_bundle: Path, classifier_bundle: Path) -> None:
+    """A model of three labels says of no answer that it is the best."""
+    with serving(tiny_bundle, "--reward-model", classifier_bundle, "--max-seq", "64") as server:
+        status, refused = error(server, "/v1/completions", prompt="a", reward_model=classifier_bundle.name)
+        assert (status, refused["param"]) == (400, "reward_model")
+        assert post(server, "/classify", model=classifier_bundle.name, input="a")["data"][0]["num_classes"] == 3
