@@ -20,7 +20,7 @@ from starling.engine.batching.generation_stream import GenerationStream, generat
 from starling.engine.batching.speculation import checked_speculation
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.chat_session import ChatSession
-from starling.engine.errors import BackendError, PromptError, SamplingError, UserError, did_you_mean
+from starling.engine.errors import BackendError, PromptError, SamplingError, UserError, did_you_mean, shown
 from starling.engine.generation.continuation_scores import ContinuationScore, ContinuationScorer, scored_pair
 from starling.engine.generation.logits_processors import LogitsProcessor
 from starling.engine.generation.prompts import Prompt, checked_ids, common_prefix, is_single
@@ -179,12 +179,29 @@ class Engine:
         single = is_single(prompt)
         prompts = cast(list[Prompt], [prompt] if single else list(prompt))
         sequences = self._prepare(prompts, sampling_params(params, overrides), reply=reply)
-        for _ in self._start(sequences):
-            pass
-        results = [sequence.result() for sequence in sequences]
-        if any(result.finish_reason == "interrupted" for result in results):
-            raise GenerationInterrupted(results)
+        results = self._finish(sequences)
         return results[0] if single else results
+
+    def generate_choices(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        reply: bool = False,
+        **overrides: Unpack[SamplingOverrides],
+    ) -> list[GenerationResult]:
+        """`n` answers to one prompt, at most `max_batch`; the i-th has the seed plus i where `params` have one.
+
+        The prompt is prefilled once where the backend copies rows (ONNX Runtime on a CPU). Otherwise as `generate`.
+        """
+        if n < 1:
+            raise SamplingError(f"n is {shown(n)}: give 1 or more", field="n")
+        chosen, ids = sampling_params(params, overrides), self.encode(prompt) if isinstance(prompt, str) else prompt
+        self._check_rows(n, "answers")
+        return self._finish(
+            [self.prepare(ids, chosen.of_choice(index), reply=reply) for index in range(n)], one_prompt=True
+        )
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Unpack[SamplingOverrides]
@@ -371,12 +388,24 @@ class Engine:
     def _prepare(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, reply: bool = False
     ) -> list[GenerationSequence]:
-        if len(prompts) > self.max_batch:
+        self._check_rows(len(prompts), "prompts")
+        return [self.prepare(prompt, params, reply=reply) for prompt in prompts]
+
+    def _check_rows(self, count: int, what: str) -> None:
+        if count > self.max_batch:
             raise PromptError(
-                f"{len(prompts)} prompts, but the KV cache has {self.max_batch} row(s): "
+                f"{count} {what}, but the KV cache has {self.max_batch} row(s): "
                 "give fewer, or open the engine with a larger max_batch"
             )
-        return [self.prepare(prompt, params, reply=reply) for prompt in prompts]
+
+    def _finish(self, sequences: list[GenerationSequence], *, one_prompt: bool = False) -> list[GenerationResult]:
+        """Run the sequences to their ends. Raises GenerationInterrupted where Ctrl-C was first."""
+        for _ in self._start(sequences, one_prompt=one_prompt):
+            pass
+        results = [sequence.result() for sequence in sequences]
+        if any(result.finish_reason == "interrupted" for result in results):
+            raise GenerationInterrupted(results)
+        return results
 
     def _sequence(
         self,
@@ -421,13 +450,14 @@ class Engine:
         except BackendError as error:
             raise SamplingError(f"prompt_logprobs cannot be had: {error}", field="prompt_logprobs") from error
 
-    def _start(self, sequences: list[GenerationSequence]) -> GenerationStream:
+    def _start(self, sequences: list[GenerationSequence], *, one_prompt: bool = False) -> GenerationStream:
         self._check_not_reserved()
         self._end_newest()
         if self._scorer is not None:
             self._scorer.forget()
         self._first_row = sequences[0]
-        self._newest = GenerationStream(generate(self.backend, sequences, self._speculation), sequences)
+        chunks = generate(self.backend, sequences, self._speculation, one_prompt=one_prompt)
+        self._newest = GenerationStream(chunks, sequences)
         return self._newest
 
     def _check_not_reserved(self) -> None:

@@ -7,7 +7,8 @@ from time import perf_counter
 
 from starling.engine.backends.backend import Backend
 from starling.engine.batching.prefill_pacing import PromptsFirst
-from starling.engine.batching.request import Request
+from starling.engine.batching.prefix_store import PrefixStore
+from starling.engine.batching.request import PromptGroup, Request
 from starling.engine.batching.scheduler import Handout, Scheduler
 from starling.engine.batching.serving_stats import ServingCounters
 from starling.engine.errors import UserError
@@ -19,19 +20,27 @@ from starling.engine.names import Speculation
 Chunks = Generator[Handout, None, None]
 
 
-def generate(backend: Backend, sequences: list[GenerationSequence], speculation: Speculation | None = None) -> Chunks:
+def generate(
+    backend: Backend,
+    sequences: list[GenerationSequence],
+    speculation: Speculation | None = None,
+    *,
+    one_prompt: bool = False,
+) -> Chunks:
     """Run the sequences on rows 0, 1, … of the backend's cache; yields each token as its request and chunk.
 
-    Their prompts are prefilled one after the other, and then they decode together. `speculation` needs a backend that
-    verifies. Ctrl-C ends every row with a last chunk ("interrupted") in place of the exception. Raises what a row
-    failed with.
+    Their prompts are prefilled one after the other, and then they decode together. With `one_prompt` they have the same
+    one, which is prefilled once where the backend copies rows. `speculation` needs a backend that verifies. Ctrl-C ends
+    every row with a last chunk ("interrupted") in place of the exception. Raises what a row failed with.
     """
     counters = ServingCounters(len(sequences), 0)
-    scheduler = Scheduler(backend, counters, PromptsFirst(), speculation=speculation)
+    copies = PrefixStore.of(backend, 0) if one_prompt else None
+    scheduler = Scheduler(backend, counters, PromptsFirst(), speculation=speculation, prefixes=copies)
     called = perf_counter() - sum(sequence.encode_s for sequence in sequences)
     requests = [Request(sequence) for sequence in sequences]
+    group = PromptGroup(requests) if one_prompt else None
     for request in requests:
-        request.sequence.submitted = called
+        request.sequence.submitted, request.group = called, group
         counters.enter()
         scheduler.add(request)
     try:

@@ -14,7 +14,7 @@ from starling.engine.backends.backend import PREFIX_BLOCK
 from starling.engine.backends.onnxruntime.row_copies import HostRowCopies
 from starling.engine.batching.prefix_store import BLOCK_OVERHEAD, PrefixStore, block_bytes
 from starling.engine.batching.request import Request
-from starling.engine.errors import QueueFullError, UserError
+from starling.engine.errors import PromptError, QueueFullError, SamplingError, UserError
 from starling.engine.generation.results import GenerationResult
 from starling.engine.generation.sequence import GenerationSequence
 from starling.engine.serving_loop import ServingLoop
@@ -209,6 +209,19 @@ def test_choices_are_those_of_requests_with_their_seeds_and_the_prompt_is_prefil
     assert all(same(ours, wanted) for ours, wanted in zip(choices, alone, strict=True))
     assert [choice.logprobs for choice in choices] == [one.logprobs for one in alone]
     assert [choice.timings.reused_tokens for choice in choices] == [0, *[len(SHARED)] * (ROWS - 1)]
+
+
+def test_a_script_gets_the_same_choices(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.0, seed=40)
+    choices = engine.generate_choices(SHARED, params, n=ROWS)
+    alone = [engine.generate(SHARED, params, seed=40 + index) for index in range(ROWS)]
+    assert all(same(ours, wanted) for ours, wanted in zip(choices, alone, strict=True))
+    assert [choice.timings.prefilled_tokens for choice in choices] == [len(SHARED), 0, 0]
+    assert same(engine.generate_choices("Once", some(5), n=1)[0], engine.generate("Once", some(5)))
+    with pytest.raises(PromptError, match=f"{ROWS + 1} answers, but the KV cache has {ROWS} row"):
+        engine.generate_choices(SHARED, params, n=ROWS + 1)
+    with pytest.raises(SamplingError, match="n is 0"):
+        engine.generate_choices(SHARED, params, n=0)
 
 
 def test_greedy_choices_are_all_the_same_and_may_be_more_than_rows(engine: Engine) -> None:
