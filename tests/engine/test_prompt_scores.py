@@ -168,6 +168,14 @@ def test_prompts_share_what_the_row_holds(engine: Engine, model: torch.nn.Module
         assert [entry.logprob for entry in got.tokens] == pytest.approx(wanted, abs=1e-4)
 
 
+def test_what_a_later_continuation_wrote_over_is_not_taken_for_there(engine: Engine, model: torch.nn.Module) -> None:
+    prompt = PROMPT[:60]
+    engine.score(prompt, [[5, 6, 7, 8], [9, 10, 11, 12]])
+    [score] = engine.score([*prompt, 5, 6, 7], [[20, 21]])
+    expected = pytorch(model, [*prompt, 5, 6, 7, 20, 21])
+    assert [entry.logprob for entry in score.tokens] == pytest.approx([expected[62][20], expected[63][21]], abs=1e-4)
+
+
 def test_generating_in_between_is_noticed(engine: Engine, model: torch.nn.Module) -> None:
     prompt = PROMPT[:50]
     [before] = engine.score(prompt, [[9, 10]])
