@@ -42,7 +42,7 @@ class GrammarState:
         self._ends = np.array(sorted(token for token in self._end_ids if token < vocab_size), np.int64)
         self._no_ends = np.array(sorted(token for token in known - self._end_ids if token < vocab_size), np.int64)
         self._bits = np.zeros((vocab_size + 31) // 32, np.uint32)
-        #: Held while the thread computes the mask.
+        #: Held by who uses the matcher: the thread that computes the mask, or the answer's own.
         self._busy = Lock()
         #: Token ids, and whether they are those allowed or those forbidden; None: not computed yet.
         self._mask: tuple[bool, NDArray[np.int64]] | None = None
@@ -55,7 +55,9 @@ class GrammarState:
         Raises SamplingError where finding out takes more work than a token may.
         """
         with self._busy:
-            allowed, ids = self._mask or self._computed()
+            # The thread may not have come to it: on a busy machine waiting for that takes longer than computing.
+            self._mask = self._mask or self._computed()
+            allowed, ids = self._mask
         if allowed:
             kept = logits[ids]
             logits.fill(MASKED)
@@ -82,15 +84,18 @@ class GrammarState:
             return list(tokens[: self._matcher.validate_tokens(list(tokens))]) if tokens else [], False
 
     def begin_mask(self) -> None:
-        """Have the mask of the next token computed on a thread, unless it is known; `__call__` waits for it."""
-        if self._mask is None and not self.complete and self._busy.acquire(blocking=False):
+        """Have the mask of the next token computed on a thread, unless it is known."""
+        if self._mask is None and not self.complete:
             _MASKS.put(self)
 
     def compute_mask(self) -> None:
-        """What `begin_mask` asked for."""
+        """What `begin_mask` asked for, unless the answer's own thread was quicker."""
+        if not self._busy.acquire(blocking=False):
+            return
         try:
-            self._mask = self._computed()
-        except Exception:  # who waits for it computes it again, and gets the error; the thread goes on
+            if self._mask is None and not self.complete:
+                self._mask = self._computed()
+        except Exception:  # the answer's own thread computes it again, and gets the error; this one goes on
             self._mask = None
         finally:
             self._busy.release()
