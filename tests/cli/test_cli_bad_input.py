@@ -74,9 +74,9 @@ def test_a_manifest_that_is_not_json(copied: Path) -> None:
 
 
 def test_a_bundle_of_a_newer_format(copied: Path) -> None:
-    edit_manifest(copied, format_version=2)
+    edit_manifest(copied, format_version=3)
     line = refusal("generate", copied, "Hello")
-    assert line == f"{copied} is a bundle of format 2, this Starling reads up to 1: upgrade Starling"
+    assert line == f"{copied} is a bundle of format 3, this Starling reads up to 2: upgrade Starling"
 
 
 @pytest.mark.parametrize("command", ["generate", "tokenize"])

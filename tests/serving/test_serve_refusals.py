@@ -32,7 +32,7 @@ BASE: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 2}
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 SCHEMA, MANNER = "response_format.json_schema.schema", "structured_outputs.disable_additional_properties"
 BAD: list[tuple[dict[str, Any], dict[str, Any], int, str | None]] = [
-    (BASE, {"model": None}, 400, "model"),
+    (BASE, {"model": 5}, 400, "model"),
     (BASE, {"model": "gpt-4"}, 404, "model"),
     (BASE, {"prompt": None}, 400, "prompt"),
     (BASE, {"prompt": ""}, 400, "prompt"),
@@ -56,9 +56,9 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], int, str | None]] = [
     (BASE, {"top_k": -2}, 400, "top_k"),
     (BASE, {"seed": -2}, 400, "seed"),
     (BASE, {"stop": ""}, 400, "stop"),
-    (BASE, {"stop": ["a"] * 5}, 400, "stop"),
+    (BASE, {"stop": ["a"] * 65}, 400, "stop"),
     (BASE, {"logprobs": 21}, 400, "logprobs"),
-    (BASE, {"echo": True}, 400, "echo"),
+    (BASE, {"echo": "yes"}, 400, "echo"),
     (BASE, {"presence_penalty": 2.5}, 400, "presence_penalty"),
     (BASE, {"frequency_penalty": -3}, 400, "frequency_penalty"),
     (BASE, {"logit_bias": {"5": 101}}, 400, "logit_bias"),
