@@ -30,10 +30,10 @@ ACCEPTED = ("whole", "streamed", "disconnected", "late")
 BAD_FIELDS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"temperature": -1}, "temperature"),
     ({"top_p": 7}, "top_p"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"n": 3}, "n"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"n": 0}, "n"),
     ({"stream": "yes"}, "stream"),
-    ({"no_such_field": 1}, "no_such_field"),
+    ({"max_token": 1}, "max_token"),
     ({"model": "another"}, "model"),
 )
 TOO_LONG_WORDS = 20_000

@@ -27,7 +27,7 @@ KINDS = {"answered": 6, "streamed": 6, "disconnected": 5, "refused": 3}
 BAD_FIELDS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("ensemble", {"beam_width": 4}, "beam_width"),
     ("ensemble", {"top_p": 7.0}, "top_p"),
-    ("ensemble", {"max_tokens": 0}, "max_tokens"),
+    ("ensemble", {"max_tokens": -1}, "max_tokens"),
     ("ensemble", {"no_such_field": 1}, "no_such_field"),
     ("vllm_model", {"sampling_parameters": '{"n": 3}'}, "sampling_parameters: n"),
     ("vllm_model", {"sampling_parameters": "{"}, "sampling_parameters"),

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.12", "3.11")
 #: What pip says where a wheel cannot be had; any other failure is one of the recipe.
 NOT_TO_BE_HAD = re.compile(r"No matching distribution|Could not find a version|NewConnectionError|name resolution")
-READY_S, END_S = 90, 30
+READY_S, END_S = 90, 60
 
 
 def environment(repository: Path) -> Path:

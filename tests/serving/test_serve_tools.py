@@ -183,7 +183,12 @@ def test_a_real_model_calls_and_reads_the_result(demo_int8_bundle: Path, tmp_pat
     with serving(bundle) as running:
         client, messages = running.client(), list(MESSAGES)
         first = client.chat.completions.create(
-            model=MODEL, messages=messages, tools=TOOLS[:1], tool_choice="required", temperature=0
+            model=MODEL,
+            messages=messages,
+            tools=TOOLS[:1],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            temperature=0,
         )
         [call] = first.choices[0].message.tool_calls or []
         assert json.loads(call.function.arguments) == {"a": 2, "b": 3}
