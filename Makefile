@@ -13,7 +13,7 @@ PYTEST := python -m pytest -q -n 2 --dist loadfile
 NOOP := build/cuda-noop
 NOOP_PACKAGES := onnxruntime-gpu nvidia-cuda-nvrtc==13.0.* nvidia-cuda-cuobjdump click jinja2 numpy pytest rich tokenizers
 
-.PHONY: demo test test-quick sanitize test-cuda-noop test-newest test-lowest test-install test-clients check lint types dist install clean
+.PHONY: demo test test-quick sanitize test-cuda-noop test-newest test-lowest test-install test-clients test-lm-eval check lint types dist install clean
 
 demo: install
 	$(BIN)/starling export demo $(DEMO) --force
@@ -60,6 +60,10 @@ test-lowest: $(VENV)-lowest/installed
 # Wheels and sources, and the documents' install lines, in environments of their own.
 test-install: install
 	$(BIN)/python -m pytest -q -m install
+
+# lm-eval, in an environment of its own, by each way that docs/evaluation.md names. Not part of CI: it takes minutes.
+test-lm-eval: install
+	$(BIN)/python -m pytest -q -m lm_eval
 
 # Clients that others wrote (OpenAI's for JavaScript, LangChain, LiteLLM, AIPerf) against a real server; wants node, npm
 # and a network. Not part of CI: their packages are 2 GB.

@@ -19,7 +19,7 @@ from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.profiling.peers.checkpoint_folder import GGUF, write_checkpoint
 
-pytestmark = [pytest.mark.install, pytest.mark.slow]
+pytestmark = [pytest.mark.lm_eval, pytest.mark.slow]
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
 LM_EVAL = "lm_eval==0.4.13"
 LENGTH = 256
