@@ -1,6 +1,6 @@
 """lm-eval gives a bundle the scores that it gives transformers on the same weights, in process and through a server.
 
-In an environment of its own beside this one, which it takes minutes to make: `make test-install` runs it.
+In an environment of its own beside this one, which it takes minutes to make: `make test-lm-eval` runs it.
 """
 
 import json
