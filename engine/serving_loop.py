@@ -120,14 +120,13 @@ class ServingLoop:
         deadline_s: float | None = None,
         reply: bool = False,
         request_ids: Sequence[str] | None = None,
-        make_processors: Callable[[], Sequence[LogitsProcessor]] | None = None,
         cache_salt: str = "",
     ) -> list[RequestHandle]:
         """Queue `n` answers to one prompt, all or none of them. The prompt is prefilled once where rows are copied.
 
         They are those of `n` calls of `submit`, the i-th with the seed plus i where `params` have one. `request_ids`
-        are their names. `make_processors` makes the processors of one answer. An answer that gets its row when no
-        other of them has one any more goes by the known prefixes, as any request does. Raises what `submit` raises.
+        are their names. An answer that gets its row when no other of them has one any more goes by the known prefixes,
+        as any request does. Raises what `submit` raises.
         """
         submitted = perf_counter()
         if n < 1 or (request_ids is not None and len(request_ids) != n):
@@ -135,8 +134,7 @@ class ServingLoop:
         ids = self.engine.encode(prompt) if isinstance(prompt, str) else prompt
         chosen, group = params or SamplingParams(), PromptGroup()
         for index in range(n):
-            processors = () if make_processors is None else make_processors()
-            sequence = self.engine.prepare(ids, chosen.of_choice(index), reply=reply, processors=processors)
+            sequence = self.engine.prepare(ids, chosen.of_choice(index), reply=reply)
             request = Request(sequence, salt=cache_salt, group=group)
             if request_ids is not None:
                 request.id = request_ids[index]

@@ -55,7 +55,6 @@ COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "echo", *UNSUPPORTED_C
 CHAT_FIELDS = _COMMON | IGNORED_FIELDS | TOOL_FIELDS | TEMPLATE_FIELDS | {"messages", "template", "top_logprobs"}
 CHAT_FIELDS |= UNSUPPORTED_CHAT.keys()
 
-
 #: OpenAI's own limit on `n`.
 MOST_CHOICES = 128
 #: Characters of a cache_salt.
@@ -246,8 +245,8 @@ def _is_ids(value: Any) -> bool:
 
 def _candidates(fields: Fields, limits: Limits, prompts: int, *, stream: bool) -> tuple[int, int]:
     """How many choices each prompt gets, and of how many generations."""
-    choices = _choices(fields, "n", 1, MOST_CHOICES)
-    candidates = _choices(fields, "best_of", choices, MOST_CHOICES)
+    choices = _choices(fields, "n", 1)
+    candidates = _choices(fields, "best_of", choices)
     _check_candidates(choices, candidates, stream=stream)
     _check_together(limits, prompts, choices, candidates)
     return choices, candidates
@@ -268,10 +267,10 @@ def _reward_model(fields: Fields, limits: Limits, *, stream: bool) -> str | None
     return name
 
 
-def _choices(fields: Fields, name: str, default: int, most: int) -> int:
+def _choices(fields: Fields, name: str, default: int) -> int:
     count = fields.get(name, int, default)
-    if not 1 <= count <= most:
-        raise bad_field(name, f"{name} is {shown(count)}: give 1 to {most}", "invalid_value")
+    if not 1 <= count <= MOST_CHOICES:
+        raise bad_field(name, f"{name} is {shown(count)}: give 1 to {MOST_CHOICES}", "invalid_value")
     return count
 
 
