@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "operators/projection_call.h"
+
 namespace starling {
 namespace {
 
-enum Input : size_t { kX, kData, kScales, kNormWeight, kBias, kResidual };
+enum Input : size_t { kX, kData, kScales, kNormWeight };
 
 uint16_t half_bits(float value) {
   uint32_t bits;
@@ -23,20 +25,13 @@ uint16_t half_bits(float value) {
   return static_cast<uint16_t>(exponent >= -14 ? (static_cast<uint32_t>(exponent + 15) << 10) | (kept & 0x3ffu) : kept);
 }
 
-// The row of the weight matrix that `lane` of `tile` (0 or 1) of a pair computes; outputs where there is none.
-int row_of(const PackedWeights& packed, int pair, int tile, int lane) {
-  if (!packed.gated) return std::min(pair * kPair + tile * kTile + lane, packed.outputs);
-  const int half = packed.outputs / 2, column = pair * kTile + lane;
-  return column < half ? tile * half + column : packed.outputs;
-}
-
 void pack_pair(PackedWeights& packed, int pair, const uint8_t* data, const float* scales) {
   for (int block = 0; block < packed.blocks; ++block) {
     const size_t place = static_cast<size_t>(pair) * packed.blocks + block;
     uint8_t* out = packed.data.data() + place * kPair * kBlock;
     for (int tile = 0; tile < 2; ++tile) {
       for (int lane = 0; lane < kTile; ++lane) {
-        const int row = row_of(packed, pair, tile, lane), at = tile * kTile + lane;
+        const int row = packed.row_of(pair, tile, lane), at = tile * kTile + lane;
         const bool exists = row < packed.outputs;
         const size_t source = static_cast<size_t>(row) * packed.blocks + block;
         packed.scales.data()[place * kPair + at] = exists ? half_bits(scales[source]) : 0;
@@ -58,17 +53,13 @@ void pack_pair(PackedWeights& packed, int pair, const uint8_t* data, const float
 QuantizedLinear::QuantizedLinear(const NodeInfo& node, NoContext) : kernels_(block_kernels()) {
   require(kernels_ != nullptr, "this processor has neither AVX-512 nor AVX2");
   PackedWeights& packed = weights_;
-  packed.inputs = to_int(node.integer("K"), "K or N is unusable");
-  packed.outputs = to_int(node.integer("N"), "K or N is unusable");
-  packed.gated = node.integer("gated") != 0;
+  static_cast<Projection&>(packed) = read_projection(node);
   packed.planes = to_int(node.integer("planes"), "planes must be 1 or 2");
   require(node.integer("block_size") == kBlock && node.integer("bits") == 8,
           "weights must have 8 bits in blocks of 32");
-  require(packed.inputs > 0 && packed.outputs > 0 && (!packed.gated || packed.outputs % 2 == 0), "K or N is unusable");
   require(packed.planes == 1 || packed.planes == 2, "planes must be 1 or 2");
   packed.blocks = ceil_div(packed.inputs, kBlock);
-  packed.pairs = packed.gated ? ceil_div(packed.outputs / 2, kTile) : ceil_div(packed.outputs, kPair);
-  norm_.epsilon = node.real("epsilon");
+  epsilon_ = node.real("epsilon");
 
   const ort::Value* data = node.initializer(kData, "the weights are no initializer");
   const ort::Value* scales = node.initializer(kScales, "the scales are no initializer");
@@ -86,20 +77,9 @@ QuantizedLinear::QuantizedLinear(const NodeInfo& node, NoContext) : kernels_(blo
 }
 
 void QuantizedLinear::compute(const Call& call) const {
-  Shape shape = call.input_shape(kX);
   const int inputs = weights_.inputs, planes = weights_.planes;
-  require(shape.rank > 0 && shape.back() == inputs, "x's last axis is not K");
-  const int rows = to_int(times(shape.elements() / inputs, planes), "x has too many rows") / planes;
-  const auto has = [&](size_t input, int64_t elements) {
-    const ort::Value* value = call.input(input);
-    return value == nullptr || shape_of(call.api, value).elements() == elements;
-  };
-  require(has(kNormWeight, inputs) && has(kBias, weights_.outputs), "the norm's weight or the bias has another length");
-  require(has(kResidual, int64_t{rows} * weights_.width()), "the residual has another shape");
-  shape.dims[shape.rank - 1] = weights_.width();
-  const auto* x = call.input_data<float>(kX);
-  Epilogue epilogue{call.input_data<float>(kBias), call.input_data<float>(kResidual), call.output<float>(0, shape)};
-  const Norm norm{call.input_data<float>(kNormWeight), norm_.epsilon};
+  const ProjectionCall of = read_call(call, weights_, epsilon_, kNormWeight, planes);
+  const int rows = of.rows;
 
   thread_local Array<int8_t> values;
   thread_local Array<float> scales;
@@ -107,7 +87,7 @@ void QuantizedLinear::compute(const Call& call) const {
   const size_t blocks = static_cast<size_t>(rows) * planes * weights_.blocks;
   const QuantizedRows quantized{grow(values, blocks * kBlock), grow(scales, blocks), grow(corrections, blocks),
                                 weights_.blocks, planes};
-  const auto round_row = [&](size_t row) { kernels_->quantize(x + row * inputs, inputs, norm, quantized, row); };
+  const auto round_row = [&](size_t row) { kernels_->quantize(of.x + row * inputs, inputs, of.norm, quantized, row); };
   constexpr int kSerialRows = 4;  // waking the other threads costs more than rounding this few
   if (rows <= kSerialRows) {
     for (int row = 0; row < rows; ++row) round_row(row);
@@ -119,7 +99,7 @@ void QuantizedLinear::compute(const Call& call) const {
   const int groups = std::max(ceil_div(rows * planes, kRowsOfTask), 1);
   call.parallel(static_cast<size_t>(weights_.pairs) * groups, [&](size_t task) {
     const int pair = static_cast<int>(task / groups), first = static_cast<int>(task % groups) * kRowsOfTask;
-    kernels_->multiply(weights_, quantized, first, std::min(first + kRowsOfTask, rows * planes), pair, epilogue);
+    kernels_->multiply(weights_, quantized, first, std::min(first + kRowsOfTask, rows * planes), pair, of.epilogue);
   });
 }
 

@@ -25,7 +25,7 @@ class QuantizedLinear {
 
  private:
   PackedWeights weights_;
-  Norm norm_;
+  float epsilon_;
   const BlockKernels* kernels_;
 };
 

@@ -9,28 +9,20 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "product/projection.h"
 #include "simd/memory.h"
 
 namespace starling {
 
 constexpr int kBlock = 32;  // weights that share a scale
-constexpr int kTile = 16;   // outputs that are computed side by side
-constexpr int kPair = 32;   // outputs of two neighbouring tiles, the unit of work
 
 // Weights in the order in which they are read: for a pair of tiles and a block, eight steps of four inputs, and in each
-// step [2 tiles][16 outputs][4 inputs] bytes. Of gated weights one tile is the gate's, the other the value's.
-struct PackedWeights {
-  int inputs = 0;
-  int outputs = 0;  // rows of the weight matrix
-  int blocks = 0;   // of a row
-  int pairs = 0;
-  int planes = 1;  // of the activations that they are multiplied with
-  bool gated = false;
+// step [2 tiles][16 outputs][4 inputs] bytes.
+struct PackedWeights : Projection {
+  int blocks = 0;            // of a row
+  int planes = 1;            // of the activations that they are multiplied with
   Weights<uint8_t> data;     // [pairs][blocks][8][2][16][4]
   Weights<uint16_t> scales;  // float16 [pairs][blocks][2][16]
-
-  // Columns of the product's result.
-  int width() const { return gated ? outputs / 2 : outputs; }
 };
 
 // Rows of activations, rounded; the planes of one are neighbours. `corrections` is -128 times the sum of a block's
@@ -41,20 +33,6 @@ struct QuantizedRows {
   int32_t* corrections;  // [rows][planes][blocks]
   int blocks;
   int planes;
-};
-
-// An RMSNorm in front of a product: row / sqrt(mean(row²) + epsilon) * weight [inputs].
-struct Norm {
-  const float* weight = nullptr;  // nullptr: there is none
-  float epsilon = 0;
-};
-
-// What happens to the sums before they are stored, in this order: + bias [outputs], silu(gate) * value where the
-// weights are gated, + residual [rows][width].
-struct Epilogue {
-  const float* bias = nullptr;
-  const float* residual = nullptr;
-  float* result = nullptr;  // [rows][width]
 };
 
 // The functions of one instruction set.

@@ -7,6 +7,7 @@ STARLING_TARGET_BEGIN("avx2,fma,f16c")
 // clang-format off: the order matters
 #include "simd/vector_avx2.h"
 #include "simd/vector_math.h"
+#include "product/projection_core.h"
 #include "product/block_product_core.h"
 // clang-format on
 

@@ -7,6 +7,7 @@ STARLING_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")
 // clang-format off: the order matters
 #include "simd/vector_avx512.h"
 #include "simd/vector_math.h"
+#include "product/projection_core.h"
 #include "product/block_product_core.h"
 // clang-format on
 

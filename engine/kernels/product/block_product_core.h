@@ -1,5 +1,5 @@
-// What stands before and after the products: rounding the activations, finishing the sums. Included inside a target
-// region, after vector_math.h; the file that includes it defines store_bytes and multiply_rows.
+// What stands before the products of rounded activations: rounding them, and sharing out the rows. Included inside a
+// target region, after projection_core.h; the file that includes it defines store_bytes and multiply_rows.
 #pragma once
 
 namespace starling {
@@ -10,15 +10,6 @@ constexpr float kLeastMagnitude = 1e-36f;  // 127 / less would be infinite; a bl
 
 // Store whole numbers as Vector::width bytes, and return their sum.
 int32_t store_bytes(Vector whole, int8_t* to);
-
-inline float inverse_root_mean_square(const float* row, int inputs, float epsilon) {
-  Vector sum = Vector::zero();
-  for (int i = 0; i < inputs; i += Vector::width) {
-    const Vector x = Vector::load(row + i, Vector::first(inputs - i));
-    sum = fma(x, x, sum);
-  }
-  return 1.0f / std::sqrt(sum.sum() / static_cast<float>(inputs) + epsilon);
-}
 
 inline void quantize(const float* row, int inputs, const Norm& norm, const QuantizedRows& out, int index) {
   const bool normed = norm.weight != nullptr;
@@ -51,35 +42,6 @@ inline void quantize(const float* row, int inputs, const Norm& norm, const Quant
       out.corrections[at] = -128 * sum;
     }
   }
-}
-
-inline Vector with_bias(const Epilogue& epilogue, int output, int outputs, Vector sum) {
-  if (epilogue.bias == nullptr) return sum;
-  return sum + Vector::load(epilogue.bias + output, Vector::first(outputs - output));
-}
-
-// Add the residual and store the columns from `column` on, as far as they exist.
-inline void store(const Epilogue& epilogue, int row, int width, int column, Vector sum) {
-  const Vector::Mask mask = Vector::first(width - column);
-  const size_t place = static_cast<size_t>(row) * width + column;
-  if (epilogue.residual != nullptr) sum = sum + Vector::load(epilogue.residual + place, mask);
-  sum.store(epilogue.result + place, mask);
-}
-
-// `first` and `second`: sums of the pair's two tiles, of the outputs from `lane` on.
-inline void finish(const PackedWeights& weights, const Epilogue& epilogue, int row, int pair, int lane, Vector first,
-                   Vector second) {
-  const int width = weights.width();
-  if (weights.gated) {
-    const int column = pair * kTile + lane;
-    const Vector gate = with_bias(epilogue, column, width, first);
-    const Vector value = with_bias(epilogue, width + column, weights.outputs, second);
-    store(epilogue, row, width, column, silu(gate) * value);
-    return;
-  }
-  const int column = pair * kPair + lane;
-  store(epilogue, row, width, column, with_bias(epilogue, column, width, first));
-  store(epilogue, row, width, column + kTile, with_bias(epilogue, column + kTile, width, second));
 }
 
 template <int Rows>
