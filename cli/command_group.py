@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from threading import Timer, main_thread
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -106,6 +108,7 @@ def _fail(message: str, code: int) -> int:
 
 #: Signals that came, the newest last.
 _RECEIVED: list[int] = []
+_SEND_AGAIN_S = 0.01
 
 
 def _stop_cleanly_on_signals() -> None:
@@ -118,6 +121,17 @@ def _stop_cleanly_on_signals() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is usual:  # nohup's choice is respected
             signal.signal(number, _end)
+    if hasattr(signal, "pthread_kill"):
+        sys.unraisablehook = partial(_send_again, sys.unraisablehook)
+
+
+def _send_again(usual: Callable[[sys.UnraisableHookArgs], object], unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops what a signal raises in a destructor: the signal comes again, once that has ended."""
+    if _RECEIVED and isinstance(unraisable.exc_value, (SystemExit, KeyboardInterrupt)):
+        # To the main thread, whose waiting it ends.
+        Timer(_SEND_AGAIN_S, signal.pthread_kill, (main_thread().ident, _RECEIVED[-1])).start()
+    else:
+        usual(unraisable)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
@@ -128,11 +142,13 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _interrupted(error: BaseException | None) -> tuple[str, int] | None:
-    """Message and code, where the failure is what a signal became while a library of C's was being loaded."""
+    """Message and code, where the failure is what a library made of the exception that a signal raised in it."""
     if not _RECEIVED:
         return None
-    while error is not None and not isinstance(error, ImportError):
-        error = error.__cause__ or error.__context__
+    # A chat goes on after Ctrl-C, and may fail later for a reason of its own. No command goes on after the others.
+    if _RECEIVED[-1] == signal.SIGINT:
+        while error is not None and not isinstance(error, (ImportError, KeyboardInterrupt)):
+            error = error.__cause__ or error.__context__
     return None if error is None else ("interrupted", 128 + _RECEIVED[-1])
 
 

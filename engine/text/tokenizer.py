@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ _ANCHOR = "\x02"
 class Tokenizer:
     """tokenizer.json, over the `tokenizers` library. All methods may be called from several threads at once."""
 
-    def __init__(self, core: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, core: tokenizers.Tokenizer, special_tokens: Mapping[str, str], vocab: Mapping[str, int] | None = None
+    ) -> None:
+        """`vocab`: the id of every token, where it is known; the library takes tens of ms to make it."""
         core.no_truncation()
         core.no_padding()
         added = core.get_added_tokens_decoder()
@@ -34,9 +38,8 @@ class Tokenizer:
         self.special_tokens: Mapping[str, str] = {
             role: text for role, text in special_tokens.items() if core.token_to_id(text) is not None
         }
-        vocab = core.get_vocab(with_added_tokens=True)  # tens of ms: the library makes a new one at each call
+        vocab = core.get_vocab(with_added_tokens=True) if vocab is None else vocab
         self._detokenizers = DetokenizerFactory(core, self.special_ids, vocab)
-        self._largest_id = max(vocab.values(), default=0)
         self._special_pattern = literal_pattern(self._added[token_id] for token_id in self.special_ids)
         #: Characters of the longest token, markers and all: so many characters of a text are at least one token. (A
         #: token of bytes has one character for each; what a tokenizer drops from a text, seldom much, is not known.)
@@ -58,23 +61,9 @@ class Tokenizer:
             raise
         except Exception as error:  # the library raises bare Exception for a bad file
             raise BundleError(f"{path} is not a tokenizer.json: {one_line(error)}: export the model again") from error
-        tokenizer = cls(core, _special_token_names(folder))
-        tokenizer._check_ids(path, vocab_size)
-        return tokenizer
-
-    def _check_ids(self, path: Path, vocab_size: int) -> None:
-        encoding = self._core.encode("")  # what the post-processor adds may stand in no vocabulary
-        largest = max([self._largest_id, *encoding.ids])
-        if largest >= vocab_size:
-            tokens = {
-                **self._core.get_vocab(with_added_tokens=True),
-                **dict(zip(encoding.tokens, encoding.ids, strict=True)),
-            }
-            token = next(token for token, token_id in tokens.items() if token_id == largest)
-            raise BundleError(
-                f"{path} has token {token!r} with id {largest}, but the model knows ids below {vocab_size}: "
-                "remove that token from the checkpoint's tokenizer and export again"
-            )
+        vocab = core.get_vocab(with_added_tokens=True)
+        _check_ids(core, vocab, path, vocab_size)
+        return cls(core, _special_token_names(folder), vocab)
 
     @property
     def added_tokens(self) -> Mapping[int, str]:
@@ -288,6 +277,18 @@ def _free_characters(texts: Iterable[str]) -> Iterator[str]:
 def literal_pattern(literals: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the strings, the longest where several fit; nothing where there are none."""
     return re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))) or "(?!)")
+
+
+def _check_ids(core: tokenizers.Tokenizer, vocab: Mapping[str, int], path: Path, vocab_size: int) -> None:
+    """Before anything is made with a place for each id: one id of a thousand million would cost gigabytes."""
+    encoding = core.encode("")  # what the post-processor adds may stand in no vocabulary
+    tokens = {**vocab, **dict(zip(encoding.tokens, encoding.ids, strict=True))}
+    token, largest = max(tokens.items(), key=itemgetter(1), default=("", -1))
+    if largest >= vocab_size:
+        raise BundleError(
+            f"{path} has token {token!r} with id {largest}, but the model knows ids below {vocab_size}: "
+            "remove that token from the checkpoint's tokenizer and export again"
+        )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -74,7 +74,8 @@ class RequestTrace:
 
     def note_ignored(self, names: Sequence[str]) -> None:
         """Fields of the request that nobody knows: the response's header names them, and so does the log."""
-        shown = [_UNFIT.sub("?", name[:_LONGEST_NAME]) for name in names[:_MOST_NAMES]]
+        # A header's value must not end in a space, as one that ends in the empty name would.
+        shown = [_UNFIT.sub("?", name[:_LONGEST_NAME]) or '""' for name in names[:_MOST_NAMES]]
         more = len(names) - len(shown)
         self.ignored = ", ".join([*shown, *([f"{more} more"] if more else [])])
 

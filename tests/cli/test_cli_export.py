@@ -58,6 +58,29 @@ def test_sigterm_in_an_export_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+SIGNAL_IN_A_DESTRUCTOR = """
+import os, signal, sys, time
+from starling.cli import command_group
+
+class Node:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def command(*arguments, **options):
+    del node[:]
+    time.sleep(60)
+
+node = [Node()]
+command_group.starling.main = command
+sys.exit(command_group.run())
+"""
+
+
+def test_sigterm_in_a_destructor_ends_the_command_too() -> None:
+    finished = subprocess.run([sys.executable, "-c", SIGNAL_IN_A_DESTRUCTOR], capture_output=True, timeout=50)
+    assert (finished.returncode, finished.stderr) == (143, b"")
+
+
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_works(tmp_path: Path) -> None:
     with running("export", TINY, tmp_path / "out", "--check") as process:
         read_until(process.stderr, b"comparing")  # everything is written by then, but not in its place

@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,6 +146,18 @@ def test_a_token_beyond_the_vocabulary_is_refused_by_name(special: bool) -> None
 def test_a_plain_token_beyond_the_vocabulary_is_refused() -> None:
     with pytest.raises(BundleError, match="id 49151"):
         load(tokenizer_json(SMOLLM2), vocab_size=49151)
+
+
+def test_an_id_that_no_memory_holds_is_refused_at_no_cost(tmp_path: Path) -> None:
+    document = json.loads(tokenizer_json(SMOLLM2))
+    document["model"]["vocab"]["\u0120the"] = 10**9
+    folder = bundle_folder(tmp_path, json.dumps(document))
+    tracemalloc.start()
+    with pytest.raises(BundleError, match="with id 1000000000, but the model knows ids below 49152"):
+        Tokenizer.load(folder, VOCAB_SIZES[SMOLLM2])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e9  # a place for each id takes 8 times that
 
 
 def test_an_id_that_only_the_post_processor_adds_is_refused() -> None:
