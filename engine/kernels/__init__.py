@@ -1,10 +1,8 @@
 """CPU kernels: operators for ONNX Runtime in a C++ library that is built when the package is installed.
 
 Where it is missing (no compiler, another processor, another system) the engine runs the bundle's plain graph with ONNX
-Runtime's own operators: the same results within rounding. With AVX2 alone, int8 products are slower in the kernels
-than in ONNX Runtime (measured on a Zen 3 at 0.67 of its decode speed), so that int8 bundles run the plain graph there.
-`STARLING_CPU_KERNELS=0` never takes the kernels, `=1` takes them wherever they run; `STARLING_CPU_ISA=avx2` takes what
-a processor without AVX-512 would.
+Runtime's own operators: the same results within rounding. `STARLING_CPU_KERNELS=0` does so everywhere;
+`STARLING_CPU_ISA=avx2` or `avx-vnni` takes what a processor without AVX-512 would.
 """
 
 from __future__ import annotations
@@ -18,8 +16,6 @@ from pathlib import Path
 from starling.engine.installation import install_command
 
 SWITCH = "STARLING_CPU_KERNELS"
-#: The instruction set with which int8 products decode slower than ONNX Runtime's.
-SLOW_INT8 = "avx2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +28,6 @@ class KernelLibrary:
 
 class KernelsUnavailable(Exception):
     """The library cannot be used here; the message says why, and what to do about it."""
-
-
-class SlowInt8(KernelsUnavailable):
-    """The library runs here, but ONNX Runtime's int8 products are faster."""
 
 
 def kernel_library() -> KernelLibrary | None:
@@ -51,16 +43,6 @@ def require_kernel_library() -> KernelLibrary:
     if os.environ.get(SWITCH) == "0":
         raise KernelsUnavailable(f"switched off by {SWITCH}=0")
     return _load()
-
-
-def faster_kernel_library(*, int8_products: bool) -> KernelLibrary:
-    """The library, for a graph whose products are int8 or not. Raises SlowInt8 where it would be slower."""
-    library = require_kernel_library()
-    if int8_products and library.instruction_set == SLOW_INT8 and os.environ.get(SWITCH) != "1":
-        raise SlowInt8(
-            f"{SLOW_INT8} only: int8 products are faster in ONNX Runtime's operators; {SWITCH}=1 takes the kernels"
-        )
-    return library
 
 
 @cache

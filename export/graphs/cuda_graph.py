@@ -46,12 +46,11 @@ def cuda_kernel_graph(model: ir.Model, how: BlockQuantization | None) -> tuple[i
     They are for float16 between the products, and products in symmetric int8 in blocks of 32 without a bias.
     """
     nodes = [node for node in model.graph if node.op_type == "MatMulNBits"]
-    fits = how is not None and how.is_symmetric and nodes and all(_has_kernel(node) for node in nodes)
-    if not fits:
+    if how is None or not how.is_symmetric or not nodes or not all(_has_kernel(node) for node in nodes):
         return None
     twin = model.clone()
     graph = twin.graph
-    fuse_products(graph)
+    fuse_products(graph, how)
     _advance_lengths(graph, _check_choice(graph))
     common_passes.RemoveUnusedNodesPass()(twin)
     twin.opset_imports[STARLING] = 1

@@ -1,8 +1,8 @@
 """A second graph over the same weights, for the engine's own CPU kernels: few, large operators.
 
-GroupQueryAttention becomes ours (engine/kernels). So does each MatMulNBits of the int8 that the kernels are for, as a
-`starling::QuantizedLinear`, which takes in what stands around it: the RMSNorm in front, the gated activation and the
-residual addition after.
+GroupQueryAttention becomes ours (engine/kernels). So does each MatMulNBits of the int8 and int4 that the kernels are
+for, as a `starling::QuantizedLinear`, which takes in what stands around it: the RMSNorm in front, the gated activation
+and the residual addition after.
 """
 
 import onnx_ir as ir
@@ -10,27 +10,29 @@ from onnx_ir.passes import common as common_passes
 
 from starling.engine.names import LOGITS_TO_KEEP
 from starling.export.graphs.rewrites import STARLING, equal_shapes, insert, required, take_over
-from starling.export.quantization.blocks import BlockQuantization
+from starling.export.quantization.blocks import BITS, BlockQuantization
 
 GRAPH_FILE = "model_kernels.onnx"
-_BLOCK_SIZE, _BITS, _INT8_ACTIVATIONS = 32, 8, 4
+_BLOCK_SIZE, _INT8_ACTIVATIONS = 32, 4
 _HEAD_DIM_STEP, _MOST_HEAD_DIM = 16, 256  # as in engine/kernels/attention/attention_kernels.h
 
 
 def kernel_graph(model: ir.Model, how: BlockQuantization | None) -> ir.Model | None:
     """The graph rewritten, or None where the kernels have nothing to offer for it.
 
-    They are for float32 between the products, and products in symmetric int8 in blocks of 32, multiplied in int8.
+    They are for float32 between the products, and products of symmetric int8 or any int4 in blocks of 32, multiplied in
+    int8.
     """
     products = [node for node in model.graph if node.op_type == "MatMulNBits"]
-    takes_products = how is not None and how.is_symmetric and all(_is_supported(node) for node in products)
+    takes_products = how is not None and all(_is_supported(node, how) for node in products)
     takes_attention = all(_has_kernel(node) for node in model.graph if node.op_type == "GroupQueryAttention")
     if not takes_products and not takes_attention:
         return None
     twin = model.clone()
     graph = twin.graph
     if takes_products:
-        fuse_products(graph)
+        assert how is not None
+        fuse_products(graph, how)
     if takes_attention:
         for node in [node for node in graph if node.op_type == "GroupQueryAttention"]:
             # bfloat16 leaves of a score about what int8 products leave of it: mean KL is the same within its noise.
@@ -40,21 +42,27 @@ def kernel_graph(model: ir.Model, how: BlockQuantization | None) -> ir.Model | N
     return twin
 
 
-def fuse_products(graph: ir.Graph) -> None:
+def fuse_products(graph: ir.Graph, how: BlockQuantization) -> None:
     """Make a `starling::QuantizedLinear` of each MatMulNBits in blocks of 32, with what stands around it."""
     for node in list(graph):
         if node.op_type == "SkipSimplifiedLayerNormalization":
             _separate_residual(graph, node)
     for node in list(graph):
         if node.op_type == "MatMulNBits":
-            _replace(graph, node)
+            _replace(graph, node, how)
 
 
-def _is_supported(node: ir.Node) -> bool:
-    attributes = [node.attributes[name].as_int() for name in ("bits", "block_size", "accuracy_level")]
-    scales = node.inputs[2]
+def _is_supported(node: ir.Node, how: BlockQuantization) -> bool:
+    attributes = [node.attributes[name].as_int() for name in ("block_size", "accuracy_level")]
+    scales, bits = node.inputs[2], node.attributes["bits"].as_int()
     is_float = scales is not None and scales.dtype == ir.DataType.FLOAT
-    return attributes == [_BITS, _BLOCK_SIZE, _INT8_ACTIVATIONS] and is_float
+    return attributes == [_BLOCK_SIZE, _INT8_ACTIVATIONS] and (bits == 4 or _is_symmetric(node, how)) and is_float
+
+
+def _is_symmetric(node: ir.Node, how: BlockQuantization) -> bool:
+    """Whether every zero point is the middle. Of another width than the scheme's are the weights kept in int8."""
+    bits = node.attributes["bits"].as_int()
+    return how.is_symmetric if bits == how.bits else bits == BITS["int8"]
 
 
 def _has_kernel(attention: ir.Node) -> bool:
@@ -92,8 +100,9 @@ def _separate_residual(graph: ir.Graph, node: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-def _replace(graph: ir.Graph, product: ir.Node) -> None:
+def _replace(graph: ir.Graph, product: ir.Node, how: BlockQuantization) -> None:
     x, data, scales = (required(value) for value in product.inputs[:3])
+    zero_points = [] if _is_symmetric(product, how) else [product.inputs[3]]
     bias = product.inputs[5] if len(product.inputs) > 5 else None
     output, last, gated = product.outputs[0], product, False
     if (activation := _gated_activation(output)) is not None:
@@ -108,11 +117,11 @@ def _replace(graph: ir.Graph, product: ir.Node) -> None:
         x, norm_weight, epsilon = norm
     linear = ir.node(
         "QuantizedLinear",
-        [x, data, scales, norm_weight, bias, residual],
+        [x, data, scales, norm_weight, bias, residual, *zero_points],
         attributes={
             "K": product.attributes["K"].as_int(),
             "N": product.attributes["N"].as_int(),
-            "bits": _BITS,
+            "bits": product.attributes["bits"].as_int(),
             "block_size": _BLOCK_SIZE,
             # The logits' own rounding costs most (a fifth of the mean KL), and costs nothing to take back: decode waits
             # for the weights, and a prompt has one position here.

@@ -16,7 +16,7 @@ from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
 from starling.engine.backends.tensorrt.runtimes import RUNTIMES, TITLES, RuntimeName, load_library
 from starling.engine.errors import BackendError
 from starling.engine.installation import extra_packages, install_command
-from starling.engine.kernels import SWITCH, KernelsUnavailable, SlowInt8, faster_kernel_library, require_kernel_library
+from starling.engine.kernels import KernelsUnavailable, require_kernel_library
 from starling.profiling.machine.describe import describe_machine
 
 RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
@@ -122,13 +122,9 @@ def _kernels() -> dict[str, Any]:
     subject = "CPU kernels"
     try:
         isa = require_kernel_library().instruction_set
-        faster_kernel_library(int8_products=True)
-    except SlowInt8:
-        text = f"{isa}: attention of fp32 and int4 bundles; int8 bundles run without, which is faster with {isa} alone"
-        return _finding(subject, True, f"{text} ({SWITCH}=1 takes the kernels)")
     except KernelsUnavailable as error:
         return _finding(subject, False, f"{error}; ONNX Runtime's own operators run everything")
-    return _finding(subject, True, f"{isa}: int8 products and attention")
+    return _finding(subject, True, f"{isa}: int8 and int4 products, and attention")
 
 
 def _export(packages: dict[str, str | None]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def _transformers(precision: str, dtype: str, name: str | None = None, **setting
     return Recipe(name or precision, precision, settings={"library": "transformers", "dtype": dtype, **settings})
 
 
+_AS_STORED = {"use_extra_bufts": False}
 _OPTIMUM_ONNX = {"library": "optimum-onnx"}
 #: OpenVINO computes an fp32 model in bfloat16 where the processor can, by default.
 _OPENVINO_FP32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -95,9 +96,13 @@ CPU_PEERS = (
         (
             Recipe("F32", "fp32", {"type": "ALL_F32"}),
             Recipe("Q8_0", "int8", {"type": "MOSTLY_Q8_0"}),
-            # Not repacked for the processor: repacked ones crash this version with Gemma 3 270M where there is AMX.
-            Recipe("Q8_0 as stored", "int8", {"type": "MOSTLY_Q8_0"}, {"use_extra_bufts": False}, model="Q8_0"),
             Recipe("Q4_0", "int4", {"type": "MOSTLY_Q4_0"}),
+            Recipe("Q4_K_M", "int4", {"type": "MOSTLY_Q4_K_M"}),
+            # Not repacked for the processor: this version crashes on repacked ones where there is AMX, of 8 bits with
+            # Gemma 3 270M, of 4 with SmolLM2.
+            Recipe("Q8_0 as stored", "int8", {"type": "MOSTLY_Q8_0"}, _AS_STORED, model="Q8_0"),
+            Recipe("Q4_0 as stored", "int4", {"type": "MOSTLY_Q4_0"}, _AS_STORED, model="Q4_0"),
+            Recipe("Q4_K_M as stored", "int4", {"type": "MOSTLY_Q4_K_M"}, _AS_STORED, model="Q4_K_M"),
         ),
         build={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF"},  # text only: a third of the compilation less
         needs_gguf=True,

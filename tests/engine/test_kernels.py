@@ -22,12 +22,18 @@ pytestmark = pytest.mark.skipif(kernel_library() is None, reason="the CPU kernel
 Floats = NDArray[np.float32]
 
 
-@pytest.fixture(params=["best", "avx2"])
+@pytest.fixture(params=["best", "avx-vnni", "avx2"])
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What this processor can do at best, and what an older one would take."""
-    if request.param == "avx2":
-        monkeypatch.setenv("STARLING_CPU_ISA", "avx2")
+    """What this processor can do at best, and what others would take."""
+    if request.param == "avx-vnni" and not _has_avx_vnni():
+        pytest.skip("this processor has no AVX-VNNI")
+    if request.param != "best":
+        monkeypatch.setenv("STARLING_CPU_ISA", request.param)
     return str(request.param)
+
+
+def _has_avx_vnni() -> bool:
+    return "avx_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
 
 
 @dataclass(frozen=True)
@@ -39,22 +45,44 @@ class Linear:
     options: dict[str, Floats]
     gated: bool
     planes: int
+    bits: int = 8
+    zero_points: NDArray[np.uint8] | None = None
 
     @staticmethod
-    def random(rows: int, columns: int, *, gated: bool = False, planes: int = 1, **options: Floats) -> "Linear":
+    def random(
+        rows: int,
+        columns: int,
+        *,
+        weights: "Weights" = (8, False),
+        gated: bool = False,
+        planes: int = 1,
+        **options: Floats,
+    ) -> "Linear":
+        """`weights`: their bits, and whether each block has a zero point of its own."""
         generator = np.random.default_rng(rows * columns)
+        bits, has_zero_points = weights
         blocks = -(-columns // 32)
-        data = generator.integers(0, 256, (rows, blocks, 32), dtype=np.uint8)
-        data.reshape(rows, -1)[:, columns:] = 128
-        scales = generator.uniform(0.5, 2, (rows, blocks)).astype(np.float16).astype(np.float32) / 128
-        return Linear(data, scales, options, gated, planes)
+        data = generator.integers(0, 2**bits, (rows, blocks, 32), dtype=np.uint8)
+        scales = generator.uniform(0.5, 2, (rows, blocks)).astype(np.float16).astype(np.float32) / 2 ** (bits - 1)
+        zero_points = generator.integers(0, 2**bits, (rows, blocks), dtype=np.uint8) if has_zero_points else None
+        return Linear(data, scales, options, gated, planes, bits, zero_points)
+
+    def weight(self, columns: int) -> NDArray[np.float64]:
+        """[rows, columns]"""
+        zero: Any = 2 ** (self.bits - 1) if self.zero_points is None else self.zero_points[..., None].astype(np.float64)
+        weight = (self.data.astype(np.float64) - zero) * self.scales[..., None]
+        return np.asarray(weight.reshape(len(self.data), -1)[:, :columns])
 
     def __call__(self, x: Floats, threads: int = 2) -> Floats:
         rows, columns = len(self.data), x.shape[-1]
         names = [name if name in self.options else "" for name in ("norm_weight", "bias", "residual")]
         fed = {"x": x} | {name: value for name, value in self.options.items() if name == "residual"}
-        weights: dict[str, NDArray[Any]] = {"data": self.data, "scales": self.scales}
+        data = self.data if self.bits == 8 else nibbles(self.data)
+        weights: dict[str, NDArray[Any]] = {"data": data, "scales": self.scales}
         weights |= {name: value for name, value in self.options.items() if name != "residual"}
+        if self.zero_points is not None:
+            names.append("zero_points")
+            weights["zero_points"] = nibbles(self.zero_points)
         running = session(
             "QuantizedLinear",
             "starling",
@@ -65,7 +93,7 @@ class Linear:
             threads=threads,
             K=columns,
             N=rows,
-            bits=8,
+            bits=self.bits,
             block_size=32,
             planes=self.planes,
             gated=int(self.gated),
@@ -75,9 +103,7 @@ class Linear:
 
     def expected(self, x: Floats) -> Floats:
         """In float64, with activations rounded block by block as the kernel rounds them."""
-        rows, columns = len(self.data), x.shape[-1]
-        weight = ((self.data.astype(np.float64) - 128) * self.scales[..., None]).reshape(rows, -1)[:, :columns]
-        values = x.astype(np.float64)
+        weight, values = self.weight(x.shape[-1]), x.astype(np.float64)
         if "norm_weight" in self.options:
             values = values / np.sqrt((values**2).mean(-1, keepdims=True) + 1e-5) * self.options["norm_weight"]
         rounded = np.zeros_like(values)
@@ -89,6 +115,17 @@ class Linear:
             gate, value = np.split(y, 2, axis=-1)
             y = gate / (1 + np.exp(-gate)) * value
         return np.asarray(y + self.options.get("residual", np.zeros(1)), np.float32)
+
+
+#: Bits, and whether there are zero points.
+Weights = tuple[int, bool]
+WEIGHTS: list[Weights] = [(8, False), (4, False), (4, True)]
+
+
+def nibbles(numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Two numbers of the last axis per byte, the first in the low nibble."""
+    even = np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, numbers.shape[-1] % 2)])
+    return np.asarray(even[..., 0::2] | even[..., 1::2] << 4)
 
 
 def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -108,17 +145,22 @@ def _random(*shape: int, seed: int = 0) -> Floats:
 class TestQuantizedLinear:
     @pytest.mark.parametrize("tokens", [1, 2, 5, 7, 100, 201])
     @pytest.mark.parametrize(("rows", "columns"), [(96, 64), (40, 96), (17, 50), (1, 32)])
-    def test_is_the_product_with_activations_rounded_in_blocks(self, rows: int, columns: int, tokens: int) -> None:
-        linear, x = Linear.random(rows, columns), _random(1, tokens, columns)
+    @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+    def test_is_the_product_with_activations_rounded_in_blocks(
+        self, weights: Weights, rows: int, columns: int, tokens: int
+    ) -> None:
+        linear, x = Linear.random(rows, columns, weights=weights), _random(1, tokens, columns)
         np.testing.assert_allclose(linear(x), linear.expected(x), rtol=1e-4, atol=1e-3)
 
     @pytest.mark.parametrize("tokens", [1, 3, 9])
     @pytest.mark.parametrize("gated", [False, True])
-    def test_takes_in_norm_bias_gate_and_residual(self, gated: bool, tokens: int) -> None:
+    @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+    def test_takes_in_norm_bias_gate_and_residual(self, weights: Weights, gated: bool, tokens: int) -> None:
         rows, columns = 144, 96
         linear = Linear.random(
             rows,
             columns,
+            weights=weights,
             gated=gated,
             norm_weight=_random(columns, seed=1) / 8,
             bias=_random(rows, seed=2),
@@ -128,24 +170,35 @@ class TestQuantizedLinear:
         np.testing.assert_allclose(linear(x), linear.expected(x), rtol=2e-3, atol=2e-3)
 
     @pytest.mark.parametrize("tokens", [1, 2, 4, 5])
-    def test_a_second_plane_rounds_a_hundred_times_finer(self, tokens: int) -> None:
+    @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+    def test_a_second_plane_rounds_a_hundred_times_finer(self, weights: Weights, tokens: int) -> None:
         x = _random(1, tokens, 128)
         errors = []
         for planes in (1, 2):
-            linear = Linear.random(64, 128, planes=planes)
-            weight = ((linear.data.astype(np.float64) - 128) * linear.scales[..., None]).reshape(64, -1)
+            linear = Linear.random(64, 128, weights=weights, planes=planes)
             np.testing.assert_allclose(linear(x), linear.expected(x), rtol=1e-4, atol=1e-3)
-            errors.append(np.abs(linear(x) - x @ weight.T).max())
+            errors.append(np.abs(linear(x) - x @ linear.weight(128).T).max())
         assert errors[1] < errors[0] / 100
 
     @pytest.mark.parametrize("planes", [1, 2])
-    def test_a_row_has_the_same_bits_alone_and_in_company_on_one_thread_and_on_many(self, planes: int) -> None:
-        linear, x = Linear.random(96, 64, planes=planes), _random(13, 1, 64)
+    @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+    def test_a_row_has_the_same_bits_alone_and_in_company_on_one_thread_and_on_many(
+        self, weights: Weights, planes: int
+    ) -> None:
+        linear, x = Linear.random(96, 64, weights=weights, planes=planes), _random(13, 1, 64)
         together = linear(x)
         for threads in (1, 4):
             np.testing.assert_array_equal(linear(x, threads), together)
         for row in range(13):
             np.testing.assert_array_equal(linear(x[row : row + 1]), together[row : row + 1])
+
+    @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+    def test_the_greatest_numbers_do_not_overflow(self, weights: Weights) -> None:
+        linear, x = Linear.random(64, 96, weights=weights), np.ones((1, 7, 96), np.float32)
+        for number in (0, 2**linear.bits - 1):
+            linear.data[...] = number
+            for sign in (1, -1):
+                np.testing.assert_allclose(linear(sign * x), linear.expected(sign * x), rtol=1e-5)
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("planes", [1, 2])
@@ -168,6 +221,26 @@ class TestQuantizedLinear:
 
     def test_zeros_give_zeros(self) -> None:
         assert not Linear.random(32, 64)(np.zeros((1, 2, 64), np.float32)).any()
+
+    def test_the_weights_of_a_block_are_the_same_on_every_instruction_set(
+        self, instruction_set: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x = _random(1, 5, 96)
+        for weights in WEIGHTS:
+            linear = Linear.random(64, 96, weights=weights)
+            ours = linear(x)
+            with monkeypatch.context() as patch:
+                patch.delenv("STARLING_CPU_ISA", raising=False)
+                np.testing.assert_array_equal(linear(x), ours)
+
+    def test_refuses_zero_points_that_are_fed(self) -> None:
+        fed = {"x": _random(1, 1, 64), "zero_points": np.zeros((32, 1), np.uint8)}
+        weights = {"data": np.zeros((32, 2, 16), np.uint8), "scales": np.ones((32, 2), np.float32)}
+        names = ["x", "data", "scales", "", "", "", "zero_points"]
+        known = {"K": 64, "N": 32, "bits": 4, "block_size": 32, "planes": 1, "gated": 0, "epsilon": 0.0}
+        running = session("QuantizedLinear", "starling", names, ["y"], fed=fed, weights=weights, **known)
+        with pytest.raises(Exception, match="the zero points are no initializer"):
+            running.run(None, fed)
 
     def test_refuses_a_scale_that_two_bytes_cannot_hold(self) -> None:
         linear = Linear.random(32, 64)
@@ -322,11 +395,9 @@ class TestGroupQueryAttention:
 
 @pytest.fixture(scope="module")
 def engine(demo_int8_bundle: Path) -> Iterator[Engine]:
-    """SmolLM2 int8 on the kernels, on processors too where that is not the default."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STARLING_CPU_KERNELS", "1")
-        with Engine(demo_int8_bundle, max_seq=256, max_batch=4) as engine:
-            yield engine
+    """SmolLM2 int8 on the kernels."""
+    with Engine(demo_int8_bundle, max_seq=256, max_batch=4) as engine:
+        yield engine
 
 
 class TestInTheEngine:
@@ -340,10 +411,7 @@ class TestInTheEngine:
         alone = [engine.generate(prompt, max_tokens=24).tokens for prompt in prompts]
         assert [result.tokens for result in engine.generate(prompts, max_tokens=24)] == alone
 
-    def test_speculation_changes_no_token(
-        self, demo_int8_bundle: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("STARLING_CPU_KERNELS", "1")
+    def test_speculation_changes_no_token(self, demo_int8_bundle: Path, engine: Engine) -> None:
         text = "def add(a, b):\n    return a + b\n\n\ndef add(a, b):\n    return"
         plain = engine.generate(text, max_tokens=48, ignore_eos=True)
         with Engine(demo_int8_bundle, max_seq=256, speculation="prompt-lookup") as speculating:
@@ -363,18 +431,14 @@ class TestInTheEngine:
         assert np.abs(ours - theirs).max() < 2
         assert np.corrcoef(ours, theirs)[0, 1] > 0.99
 
-    @pytest.mark.parametrize(("switch", "kernels"), [(None, None), ("1", "avx2"), ("0", None)])
-    def test_with_avx2_alone_int8_takes_the_plain_graph_unless_asked(
+    @pytest.mark.parametrize(("switch", "kernels"), [(None, "avx2"), ("0", None)])
+    def test_with_avx2_alone_they_run_it_unless_switched_off(
         self, demo_int8_bundle: Path, switch: str | None, kernels: str | None
     ) -> None:
         environment = {"STARLING_CPU_ISA": "avx2"} | ({} if switch is None else {"STARLING_CPU_KERNELS": switch})
         document = opened_kernels(demo_int8_bundle, environment)
         assert document["kernels"] == kernels
-        if kernels is None:
-            assert ("int8 products are faster" if switch is None else "switched off") in document["note"]
-
-    def test_with_avx2_alone_attention_beside_other_products_is_ours(self, tiny_bundle: Path) -> None:
-        assert opened_kernels(tiny_bundle, {"STARLING_CPU_ISA": "avx2"}) == {"kernels": "avx2", "note": None}
+        assert kernels is not None or "switched off" in str(document["note"])
 
     def test_switched_off_they_say_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(os.environ, "STARLING_CPU_KERNELS", "0")

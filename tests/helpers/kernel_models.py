@@ -11,7 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 from starling.engine.kernels import require_kernel_library
 
 Arrays = Mapping[str, NDArray[Any]]
-_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.uint8): TensorProto.UINT8,
+}
 
 
 def session(

@@ -108,8 +108,12 @@ def linear(dice: Dice, **forced: Any) -> str:
     gated, rows, blocks = pick(True, False), pick(0, 1, 2, 3, 5, 17, 97, 200), -(-inputs // 32)
     scales = dice.numpy.uniform(0.5, 2, (outputs, blocks)).astype(np.float16).astype(np.float32) / 128
     scales[0, 0] = seldom(scales[0, 0], np.nan, np.inf, -1, 1e-30, 0.1, 65504 * 2, 0, 5.96e-8)
-    data = dice.numpy.integers(0, 256, (outputs, blocks, 32), dtype=np.uint8)
-    weights: Arrays = {"data": seldom(data, data[:, :, :31], data[:-1], data[:0]), "scales": scales}
+    bits = pick(8, 4)
+    data = dice.numpy.integers(0, 256, (outputs, blocks, 4 * bits), dtype=np.uint8)
+    weights: Arrays = {"data": seldom(data, data[:, :, :-1], data[:-1], data[:0]), "scales": scales}
+    if (bits == 4 and pick(True, False)) or seldom(False, True):
+        zeros = dice.numpy.integers(0, 256, (outputs, -(-blocks // 2)), dtype=np.uint8)
+        weights["zero_points"] = seldom(zeros, zeros[:-1], zeros[:, :-1], zeros.repeat(2))
     shape = (rows, inputs + seldom(0, 1, -1))
     fed: Arrays = {"x": dice.floats(*seldom(shape, (1, *shape), shape[1:]))}
     width = outputs // 2 if gated else outputs
@@ -120,11 +124,13 @@ def linear(dice: Dice, **forced: Any) -> str:
     if pick(True, False):
         fed["residual"] = dice.floats(rows, width + seldom(0, 1))
     given = {*fed, *weights}
-    names = ["x", "data", "scales", "norm_weight", "bias", "residual"]
+    names = ["x", "data", "scales", "norm_weight", "bias", "residual", "zero_points"]
+    if dice.random.random() < 0.02 and "zero_points" in weights:
+        fed["zero_points"] = weights.pop("zero_points")
     attributes = {
         "K": seldom(inputs, inputs + 32, 2**32 + inputs, -inputs, 2**30, INT32 - 1, INT64 - 1),
         "N": seldom(outputs, outputs + 1, 2**32 + outputs, 0, INT32 - 1, -INT64),
-        "bits": 8,
+        "bits": seldom(bits, 12 - bits, 0, -4, 2, 16, 2**32 + bits, INT64 - 1),
         "block_size": 32,
         "planes": seldom(pick(1, 2), 0, 3, -1, 2**32 + 1),
         "gated": int(gated),
@@ -161,7 +167,7 @@ def main(rounds: int, seed: int) -> dict[str, Any]:
     dice, answers = Dice(seed), Counter[str]()
     cases = [*known(dice), *((dice.pick(attention, linear), {}) for _ in range(rounds))]
     for operator, forced in cases:
-        os.environ["STARLING_CPU_ISA"] = dice.pick("", "avx2")  # kernels of this processor, or of an older one
+        os.environ["STARLING_CPU_ISA"] = dice.pick("", "avx-vnni", "avx2")  # kernels of this processor, or of others
         try:
             answers[operator(dice, **forced)] += 1
         except Exception as error:  # ONNX Runtime's own classes; what matters is that it is one, and not a crash

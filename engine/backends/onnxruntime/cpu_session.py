@@ -12,7 +12,7 @@ from starling.engine.backends.onnxruntime.step_buffers import first_line
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.installation import install_command
-from starling.engine.kernels import KernelLibrary, KernelsUnavailable, faster_kernel_library
+from starling.engine.kernels import KernelLibrary, KernelsUnavailable, require_kernel_library
 
 CPU = "CPUExecutionProvider"
 
@@ -59,10 +59,8 @@ def _kernels(bundle: Bundle) -> tuple[KernelLibrary | None, str | None]:
     """The CPU kernels for this bundle, or why there are none where it could be otherwise."""
     if bundle.kernel_graph is None:
         return None, None
-    how = bundle.quantization
     try:
-        # An asymmetric int8 bundle's second graph has only its attention in the kernels.
-        return faster_kernel_library(int8_products=how is not None and how.scheme == "int8" and how.symmetric), None
+        return require_kernel_library(), None
     except KernelsUnavailable as error:
         return None, f"without CPU kernels: {error}"
 

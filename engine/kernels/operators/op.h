@@ -99,11 +99,17 @@ class NodeInfo {
   }
   // The initializer at `index`. Throws where the node has none there.
   const ort::Value* initializer(size_t index, const char* message) const {
+    const ort::Value* value = initializer_if_any(index);
+    require(value != nullptr, message);
+    return value;
+  }
+
+  // The same, or nullptr where the node leaves it out or feeds it at every call.
+  const ort::Value* initializer_if_any(size_t index) const {
     int is_constant = 0;
     const ort::Value* value = nullptr;
     check(api, api.constant_input(info_, index, &is_constant, &value), "an initializer");
-    require(is_constant != 0 && value != nullptr, message);
-    return value;
+    return is_constant != 0 ? value : nullptr;
   }
 
   const ort::Api& api;

@@ -1,4 +1,4 @@
-// AVX2 has no product of bytes that cannot overflow: bytes are widened, and vpmaddwd adds pairs of 16-bit products.
+// AVX2: vpmaddubsw multiplies 32 unsigned by signed bytes and adds neighbours in 16 bits, where they must fit.
 #include "product/block_product.h"
 #include "simd/instruction_set.h"
 
@@ -9,87 +9,150 @@ STARLING_TARGET_BEGIN("avx2,fma,f16c")
 #include "simd/vector_math.h"
 #include "product/projection_core.h"
 #include "product/block_product_core.h"
+#include "product/block_numbers_256.h"
 // clang-format on
 
 namespace starling {
 namespace {
 
-int32_t store_bytes(Vector whole, int8_t* to) {
-  const __m256i numbers = _mm256_cvtps_epi32(whole.v);
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
-  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1));
-  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
-  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
+// A sum that is added to in this order: any other needs more registers than there are, and compilers would take it.
+Ints in_order(Ints sum) {
+  asm("" : "+x"(sum));
+  return sum;
 }
 
-// Eight outputs from two vectors of pairs: [o0 o0 o1 o1 o2 o2 o3 o3] and [o4 … o7].
-__m256i join_pairs(__m256i low, __m256i high) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xD8); }
+Ints add_neighbours(Ints words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
 
-// `Rows` rows against the 16 outputs of one tile.
-template <int Rows>
-void multiply_tile(const PackedWeights& weights, const QuantizedRows& rows, int row, int pair, int tile,
-                   __m256 sums[Rows][2]) {
-  const size_t start = static_cast<size_t>(pair) * weights.blocks, blocks = weights.blocks;
-  const uint8_t* data = weights.data.data() + start * kPair * kBlock + tile * kTile * 4;
-  const uint16_t* scales = weights.scales.data() + start * kPair + tile * kTile;
-  for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
-  for (size_t block = 0; block < blocks; ++block) {
-    const size_t at = row * blocks + block;
-    const int8_t* values = rows.values + at * kBlock;
-    __m256i pairs[Rows][4];
-    for (int r = 0; r < Rows; ++r) {
-      for (int quarter = 0; quarter < 4; ++quarter) pairs[r][quarter] = _mm256_setzero_si256();
+// |weight| times the activation with the weight's sign: two products are at most 2 * 128 * 127 = 32512.
+struct Int8 {
+  static constexpr int bits = 8;
+  static constexpr bool has_zeros = false;
+  using Four = Ints;
+  struct Factor {
+    Ints weight, magnitude;
+  };
+
+  static void load(const uint8_t* step, Factor (&factors)[2]) {
+    for (int tile = 0; tile < 2; ++tile) {
+      const Ints weight = load_ints(step + tile * kTile * 4);
+      factors[tile] = {weight, _mm256_abs_epi8(weight)};
     }
-    for (int step = 0; step < kBlock / 4; ++step) {
-      __m256i w[4];
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        const auto* bytes = reinterpret_cast<const __m128i*>(data + step * kPair * 4 + quarter * 16);
-        w[quarter] = _mm256_cvtepu8_epi16(_mm_load_si128(bytes));
-      }
-      for (int r = 0; r < Rows; ++r) {
-        const int32_t four = load_four(values + r * blocks * kBlock + step * 4);
-        const __m256i x = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
-        for (int quarter = 0; quarter < 4; ++quarter) {
-          pairs[r][quarter] = _mm256_add_epi32(pairs[r][quarter], _mm256_madd_epi16(w[quarter], x));
-        }
-      }
+  }
+  static Four load_four(const QuantizedRows& rows, size_t place) { return all_of(load_32(rows.values + place)); }
+  static Ints start(int, Ints, Ints) { return _mm256_setzero_si256(); }
+  static Ints add(Ints sum, Factor factor, Four four) {
+    const Ints words = _mm256_maddubs_epi16(factor.magnitude, _mm256_sign_epi8(four, factor.weight));
+    return in_order(_mm256_add_epi32(sum, add_neighbours(words)));
+  }
+  static Ints total(Ints sum, int, Ints, Ints) { return sum; }
+};
+
+// A block's eight sums of two products are at most 8 * 2 * 15 * 127 = 30480: they are added in 16 bits.
+struct Int4 {
+  static constexpr int bits = 4;
+  static constexpr bool has_zeros = false;
+  using Factor = Ints;
+  using Four = Ints;
+
+  static void load(const uint8_t* step, Factor (&factors)[2]) {
+    const Ints nibbles = load_ints(step);
+    factors[0] = low_nibbles(nibbles);
+    factors[1] = high_nibbles(nibbles);
+  }
+  static Four load_four(const QuantizedRows& rows, size_t place) { return Int8::load_four(rows, place); }
+  static Ints start(int, Ints, Ints) { return _mm256_setzero_si256(); }
+  static Ints add(Ints sum, Factor factor, Four four) {
+    return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(factor, four)));
+  }
+  // A correction is -128 times the sum of the activations: -8 times is 1/16 of it.
+  static Ints total(Ints sum, int, Ints, Ints correction) {
+    return _mm256_add_epi32(add_neighbours(sum), shifted_down<4>(correction));
+  }
+};
+
+struct Int4WithZeros : Int4 {
+  static constexpr bool has_zeros = true;
+
+  static void load_zeros(const uint8_t* from, Ints (&zeros)[2]) {
+    const Ints numbers = load_numbers(from);
+    zeros[0] = both(numbers, all_of(0x0F));
+    zeros[1] = _mm256_srli_epi32(numbers, 4);
+  }
+  // Of a block the sum of its activations, at most 32 * 127, is a word; a zero point's high word is zero.
+  static Ints total(Ints sum, int, Ints zero, Ints correction) {
+    return _mm256_add_epi32(add_neighbours(sum), _mm256_madd_epi16(zero, shifted_down<7>(correction)));
+  }
+};
+
+// Many rows pay for weights widened to words: two products less that only the multiplier can do.
+struct Words {
+  static constexpr int bits = 16;
+  static constexpr bool has_zeros = false;
+  struct Four {
+    Ints even, odd;
+  };
+  using Factor = Four;  // inputs 0 and 2, and 1 and 3, of eight outputs
+
+  static void load(const uint8_t* step, Factor (&factors)[2]) {
+    for (int tile = 0; tile < 2; ++tile) {
+      const uint8_t* words = step + tile * kTile * 8;
+      factors[tile] = {load_ints(words), load_ints(words + sizeof(Ints))};
     }
-    for (int half = 0; half < 2; ++half) {
-      const __m256 scale = _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(scales + half * 8)));
-      for (int r = 0; r < Rows; ++r) {
-        const __m256i correction = _mm256_set1_epi32(rows.corrections[at + r * blocks]);
-        const __m256i dot = _mm256_add_epi32(join_pairs(pairs[r][half * 2], pairs[r][half * 2 + 1]), correction);
-        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(rows.scales[at + r * blocks]));
-        sums[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), both, sums[r][half]);
-      }
-    }
-    data += kPair * kBlock;
-    scales += kPair;
+  }
+  static Four load_four(const QuantizedRows& rows, size_t place) {
+    return {all_of(load_32(rows.words + place)), all_of(load_32(rows.words + place + 2))};
+  }
+  static Ints start(int, Ints, Ints) { return _mm256_setzero_si256(); }
+  static Ints add(Ints sum, Factor factor, Four four) {
+    sum = in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(factor.even, four.even)));
+    return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(factor.odd, four.odd)));
+  }
+  static Ints total(Ints sum, int, Ints, Ints) { return sum; }
+};
+
+// [blocks][8][4] of eight outputs' inputs 0 and 2, and their inputs 1 and 3.
+void unpack(const uint8_t* bytes, size_t blocks, uint8_t* words) {
+  for (size_t at = 0; at < blocks * kPair * kBlock; at += sizeof(Ints)) {
+    const Ints four = load_ints(bytes + at);
+    store_ints(_mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), words + at * 2);
+    store_ints(_mm256_srai_epi16(four, 8), words + at * 2 + sizeof(Ints));
   }
 }
 
-template <int Rows>
-void multiply_rows(const PackedWeights& weights, const QuantizedRows& rows, int row, int pair,
-                   const Epilogue& epilogue) {
-  __m256 first[Rows][2], second[Rows][2];
-  multiply_tile<Rows>(weights, rows, row, pair, 0, first);
-  multiply_tile<Rows>(weights, rows, row, pair, 1, second);
-  for (int half = 0; half < 2; ++half) {
-    if (weights.planes == 1) {
-      for (int r = 0; r < Rows; ++r) {
-        finish(weights, epilogue, row + r, pair, half * 8, {first[r][half]}, {second[r][half]});
-      }
-    } else if constexpr (Rows == 2) {
-      finish(weights, epilogue, row / 2, pair, half * 8, Vector{first[0][half]} + Vector{first[1][half]},
-             Vector{second[0][half]} + Vector{second[1][half]});
-    }
+// Words of a row or plane, in the order that the format has.
+void widen(const QuantizedRows& rows, int row) {
+  const size_t size = static_cast<size_t>(rows.blocks) * kBlock, start = row * size;
+  for (size_t at = start; at < start + size; at += 16) {
+    const Ints words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.values + at)));
+    const Ints ordered = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xD8), 0xD8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows.words + at), ordered);
   }
+}
+
+void quantize_with_words(const float* row, int inputs, const Norm& norm, const QuantizedRows& out, int index) {
+  quantize(row, inputs, norm, out, index);
+  if (out.words == nullptr) return;
+  for (int plane = 0; plane < out.planes; ++plane) widen(out, index * out.planes + plane);
+}
+
+}  // namespace
+}  // namespace starling
+
+#include "product/block_multiply.h"
+
+namespace starling {
+namespace {
+
+void multiply_panel(const PackedWeights& weights, uint8_t* panel, const QuantizedRows& rows, int first, int last,
+                    int pair, const Epilogue& epilogue) {
+  unpack(weights.of_pair(pair), weights.blocks, panel);
+  multiply_format<Words, 4>(weights, panel, rows, first, last, pair, epilogue);
 }
 
 }  // namespace
 
-const BlockKernels kAvx2 = {"avx2", quantize, multiply<2>};
+const BlockKernels kAvx2 = {"avx2",      128,           {kPair * kBlock * 2, 0}, true, quantize_with_words,
+                            multiply<4>, multiply_panel};
 
 }  // namespace starling
 

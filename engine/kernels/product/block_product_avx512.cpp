@@ -14,61 +14,47 @@ STARLING_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")
 namespace starling {
 namespace {
 
+using Ints = __m512i;
+
 int32_t store_bytes(Vector whole, int8_t* to) {
-  const __m512i numbers = _mm512_cvtps_epi32(whole.v);
+  const Ints numbers = _mm512_cvtps_epi32(whole.v);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(numbers));
   return _mm512_reduce_add_epi32(numbers);
 }
 
-// `Rows` rows (or planes of rows) from `row` against one pair of tiles: all sums stay in registers.
-template <int Rows>
-void multiply_rows(const PackedWeights& weights, const QuantizedRows& rows, int row, int pair,
-                   const Epilogue& epilogue) {
-  const size_t start = static_cast<size_t>(pair) * weights.blocks;
-  const uint8_t* data = weights.data.data() + start * kPair * kBlock;
-  const uint16_t* scales = weights.scales.data() + start * kPair;
-  const size_t blocks = weights.blocks;
-  __m512 sums[Rows][2];
-  for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-  for (size_t block = 0; block < blocks; ++block) {
-    const size_t at = row * blocks + block;
-    __m512i dots[Rows][2];
-    for (int r = 0; r < Rows; ++r) dots[r][0] = dots[r][1] = _mm512_set1_epi32(rows.corrections[at + r * blocks]);
-    const int8_t* values = rows.values + at * kBlock;
-#pragma GCC unroll 8
-    for (int step = 0; step < kBlock / 4; ++step) {
-      const __m512i left = _mm512_load_si512(data + step * 128);
-      const __m512i right = _mm512_load_si512(data + step * 128 + 64);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        const __m512i x = _mm512_set1_epi32(load_four(values + r * blocks * kBlock + step * 4));
-        dots[r][0] = _mm512_dpbusd_epi32(dots[r][0], left, x);
-        dots[r][1] = _mm512_dpbusd_epi32(dots[r][1], right, x);
-      }
-    }
-    for (int tile = 0; tile < 2; ++tile) {
-      const __m512 scale = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales) + tile));
-      for (int r = 0; r < Rows; ++r) {
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(rows.scales[at + r * blocks]));
-        sums[r][tile] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][tile]), both, sums[r][tile]);
-      }
-    }
-    data += kPair * kBlock;
-    scales += kPair;
-  }
-  if (weights.planes == 1) {
-    for (int r = 0; r < Rows; ++r) finish(weights, epilogue, row + r, pair, 0, {sums[r][0]}, {sums[r][1]});
-    return;
-  }
-  for (int r = 0; r + 1 < Rows; r += 2) {
-    const __m512 first = _mm512_add_ps(sums[r][0], sums[r + 1][0]), second = _mm512_add_ps(sums[r][1], sums[r + 1][1]);
-    finish(weights, epilogue, (row + r) / 2, pair, 0, {first}, {second});
-  }
+Ints all_of(int32_t number) { return _mm512_set1_epi32(number); }
+Ints load_ints(const uint8_t* from) { return _mm512_load_si512(from); }
+void store_ints(Ints a, uint8_t* to) { _mm512_store_si512(to, a); }
+Ints load_numbers(const uint8_t* from) {
+  return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
+}
+Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+Ints low_nibbles(Ints a) { return both(a, all_of(0x0F0F0F0F)); }
+Ints high_nibbles(Ints a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
+template <int Bits>
+Ints shifted_down(Ints a) {
+  return _mm512_srai_epi32(a, Bits);
+}
+Ints add_products(Ints sum, Ints bytes, Ints signed_bytes) { return _mm512_dpbusd_epi32(sum, bytes, signed_bytes); }
+Ints add_products_of_words(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+Vector to_float(Ints numbers) { return {_mm512_cvtepi32_ps(numbers)}; }
+Vector from_half(const uint16_t* from) {
+  return {_mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)))};
 }
 
 }  // namespace
+}  // namespace starling
 
-const BlockKernels kAvx512Vnni = {"avx512-vnni", quantize, multiply<6>};
+// clang-format off: the order matters
+#include "product/block_formats_vnni.h"
+#include "product/block_multiply.h"
+#include "product/block_panel_vnni.h"
+// clang-format on
+
+namespace starling {
+
+const BlockKernels kAvx512Vnni = {"avx512-vnni", 0,           {0, kPair * kBlock}, false,
+                                  quantize,      multiply<6>, multiply_panel<6>};
 
 }  // namespace starling
 

@@ -1,5 +1,5 @@
-// What stands before the products of rounded activations: rounding them, and sharing out the rows. Included inside a
-// target region, after projection_core.h; the file that includes it defines store_bytes and multiply_rows.
+// What stands before the products: rounding the activations. Included inside a target region, after projection_core.h;
+// the file that includes it defines store_bytes.
 #pragma once
 
 namespace starling {
@@ -10,6 +10,12 @@ constexpr float kLeastMagnitude = 1e-36f;  // 127 / less would be infinite; a bl
 
 // Store whole numbers as Vector::width bytes, and return their sum.
 int32_t store_bytes(Vector whole, int8_t* to);
+
+inline int32_t load_32(const void* from) {
+  int32_t bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return bits;
+}
 
 inline void quantize(const float* row, int inputs, const Norm& norm, const QuantizedRows& out, int index) {
   const bool normed = norm.weight != nullptr;
@@ -42,35 +48,6 @@ inline void quantize(const float* row, int inputs, const Norm& norm, const Quant
       out.corrections[at] = -128 * sum;
     }
   }
-}
-
-template <int Rows>
-void multiply_rows(const PackedWeights& weights, const QuantizedRows& rows, int row, int pair,
-                   const Epilogue& epilogue);
-
-// kMostRows at a time, then what is left.
-template <int Rows>
-inline void multiply_rest(int left, const PackedWeights& weights, const QuantizedRows& rows, int row, int pair,
-                          const Epilogue& epilogue) {
-  if constexpr (Rows > 0) {
-    if (left == Rows) return multiply_rows<Rows>(weights, rows, row, pair, epilogue);
-    multiply_rest<Rows - 1>(left, weights, rows, row, pair, epilogue);
-  }
-}
-
-template <int MostRows>
-inline void multiply(const PackedWeights& weights, const QuantizedRows& rows, int first, int last, int pair,
-                     const Epilogue& epilogue) {
-  int row = first;
-  for (; last - row >= MostRows; row += MostRows) multiply_rows<MostRows>(weights, rows, row, pair, epilogue);
-  multiply_rest<MostRows - 1>(last - row, weights, rows, row, pair, epilogue);
-}
-
-// Four neighbouring activations of a row.
-inline int32_t load_four(const int8_t* values) {
-  int32_t four;
-  std::memcpy(&four, values, sizeof four);
-  return four;
 }
 
 }  // namespace
