@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,14 @@ class DeviceChoice:
 
 
 GREEDY = DeviceChoice()
+
+
+class RowPart(NamedTuple):
+    """Tokens that follow each other in one row, from position `start` on."""
+
+    row: int
+    start: int
+    tokens: Sequence[int]
 
 
 class StepOutput(Protocol):
@@ -163,6 +171,19 @@ class Backend(Protocol):
         The output has k * n rows: row i * n + j is what follows tokens 0..j of row first + i. n is at most
         MOST_VERIFIED, k * n at most MOST_VERIFIED_TOGETHER, k at most `verified_rows`. Raises BackendError as
         `check_verifies` does, and for more than that.
+        """
+        ...
+
+    #: Tokens that `mix` takes at most: 0 where it is not to be had.
+    most_mixed: int
+
+    def mix(self, parts: Sequence[RowPart], kept: Sequence[int]) -> StepOutput:
+        """Write tokens of several rows, as many of each as there are, in one run: a decode step, drafts and prefills.
+
+        The rows are in ascending order. `kept` are the tokens that a token is chosen after, in ascending order: indices
+        into the tokens of all parts, one part after the other. The output has a row for each, at most
+        MOST_VERIFIED_TOGETHER or, where it is more, `max_batch`. Raises BackendError where it is not to be had, and for
+        what does not fit.
         """
         ...
 

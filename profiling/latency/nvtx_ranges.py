@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from starling.engine.backends.backend import Backend, DeviceChoice, RowCopies, StepOutput, StepsAhead, Tokens
+from starling.engine.backends.backend import Backend, DeviceChoice, RowCopies, RowPart, StepOutput, StepsAhead, Tokens
 from starling.engine.errors import BackendError
 from starling.engine.installation import install_command
 
@@ -31,6 +31,7 @@ class RangedBackend:
         self.max_seq, self.max_batch, self.vocab_size = backend.max_seq, backend.max_batch, backend.vocab_size
         self.kv_cache_bytes, self.prefill_chunk = backend.kv_cache_bytes, backend.prefill_chunk
         self.verified_rows, self.most_scored = backend.verified_rows, backend.most_scored
+        self.most_mixed = backend.most_mixed
         ahead = backend.steps_ahead
         self.steps_ahead: StepsAhead | None = None if ahead is None else RangedStepsAhead(ahead, self._annotate)
 
@@ -52,6 +53,12 @@ class RangedBackend:
         """As the backend's."""
         with self._annotate(f"decode {len(tokens)} rows", domain=DOMAIN, color="green"):
             return self._backend.decode(tokens, positions)
+
+    def mix(self, parts: Sequence[RowPart], kept: Sequence[int]) -> StepOutput:
+        """As the backend's."""
+        tokens = sum(len(part.tokens) for part in parts)
+        with self._annotate(f"mix {tokens} tokens of {len(parts)} rows", domain=DOMAIN, color="green"):
+            return self._backend.mix(parts, kept)
 
     def check_scores(self) -> None:
         """As the backend's."""

@@ -283,8 +283,37 @@ class Attention:
 
         `spoil`: step, row and columns of its input that are not a number.
         """
-        rows = len(steps[0][1])
-        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        running, cache = self._opened(domain, len(steps[0][1]), reduced=reduced, threads=threads)
+        found = []
+        for index, (tokens, before) in enumerate(steps):
+            ends = np.array(before, np.int32) + tokens
+            query = np.stack([_token_rows(start, tokens, self._width) for start in before])
+            if spoil is not None and spoil[0] == index:
+                query[spoil[1], :, spoil[2]] = np.nan
+            step = {"query": query, "lengths": ends - 1, "total": np.array(ends.max(), np.int32)}
+            found.append(run_in_place(running, step, cache))
+        return found
+
+    def by_parts(
+        self, parts: list[tuple[int, int, int]], *, reduced: bool = False, threads: int = 2
+    ) -> tuple[Floats, Floats]:
+        """Parts (row, first position, tokens) in one call, after all that is before them; output, and the keys."""
+        running, cache = self._opened("starling", 5, reduced=reduced, threads=threads)
+        before = [[(row, 0, start)] for row, start, _ in parts if start > 0]
+        for together in (*before, parts):
+            places = [(max(start, 0), tokens) for _, start, tokens in together if tokens > 0]
+            query = np.concatenate([_token_rows(start, tokens, self._width) for start, tokens in places])
+            lengths = np.array(together, np.int32).reshape(-1)
+            step = {"query": query[None], "lengths": lengths, "total": np.array(1, np.int32)}
+            output = run_in_place(running, step, cache)
+        return output, cache["past_key"]
+
+    @property
+    def _width(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def _opened(self, domain: str, rows: int, *, reduced: bool, threads: int) -> tuple[Any, dict[str, Floats]]:
+        """The operator, and a cache of zeros."""
         half = (self.rotated or self.head_dim) // 2
         angles = np.arange(self.positions)[:, None] / 100.0 ** (np.arange(half) / half)
         weights = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
@@ -308,15 +337,7 @@ class Attention:
         running = session(
             "GroupQueryAttention", domain, names, outputs, fed=fed, weights=weights, threads=threads, **attributes
         )
-        found = []
-        for index, (tokens, before) in enumerate(steps):
-            ends = np.array(before, np.int32) + tokens
-            query = np.stack([_token_rows(start, tokens, width) for start in before])
-            if spoil is not None and spoil[0] == index:
-                query[spoil[1], :, spoil[2]] = np.nan
-            step = {"query": query, "lengths": ends - 1, "total": np.array(ends.max(), np.int32)}
-            found.append(run_in_place(running, step, cache))
-        return found
+        return running, cache
 
 
 def _token_rows(start: int, tokens: int, width: int) -> Floats:
@@ -348,6 +369,39 @@ class TestGroupQueryAttention:
         steps = [(40, [0, 0, 0]), (1, [40, 17, 5]), (1, [41, 18, 6])]
         for ours, theirs in zip(shape.outputs("starling", steps), shape.outputs("com.microsoft", steps), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+    @pytest.mark.parametrize("reduced", [False, True])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_parts_of_several_rows_are_as_each_alone(self, shape: Attention, reduced: bool) -> None:
+        """A token of one row, a long piece and a short one of others, in one call, with a row between that has none."""
+        parts = [(0, 37, 1), (1, 5, 60), (3, 130, 4), (4, 0, 1)]
+        for threads in (1, 3):
+            together, keys = shape.by_parts(parts, reduced=reduced, threads=threads)
+            first = 0
+            for row, start, tokens in parts:
+                steps = [(start, [0]), (tokens, [start])] if start else [(tokens, [0])]
+                alone = shape.outputs("starling", steps, reduced=reduced)[-1]
+                np.testing.assert_array_equal(together[0, first : first + tokens], alone[0])
+                assert keys[row, :, : start + tokens].any(axis=(0, 2)).all()
+                assert not keys[row, :, start + tokens :].any()
+                first += tokens
+            assert not keys[2].any()
+
+    @pytest.mark.parametrize(
+        "parts",
+        [
+            [(0, 0, 2), (0, 2, 1)],
+            [(1, 0, 2), (0, 0, 1)],
+            [(0, 0, 2), (5, 0, 1)],
+            [(0, 0, 2), (1, 399, 2)],
+            [(0, 0, 2), (1, -1, 2)],
+            [(0, 0, 5), (1, 0, -2)],
+        ],
+        ids=str,
+    )
+    def test_parts_that_do_not_fit_are_refused(self, parts: list[tuple[int, int, int]]) -> None:
+        with pytest.raises(Exception, match="seqlens_k"):
+            SHAPES[0].by_parts(parts)
 
     @pytest.mark.parametrize("reduced", [False, True])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)

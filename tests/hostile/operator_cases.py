@@ -98,7 +98,20 @@ def _lengths(dice: Dice, rows: int, tokens: int, positions: int) -> NDArray[np.i
     if dice.random.random() < 0.4:
         hostile = (-1, tokens - 2, positions, INT32 - 1, INT32 - 2, -INT32, -INT32 + tokens, -(2**30))
         lengths = [dice.seldom(dice.pick(*hostile), length) for length in lengths]
+    if rows == 1 and dice.random.random() < 0.3:
+        return _parts(dice, tokens, positions)
     return np.array(dice.seldom(lengths, [*lengths, 0]), np.int32)
+
+
+def _parts(dice: Dice, tokens: int, positions: int) -> NDArray[np.int32]:
+    """seqlens_k of parts: row, first position and tokens of each, or what a hostile graph makes of them."""
+    first = dice.random.randrange(tokens + 1)
+    numbers = [0, dice.random.randrange(max(positions - first, 1)), first, dice.pick(0, 1, 2), 0, tokens - first]
+    numbers = numbers[: dice.seldom(dice.pick(3, 6), 2, 5)]
+    if dice.random.random() < 0.4:
+        hostile = (-1, positions, INT32 - 1, -INT32, 2**30, -(2**30))
+        numbers = [dice.seldom(number, *hostile) for number in numbers]
+    return np.array(numbers, np.int32)
 
 
 def linear(dice: Dice, **forced: Any) -> str:

@@ -12,6 +12,7 @@ from starling.engine.backends.backend import (
     CUDA,
     MOST_VERIFIED,
     MOST_VERIFIED_TOGETHER,
+    RowPart,
     StepOutput,
     Tokens,
     check_room,
@@ -25,6 +26,7 @@ from starling.engine.backends.onnxruntime.step_buffers import (
     INPUTS,
     KeptPositions,
     OrtOutput,
+    PartsInputs,
     StepOutputs,
     StepWriter,
     allocate_cache,
@@ -106,21 +108,27 @@ class OrtBackend:
         self.model_seconds = 0.0
         self.prefill_chunk = min(prefill_chunk, max_seq)
         self._cache, self._cache_memory = allocate_cache(opened.ort, bundle, max_batch, max_seq)
-        longest = max(self.prefill_chunk, MOST_VERIFIED_TOGETHER)
+        longest = max(self.prefill_chunk, MOST_VERIFIED_TOGETHER, max_batch)
+        self._most_kept = max(max_batch, MOST_VERIFIED_TOGETHER)
         self._inputs = INPUTS[bundle.dialect](max_batch, longest, max_seq)
         self._bundle, self._why_last_only = bundle, _why_last_only(bundle)
         can_keep = self._why_last_only is None
         self.most_scored = most_scored(self.vocab_size, self.prefill_chunk) if can_keep else 0
         self._kept = KeptPositions(max(MOST_VERIFIED, self.most_scored)) if can_keep else None
         # A page of it takes memory when it is written to.
-        self._outputs = StepOutputs(bundle, max(max_batch, MOST_VERIFIED_TOGETHER))
+        self._outputs = StepOutputs(bundle, self._most_kept)
         self._verifications: dict[tuple[int, int, int], _Verification] = {}
         self._row_bindings: dict[int, Any] = {}
         self._steps: dict[int, _Step] = {}
         self._row_output = self._outputs.output(1)
         #: What `score` writes to, allocated by its first call.
         self._scores: StepOutputs | None = None
-        self.verified_rows = self._find_verified_rows()
+        #: The binding of `mix` and what it is written to; None where it is not to be had.
+        self._mixing = self._new_mixing(longest)
+        self._mixed_outputs: dict[int, OrtOutput] = {}
+        self.most_mixed = longest if self._mixes() else 0
+        #: ONNX Runtime's GroupQueryAttention takes several new tokens of one row only.
+        self.verified_rows = 0 if self._why_last_only is not None else max_batch if self.most_mixed else 1
 
     def prefill(self, row: int, tokens: Tokens, start: int) -> StepOutput:
         """Write `tokens` int64 [n] at start..start+n of row `row`.
@@ -183,6 +191,34 @@ class OrtBackend:
         self._run(found.binding)
         return found.output
 
+    def mix(self, parts: Sequence[RowPart], kept: Sequence[int]) -> StepOutput:
+        """Write tokens of several rows in one run; the output has a row for each of `kept`."""
+        if self._mixing is None:
+            raise BackendError(
+                "ONNX Runtime's own attention takes equally many tokens of each row: use the CPU kernels"
+            )
+        count = 0
+        for row, start, tokens in parts:
+            count += len(tokens)
+            check_room(self, row, start + len(tokens) - 1)
+        if count > self.most_mixed or not 1 <= len(kept) <= self._most_kept:
+            raise BackendError(
+                f"{count} tokens are to run in one step, {len(kept)} of them with logits: give at most "
+                f"{self.most_mixed}, and 1 to {self._most_kept}"
+            )
+        return self._run_parts(parts, kept)
+
+    def _run_parts(self, parts: Sequence[RowPart], kept: Sequence[int]) -> OrtOutput:
+        assert self._mixing is not None
+        binding, inputs = self._mixing
+        inputs.write(binding, parts, kept)
+        self._outputs.bind(binding, 1, len(kept))
+        self._run(binding)
+        output = self._mixed_outputs.get(len(kept))
+        if output is None:
+            output = self._mixed_outputs[len(kept)] = self._outputs.output(len(kept))
+        return output
+
     def row_copies(self, blocks: int) -> HostRowCopies:
         """Memory for so many blocks of positions, and copies between it and rows."""
         return HostRowCopies(self._cache_memory, blocks)
@@ -204,21 +240,25 @@ class OrtBackend:
         self._cache_memory = self._cache_memory[:0]
         self._session = None
 
-    def _find_verified_rows(self) -> int:
-        """ONNX Runtime's GroupQueryAttention takes several new tokens of one row only, that of the kernels of many."""
-        if self._why_last_only is not None:
-            return 0
-        self.verified_rows = self.max_batch if self.kernels is not None else 1
-        if self.verified_rows == 1 or self.max_seq < 2:
-            return 1
-        try:  # a bundle's graph for the kernels may have its products in them, and its attention not
-            self.verify(0, [[0, 0], [0, 0]], [0, 0])
+    def _new_mixing(self, tokens: int) -> tuple[Any, PartsInputs] | None:
+        if self.kernels is None or self._why_last_only is not None:
+            return None
+        binding, inputs = self._bind(0, self.max_batch), PartsInputs(self.max_batch, tokens)
+        inputs.bind_total(binding)
+        return binding, inputs
+
+    def _mixes(self) -> bool:
+        """Whether `mix` runs: a bundle's graph for the kernels may have its products in them, and its attention not."""
+        if self._mixing is None or self.max_seq < 2:
+            return False
+        try:
+            self._run_parts([RowPart(0, 0, (0, 0))], [1])
         except BackendError:
-            return 1
+            self._mixing = None
         finally:
             self.model_seconds = 0.0
-            self._cache_memory[:, :2, :, :2] = 0
-        return self.max_batch
+            self._cache_memory[:, :1, :, :2] = 0
+        return self._mixing is not None
 
     def _check_keeps(self, consequence: str) -> None:
         if self._why_last_only is not None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from starling.engine.backends.backend import Tokens
+from starling.engine.backends.backend import RowPart, Tokens
 from starling.engine.backends.logits import FINITE_TESTS, HOST_TYPES, LogitsReader, logits_reader
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
@@ -188,6 +188,31 @@ class OrtInputs(StepInputs):
             total[0] = longest + 1
 
         return write
+
+
+class PartsInputs:
+    """What our kernels take for tokens of several rows, as many of each as there are: see their GroupQueryAttention."""
+
+    def __init__(self, rows: int, tokens: int) -> None:
+        self._ids, self._kept = _Input("int64", tokens), _Input("int64", tokens)
+        self._parts, self._total = _Input("int32", 3 * rows), _Input("int32", 1)
+
+    def bind_total(self, binding: Any) -> None:
+        """Bind what no step changes: the kernels do not read it."""
+        _bind(binding, "total_sequence_length", self._total, [])
+
+    def write(self, binding: Any, parts: Sequence[RowPart], kept: Sequence[int]) -> None:
+        """Write and bind one step's tokens, where they go, and which of them get logits."""
+        ids, places, count = self._ids.host.data, self._parts.host.data, 0
+        for number, (row, start, tokens) in enumerate(parts):
+            places[3 * number], places[3 * number + 1], places[3 * number + 2] = row, start, len(tokens)
+            for token in tokens:
+                ids[count] = token
+                count += 1
+        self._kept.host[: len(kept)] = kept
+        _bind(binding, "input_ids", self._ids, [1, count])
+        _bind(binding, "seqlens_k", self._parts, [3 * len(parts)])
+        _bind(binding, LOGITS_TO_KEEP, self._kept, [len(kept)])
 
 
 class CanonicalInputs(StepInputs):

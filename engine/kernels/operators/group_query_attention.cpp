@@ -10,8 +10,10 @@ namespace {
 
 enum Input : size_t { kQuery, kKey, kValue, kPastKey, kPastValue, kLengths, kTotal, kCos, kSin };
 
-constexpr int kTileRows = 96;   // query rows that share a pass over the keys
-constexpr int kSplitRows = 24;  // up to so many rows of a head, its chunks are shared out to threads instead
+constexpr int kTileRows = 96;        // query rows that share a pass over the keys
+constexpr int kSplitRows = 96;       // up to so many rows of a head, its chunks are shared out to threads instead
+constexpr int kSerialTokens = 4;     // waking the other threads costs more than writing this few
+constexpr int64_t kPartNumbers = 3;  // of a part: its row, first position and count of tokens
 
 // Memory of `rows` partial results in one piece of scratch.
 size_t partial_size(int rows, int head_dim) { return static_cast<size_t>(rows) * (head_dim + 2); }
@@ -20,25 +22,38 @@ Partial partial_at(float* memory, int rows) { return {memory, memory + rows, mem
 
 }  // namespace
 
+// Tokens that follow each other in one row of the cache; the first of them is token `first` of the call.
+struct GroupQueryAttention::Part {
+  int row, start, tokens, first;
+
+  int end() const { return start + tokens; }
+};
+
+// Some tokens of a part against one chunk of a head's keys, or, where `chunk` is -1, against all that they see.
+struct GroupQueryAttention::Task {
+  int part, head, token, tokens, chunk;
+  size_t partial;  // where a chunk's result goes
+};
+
 // What one call works on.
 struct GroupQueryAttention::Step {
   const float *query, *key, *value, *cos, *sin;
   float *past_key, *past_value, *output, *queries;
-  const int32_t* lengths;
-  int batch, tokens, head_dim, positions;
-  int half, angles;                 // pairs that are rotated; positions of the rotary tables
-  size_t query_stride, key_stride;  // from one token to the next
-  int group, tile, tiles;           // query heads of a key head; tokens of a tile; tiles of a row
+  const Part* parts;
+  int count, tokens, head_dim, positions;  // parts; tokens of all of them
+  int half, angles;                        // pairs that are rotated; positions of the rotary tables
+  size_t query_stride, key_stride;         // from one token to the next
+  int group;                               // query heads of a key head
 
-  // compute() has checked that it lies in the cache.
-  int start(int row) const { return lengths[row] + 1 - tokens; }
   size_t cache_place(int row, int kv_heads, int head, int position) const {
     return ((static_cast<size_t>(row) * kv_heads + head) * positions + position) * head_dim;
   }
-  // The rotated queries of one token and key head: [batch][kv_heads][tokens][group][head_dim].
-  float* queries_at(int row, int kv_heads, int head, int token) const {
-    return queries + ((static_cast<size_t>(row) * kv_heads + head) * tokens + token) * group * head_dim;
+  // The rotated queries of one token and key head: of each part [kv_heads][tokens][group][head_dim].
+  float* queries_at(const Part& part, int kv_heads, int head, int token) const {
+    const size_t before = static_cast<size_t>(part.first) * kv_heads + static_cast<size_t>(head) * part.tokens + token;
+    return queries + before * group * head_dim;
   }
+  bool is_split(const Part& part) const { return part.tokens * group <= kSplitRows; }
 };
 
 GroupQueryAttention::GroupQueryAttention(const NodeInfo& node, NoContext)
@@ -56,18 +71,19 @@ GroupQueryAttention::GroupQueryAttention(const NodeInfo& node, NoContext)
 void GroupQueryAttention::compute(const Call& call) const {
   Shape shape = call.input_shape(kQuery);
   const Shape cache = call.input_shape(kPastKey), lengths = call.input_shape(kLengths);
-  require(shape.rank == 3 && cache.rank == 4 && lengths.elements() == shape[0], "query, cache and lengths do not fit");
-  require(cache[0] == shape[0] && cache[1] == kv_heads_, "past_key has other rows or heads");
+  require(shape.rank == 3 && cache.rank == 4, "query and cache do not fit");
+  const bool by_parts = shape[0] == 1 && lengths.elements() != 1;
+  require(by_parts ? lengths.elements() % kPartNumbers == 0 : lengths.elements() == shape[0],
+          "query and lengths do not fit");
+  require((by_parts || cache[0] == shape[0]) && cache[1] == kv_heads_, "past_key has other rows or heads");
   require(call.input_shape(kPastValue).elements() == cache.elements(), "past_value has another shape than past_key");
   Step step{};
   require(cache[3] > 0 && cache[3] % 16 == 0 && cache[3] <= kMostHeadDim, "head_dim is not a multiple of 16 up to 256");
-  step.batch = to_int(shape[0], "there are too many rows");
-  step.tokens = to_int(shape[1], "there are too many tokens");
+  step.tokens = to_int(times(shape[0], shape[1]), "there are too many tokens");
   step.positions = to_int(cache[2], "the cache has too many positions");
   step.head_dim = static_cast<int>(cache[3]);
   step.group = heads_ / kv_heads_;
-  to_int(std::max(times(times(step.batch, step.tokens), step.group),
-                  times(times(step.batch, kv_heads_), ceil_div(step.positions, kChunk))),
+  to_int(std::max(times(step.tokens, heads_), times(times(cache[0], kv_heads_), ceil_div(step.positions, kChunk))),
          "there are too many rows, tokens and heads");
   step.query = call.input_data<float>(kQuery);
   step.key = call.input_data<float>(kKey);
@@ -99,11 +115,24 @@ void GroupQueryAttention::compute(const Call& call) const {
     step.half = static_cast<int>(angles[1]);
     step.angles = to_int(angles[0], "the rotary tables have too many positions");
   }
-  step.lengths = call.input_data<int32_t>(kLengths);
-  for (int row = 0; row < step.batch; ++row) {
-    const int64_t last = step.lengths[row];
-    require(last + 1 - step.tokens >= 0 && last < step.positions, "seqlens_k lies outside the cache");
-    require(!rotates_ || last < step.angles, "seqlens_k lies outside the rotary tables");
+  thread_local Array<Part> parts;
+  const auto* numbers = call.input_data<int32_t>(kLengths);
+  step.count = static_cast<int>(by_parts ? lengths.elements() / kPartNumbers : shape[0]);
+  require(step.count > 0 || step.tokens == 0, "query and lengths do not fit");
+  step.parts = grow(parts, static_cast<size_t>(step.count));
+  for (int part = 0, first = 0; part < step.count; ++part) {
+    Part& made = parts.data()[part];
+    made = by_parts ? read_part(numbers + part * kPartNumbers)
+                    : read_row(part, numbers[part], to_int(shape[1], "there are too many tokens"));
+    made.first = first;
+    const bool is_in_order = part == 0 || made.row > parts.data()[part - 1].row;
+    require(is_in_order && made.row < cache[0], "seqlens_k names rows that the cache does not have, or in no order");
+    require(made.start >= 0 && made.tokens >= 0 && made.tokens <= step.tokens - first &&
+                made.start <= step.positions - made.tokens,
+            "seqlens_k lies outside the cache");
+    require(!rotates_ || made.end() <= step.angles, "seqlens_k lies outside the rotary tables");
+    first += made.tokens;
+    require(part + 1 < step.count || first == step.tokens, "seqlens_k has parts of another number of tokens");
   }
   shape.dims[2] = static_cast<int64_t>(query_width);
   step.output = call.output<float>(0, shape);
@@ -111,65 +140,116 @@ void GroupQueryAttention::compute(const Call& call) const {
   step.past_value = call.output<float>(2, cache);
   require(step.past_key == call.input_data<float>(kPastKey) && step.past_value == call.input_data<float>(kPastValue),
           "present must be bound to the memory of past");
-  if (step.batch == 0 || step.tokens == 0) return;
+  if (step.tokens == 0 || step.count == 0) return;
 
   thread_local Array<float> queries;
-  step.queries = grow(queries, static_cast<size_t>(step.batch) * step.tokens * query_width);
-  const size_t all_tokens = static_cast<size_t>(step.batch) * step.tokens;
-  constexpr size_t kSerialTokens = 4;  // waking the other threads costs more than writing this few
-  if (all_tokens <= kSerialTokens) {
-    for (size_t token = 0; token < all_tokens; ++token) write_token(step, token);
-  } else {
-    call.parallel(all_tokens, [&](size_t token) { write_token(step, token); });
-  }
-  if (step.tokens * step.group <= kSplitRows) return attend_split(call, step);
-  step.tile = std::max(kTileRows / step.group, 1);
-  step.tiles = ceil_div(step.tokens, step.tile);
-  call.parallel(static_cast<size_t>(step.batch) * kv_heads_ * step.tiles,
-                [&](size_t task) { attend_tile(step, task); });
+  step.queries = grow(queries, static_cast<size_t>(step.tokens) * query_width);
+  write_tokens(call, step);
+  attend(call, step);
 }
 
-// Rotate one token's queries and key; key and value go into the cache.
-void GroupQueryAttention::write_token(const Step& step, size_t index) const {
-  const int row = static_cast<int>(index / step.tokens), token = static_cast<int>(index % step.tokens);
-  const int position = step.start(row) + token, half = step.half;
+// Rotate the tokens' queries and keys; keys and values go into the cache.
+void GroupQueryAttention::write_tokens(const Call& call, const Step& step) const {
+  thread_local Array<const Part*> memory;
+  const Part** owners = grow(memory, static_cast<size_t>(step.tokens));
+  for (int part = 0; part < step.count; ++part) {
+    std::fill_n(owners + step.parts[part].first, step.parts[part].tokens, step.parts + part);
+  }
+  const auto write = [&](size_t index) {
+    write_token(step, *owners[index], static_cast<int>(index) - owners[index]->first);
+  };
+  if (step.tokens > kSerialTokens) return call.parallel(static_cast<size_t>(step.tokens), write);
+  for (int index = 0; index < step.tokens; ++index) write(static_cast<size_t>(index));
+}
+
+void GroupQueryAttention::write_token(const Step& step, const Part& part, int token) const {
+  const int position = part.start + token, half = step.half;
+  const size_t index = static_cast<size_t>(part.first) + token;
   const Angles angles{step.cos + static_cast<size_t>(position) * half, step.sin + static_cast<size_t>(position) * half,
                       half};
   const float* query = step.query + index * step.query_stride;
   for (int head = 0; head < heads_; ++head) {
-    float* out = step.queries_at(row, kv_heads_, head / step.group, token) + head % step.group * step.head_dim;
+    float* out = step.queries_at(part, kv_heads_, head / step.group, token) + head % step.group * step.head_dim;
     const float* from = query + static_cast<size_t>(head) * step.head_dim;
     kernels_->rotate(from, angles, interleaved_, step.head_dim, scale_, out);
   }
   for (int head = 0; head < kv_heads_; ++head) {
-    const size_t place = step.cache_place(row, kv_heads_, head, position);
+    const size_t place = step.cache_place(part.row, kv_heads_, head, position);
     const size_t source = index * step.key_stride + static_cast<size_t>(head) * step.head_dim;
     kernels_->rotate(step.key + source, angles, interleaved_, step.head_dim, 1.0f, step.past_key + place);
     std::copy_n(step.value + source, step.head_dim, step.past_value + place);
   }
 }
 
-AttentionRows GroupQueryAttention::rows_of(const Step& step, int row, int head, int token, int tokens) const {
-  const size_t cache = step.cache_place(row, kv_heads_, head, 0);
-  return {step.queries_at(row, kv_heads_, head, token),
+// Parts of few tokens are cut by chunks of keys, so that all threads have work, the others by tiles of tokens.
+void GroupQueryAttention::attend(const Call& call, const Step& step) const {
+  thread_local Array<Task> memory;
+  size_t most = 0;
+  for (int part = 0; part < step.count; ++part) {
+    const Part& of = step.parts[part];
+    most += static_cast<size_t>(kv_heads_) * std::max(ceil_div(of.end(), kChunk), of.tokens);
+  }
+  Task* tasks = grow(memory, most);
+  size_t count = 0, partials = 0;
+  for (int part = 0; part < step.count; ++part) {
+    if (!step.is_split(step.parts[part])) count = add_tiles(step, part, tasks, count);
+  }
+  for (int part = 0; part < step.count; ++part) {
+    if (step.is_split(step.parts[part])) count = add_chunks(step, part, tasks, count, &partials);
+  }
+  thread_local Array<float> results;
+  float* sums = grow(results, partials);
+  call.parallel(count, [&](size_t index) {
+    const Task& task = tasks[index];
+    task.chunk < 0 ? attend_tile(step, task) : attend_chunk(step, task, sums);
+  });
+  join_chunks(call, step, tasks, count, sums);
+}
+
+// The tiles of a part, of all heads.
+size_t GroupQueryAttention::add_tiles(const Step& step, int part, Task* tasks, size_t count) const {
+  const int tokens = step.parts[part].tokens, tile = std::max(kTileRows / step.group, 1);
+  const int tiles = ceil_div(tokens, tile);
+  for (int rank = 0; rank < tiles; ++rank) {
+    // Later tiles see more keys: taken from both ends, contiguous shares of the tasks are equally long.
+    const int token = (rank % 2 == 0 ? rank / 2 : tiles - 1 - rank / 2) * tile;
+    for (int head = 0; head < kv_heads_; ++head) {
+      tasks[count++] = {part, head, token, std::min(tile, tokens - token), -1, 0};
+    }
+  }
+  return count;
+}
+
+// The chunks that a part's tokens see, head by head.
+size_t GroupQueryAttention::add_chunks(const Step& step, int part, Task* tasks, size_t count, size_t* partials) const {
+  const Part& of = step.parts[part];
+  const int first = window_ > 0 ? std::max(of.start + 1 - window_, 0) / kChunk : 0;
+  for (int head = 0; of.tokens > 0 && head < kv_heads_; ++head) {
+    for (int chunk = first; chunk < ceil_div(of.end(), kChunk); ++chunk) {
+      tasks[count++] = {part, head, 0, of.tokens, chunk, *partials};
+      *partials += partial_size(of.tokens * step.group, step.head_dim);
+    }
+  }
+  return count;
+}
+
+AttentionRows GroupQueryAttention::rows_of(const Step& step, const Task& task) const {
+  const Part& part = step.parts[task.part];
+  const size_t cache = step.cache_place(part.row, kv_heads_, task.head, 0);
+  return {step.queries_at(part, kv_heads_, task.head, task.token),
           step.past_key + cache,
           step.past_value + cache,
-          tokens * step.group,
+          task.tokens * step.group,
           step.head_dim,
           step.group,
-          step.start(row) + token,
+          part.start + task.token,
           window_};
 }
 
 // One tile of tokens against all chunks, one after the other.
-void GroupQueryAttention::attend_tile(const Step& step, size_t task) const {
-  const int pairs = step.batch * kv_heads_;
-  const int rank = static_cast<int>(task / pairs), pair = static_cast<int>(task % pairs);
-  // Later tiles see more keys: taken from both ends, contiguous shares of the tasks are equally long.
-  const int tile = rank % 2 == 0 ? rank / 2 : step.tiles - 1 - rank / 2;
-  const int row = pair / kv_heads_, head = pair % kv_heads_, token = tile * step.tile;
-  const AttentionRows rows = rows_of(step, row, head, token, std::min(step.tile, step.tokens - token));
-  const int end = rows.position + rows.count / rows.heads;
+void GroupQueryAttention::attend_tile(const Step& step, const Task& task) const {
+  const AttentionRows rows = rows_of(step, task);
+  const int end = rows.position + task.tokens;
   const int first = window_ > 0 ? std::max(rows.position + 1 - window_, 0) / kChunk : 0;
 
   thread_local Array<float> memory;
@@ -181,52 +261,61 @@ void GroupQueryAttention::attend_tile(const Step& step, size_t task) const {
     kernels_->attend(rows, begin, std::min(begin + kChunk, end), scratch + 2 * size, is_first ? sums : next);
     if (!is_first) kernels_->join(rows, next, sums);
   }
-  write_result(step, rows, sums, row, head, token);
+  write_result(step, task, rows, sums);
 }
 
-// Few tokens: every chunk of every head is a task, and their results are joined when all are there.
-void GroupQueryAttention::attend_split(const Call& call, const Step& step) const {
-  const int pairs = step.batch * kv_heads_, count = step.tokens * step.group;
-  int chunks = 0;
-  for (int row = 0; row < step.batch; ++row) chunks = std::max(chunks, ceil_div(step.lengths[row] + 1, kChunk));
-  const size_t size = partial_size(count, step.head_dim);
-  thread_local Array<float> memory;
-  float* partials = grow(memory, size * pairs * chunks);
-  const auto bounds = [&](int row) {
-    const int first = window_ > 0 ? std::max(step.start(row) + 1 - window_, 0) / kChunk : 0;
-    return std::pair(first, ceil_div(step.lengths[row] + 1, kChunk));
-  };
-  call.parallel(static_cast<size_t>(pairs) * chunks, [&](size_t task) {
-    const int pair = static_cast<int>(task / chunks), chunk = static_cast<int>(task % chunks);
-    const auto [first, last] = bounds(pair / kv_heads_);
-    if (chunk < first || chunk >= last) return;
-    const AttentionRows rows = rows_of(step, pair / kv_heads_, pair % kv_heads_, 0, step.tokens);
-    const int end = std::min((chunk + 1) * kChunk, step.lengths[pair / kv_heads_] + 1);
-    thread_local Array<float> prepared;
-    float* scratch = grow(prepared, attend_scratch(count, rows.head_dim));
-    kernels_->attend(rows, chunk * kChunk, end, scratch, partial_at(partials + task * size, count));
-  });
-  for (int pair = 0; pair < pairs; ++pair) {
-    const int row = pair / kv_heads_, head = pair % kv_heads_;
-    const auto [first, last] = bounds(row);
-    const AttentionRows rows = rows_of(step, row, head, 0, step.tokens);
-    const auto partial = [&](int chunk) {
-      return partial_at(partials + (static_cast<size_t>(pair) * chunks + chunk) * size, count);
-    };
-    for (int chunk = first + 1; chunk < last; ++chunk) kernels_->join(rows, partial(chunk), partial(first));
-    write_result(step, rows, partial(first), row, head, 0);
+void GroupQueryAttention::attend_chunk(const Step& step, const Task& task, float* sums) const {
+  const AttentionRows rows = rows_of(step, task);
+  const int begin = task.chunk * kChunk, end = std::min(begin + kChunk, step.parts[task.part].end());
+  thread_local Array<float> prepared;
+  float* scratch = grow(prepared, attend_scratch(rows.count, rows.head_dim));
+  kernels_->attend(rows, begin, end, scratch, partial_at(sums + task.partial, rows.count));
+}
+
+// The results of each head's chunks are joined in order, once all are there.
+void GroupQueryAttention::join_chunks(const Call& call, const Step& step, const Task* tasks, size_t count,
+                                      float* sums) const {
+  thread_local Array<size_t> memory;
+  size_t* firsts = grow(memory, static_cast<size_t>(step.count) * kv_heads_);
+  size_t heads = 0;
+  for (size_t index = 0; index < count; ++index) {
+    const Task &task = tasks[index], &before = tasks[index - (index > 0)];
+    const bool is_first = index == 0 || before.chunk < 0 || before.part != task.part || before.head != task.head;
+    if (task.chunk >= 0 && is_first) firsts[heads++] = index;
   }
+  const auto join = [&](size_t head) {
+    const Task& task = tasks[firsts[head]];
+    const size_t end = head + 1 < heads ? firsts[head + 1] : count;
+    const AttentionRows rows = rows_of(step, task);
+    const Partial into = partial_at(sums + task.partial, rows.count);
+    for (size_t next = firsts[head] + 1; next < end; ++next) {
+      kernels_->join(rows, partial_at(sums + tasks[next].partial, rows.count), into);
+    }
+    write_result(step, task, rows, into);
+  };
+  if (step.tokens > kSerialTokens && heads > 0) return call.parallel(heads, join);
+  for (size_t head = 0; head < heads; ++head) join(head);
 }
 
-void GroupQueryAttention::write_result(const Step& step, const AttentionRows& rows, const Partial& sums, int row,
-                                       int head, int token) const {
+void GroupQueryAttention::write_result(const Step& step, const Task& task, const AttentionRows& rows,
+                                       const Partial& sums) const {
   for (int i = 0; i < rows.count; ++i) {
     const float factor = 1.0f / sums.totals[i];
-    const size_t at = static_cast<size_t>(row) * step.tokens + token + i / rows.heads;
-    float* out = step.output + (at * heads_ + head * rows.heads + i % rows.heads) * rows.head_dim;
+    const size_t at = static_cast<size_t>(step.parts[task.part].first) + task.token + i / rows.heads;
+    float* out = step.output + (at * heads_ + task.head * rows.heads + i % rows.heads) * rows.head_dim;
     const float* from = sums.sums + static_cast<size_t>(i) * rows.head_dim;
     for (int d = 0; d < rows.head_dim; ++d) out[d] = from[d] * factor;
   }
+}
+
+// A part as `seqlens_k` has it, and a row of a batch: its last position.
+GroupQueryAttention::Part GroupQueryAttention::read_part(const int32_t* numbers) {
+  return {numbers[0], numbers[1], numbers[2], 0};
+}
+
+GroupQueryAttention::Part GroupQueryAttention::read_row(int row, int32_t last, int tokens) {
+  require(last >= -1 && last < kMost, "seqlens_k lies outside the cache");
+  return {row, last + 1 - tokens, tokens, 0};
 }
 
 }  // namespace starling

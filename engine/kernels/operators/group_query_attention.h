@@ -16,8 +16,10 @@ class GroupQueryAttention {
   static constexpr const char* name = "GroupQueryAttention";
   // query [batch, sequence, heads * head_dim], or query, key and value side by side in it; key and value
   // [batch, sequence, kv_heads * head_dim]; past_key and past_value [batch, kv_heads, positions, head_dim];
-  // seqlens_k [batch]: valid positions after the step, minus 1; total_sequence_length (not used); cos and sin
-  // [positions, rotated / 2].
+  // seqlens_k [batch]: valid positions after the step, minus 1; or, where batch is 1, [3 * parts]: the tokens are those
+  // of several rows of the cache, which may then have any number of rows, one part after the other; of each part its
+  // row (ascending), the position of its first token, and how many it has; total_sequence_length (not used); cos and
+  // sin [positions, rotated / 2].
   static constexpr std::array<InputSpec, 9> inputs = {{{ort::kFloat},
                                                        {ort::kFloat, true},
                                                        {ort::kFloat, true},
@@ -37,14 +39,22 @@ class GroupQueryAttention {
   void compute(const Call& call) const;
 
  private:
+  struct Part;
+  struct Task;
   struct Step;
 
-  void write_token(const Step& step, size_t token) const;
-  void attend_tile(const Step& step, size_t task) const;
-  void attend_split(const Call& call, const Step& step) const;
-  AttentionRows rows_of(const Step& step, int row, int head, int token, int tokens) const;
-  void write_result(const Step& step, const AttentionRows& rows, const Partial& sums, int row, int head,
-                    int token) const;
+  static Part read_part(const int32_t* numbers);
+  static Part read_row(int row, int32_t last, int tokens);
+  void write_tokens(const Call& call, const Step& step) const;
+  void write_token(const Step& step, const Part& part, int token) const;
+  void attend(const Call& call, const Step& step) const;
+  size_t add_tiles(const Step& step, int part, Task* tasks, size_t count) const;
+  size_t add_chunks(const Step& step, int part, Task* tasks, size_t count, size_t* partials) const;
+  void attend_tile(const Step& step, const Task& task) const;
+  void attend_chunk(const Step& step, const Task& task, float* sums) const;
+  void join_chunks(const Call& call, const Step& step, const Task* tasks, size_t count, float* sums) const;
+  AttentionRows rows_of(const Step& step, const Task& task) const;
+  void write_result(const Step& step, const Task& task, const AttentionRows& rows, const Partial& sums) const;
 
   int heads_, kv_heads_, window_;
   float scale_;
