@@ -15,6 +15,7 @@ import click
 from starling.cli.shared.options import (
     SAMPLING_NAMES,
     bundle_argument,
+    draft_option,
     engine_options,
     engine_settings,
     given_options,
@@ -22,6 +23,7 @@ from starling.cli.shared.options import (
     refuse_options,
     sampling_options,
     speculation_option,
+    speculation_settings,
 )
 from starling.cli.shared.output import human_seconds, note
 from starling.cli.shared.progress_bar import progress_on_stderr
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 @click.option("--max-queue", "--queue", "max_queue", type=click.IntRange(0), hidden=True)
 @engine_options
 @speculation_option
+@draft_option
 def command(bundle: Path, source: str, output: Path, **options: Any) -> None:
     """Answer every line of INPUT.jsonl; each result is on the disk in OUTPUT.jsonl before it counts.
 
@@ -127,7 +130,7 @@ def _run(
 def _answers(
     bundle: Path, todo: Iterable[Entry], on_bad_line: Callable[[BadLine], None], options: dict[str, Any]
 ) -> Generator[list[Record], None, None]:
-    settings = engine_settings(options) | {name: options[name] for name in ("max_batch", "speculation")}
+    settings = engine_settings(options) | speculation_settings(options) | {"max_batch": options["max_batch"]}
     if options["ray_address"] is not None:
         from starling.serving.batch.ray_job import RayJob, answer_on_ray
 

@@ -11,10 +11,12 @@ import click
 from starling.cli.shared.grammar_options import grammar_of, grammar_options
 from starling.cli.shared.options import (
     bundle_argument,
+    draft_option,
     engine_options,
     engine_settings,
     sampling_options,
     speculation_option,
+    speculation_settings,
 )
 from starling.cli.shared.options import sampling_params as params_of
 from starling.cli.shared.output import decode_utf8, note
@@ -38,6 +40,7 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops a re
 @grammar_options
 @engine_options
 @speculation_option
+@draft_option
 @click.option("--verbose", is_flag=True, help="Show figures for each reply: tokens reused and prefilled, TTFT, speed.")
 def command(bundle: Path, system: str | None, template: str | None, verbose: bool, **options: Any) -> None:
     """Talk with the model: each line of stdin is a turn, each reply streams to stdout.
@@ -54,7 +57,7 @@ def command(bundle: Path, system: str | None, template: str | None, verbose: boo
     params = params_of(options, grammar=grammar_of(options))
     from starling.engine.engine import Engine
 
-    with Engine(bundle, **engine_settings(options), speculation=options["speculation"]) as engine:
+    with Engine(bundle, **engine_settings(options), **speculation_settings(options)) as engine:
         note_backend(engine)
         interactive = sys.stdin.isatty()
         if interactive:

@@ -11,11 +11,13 @@ import click
 from starling.cli.shared.grammar_options import grammar_of, grammar_options
 from starling.cli.shared.options import (
     bundle_argument,
+    draft_option,
     engine_options,
     engine_settings,
     json_option,
     sampling_options,
     speculation_option,
+    speculation_settings,
 )
 from starling.cli.shared.options import sampling_params as params_of
 from starling.cli.shared.output import note, print_json, read_text
@@ -45,6 +47,7 @@ INTERRUPTED = 130
 @click.option("--logprobs", type=int, help="Show log-probabilities of each token and of the N likeliest.")
 @engine_options
 @speculation_option
+@draft_option
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
 @json_option
 @click.pass_context
@@ -70,7 +73,7 @@ def command(context: click.Context, /, bundle: Path, no_stream: bool, as_json: b
     params = params_of(options, options["logprobs"], grammar_of(options))
     from starling.engine.engine import Engine
 
-    settings = {**engine_settings(options), "speculation": options["speculation"]}
+    settings = {**engine_settings(options), **speculation_settings(options)}
     with Engine(bundle, max_batch=len(prompts), **settings) as engine:
         note_backend(engine)
         chat = _wants_chat(engine, options)

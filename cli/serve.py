@@ -15,10 +15,12 @@ import click
 from starling.cli.shared.completion import BundlePath
 from starling.cli.shared.options import (
     bundle_argument,
+    draft_option,
     engine_options,
     engine_settings,
     serving_options,
     speculation_option,
+    speculation_settings,
 )
 from starling.cli.shared.result_output import cache_figure, prefix_figure
 from starling.engine.errors import UserError
@@ -95,6 +97,7 @@ LOGGER = logging.getLogger("starling.serve")
 @serving_options
 @engine_options
 @speculation_option
+@draft_option
 def command(bundle: Path, **options: Any) -> None:
     """Serve BUNDLE by OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics.
 
@@ -125,7 +128,7 @@ def command(bundle: Path, **options: Any) -> None:
     from starling.serving.http.server import listen, serve
 
     configure_logging(options["log_level"], options["log_format"])
-    settings = {**engine_settings(options), "speculation": options["speculation"]}
+    settings = {**engine_settings(options), **speculation_settings(options)}
     keys = read_api_keys(options["api_key_file"], os.environ)
     if options["isolate"] and not keys:
         raise UserError("--isolate keeps API keys apart, but there is none: add --api-key-file")

@@ -16,10 +16,12 @@ import numpy as np
 from starling.engine.backends.backend import Backend
 from starling.engine.backends.open_backend import open_backend, open_pooling_backend
 from starling.engine.backends.pooling_backend import PoolingBackend, Vectors
+from starling.engine.batching.draft_model import DraftModel
 from starling.engine.batching.generation_stream import GenerationStream, generate
 from starling.engine.batching.speculation import checked_speculation
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.chat_session import ChatSession
+from starling.engine.draft_bundle import open_draft
 from starling.engine.errors import BackendError, PromptError, SamplingError, UserError, did_you_mean, shown
 from starling.engine.generation.continuation_scores import ContinuationScore, ContinuationScorer, scored_pair
 from starling.engine.generation.logits_processors import LogitsProcessor
@@ -27,7 +29,7 @@ from starling.engine.generation.prompts import Prompt, checked_ids, common_prefi
 from starling.engine.generation.results import GenerationInterrupted, GenerationResult
 from starling.engine.generation.sampling_params import SamplingOverrides, SamplingParams
 from starling.engine.generation.sequence import GenerationSequence, make_sequence
-from starling.engine.names import DEFAULT_MAX_SEQ
+from starling.engine.names import DEFAULT_MAX_SEQ, Speculation
 from starling.engine.pooling.text_pooler import TextInput, TextPooler
 from starling.engine.text.grammar_compiler import Grammars
 from starling.engine.text.grammar_state import GrammarState
@@ -59,6 +61,7 @@ class Engine:
         threads: int | None = None,
         verify: bool = False,
         speculation: str | None = None,
+        draft: str | Path | Bundle | None = None,
     ) -> None:
         """Load a bundle. The KV cache gets `max_batch` rows of `max_seq` positions (default: 2048 or the model's).
 
@@ -66,14 +69,18 @@ class Engine:
         the model's), and keeps no cache.
 
         `backend` is one of `starling.engine.names.BACKENDS`, `engine` names one of the bundle's TensorRT
-        engines; `verify` hashes the weights too; for `speculation` see the property. Raises BundleError, BackendError,
-        PlanError where no TensorRT engine fits, or PromptError where `max_seq` is beyond the model's positions.
+        engines; `verify` hashes the weights too; for `speculation` see the property. `draft` is the bundle of a smaller
+        model of the same tokenizer, which drafts for it, with a KV cache of its own on the same `backend`. Raises
+        BundleError, BackendError, PlanError where no TensorRT engine fits, PromptError where `max_seq` is beyond the
+        model's positions, or UserError where `draft` has another vocabulary or fewer positions.
         """
         begin = perf_counter()
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
         self.max_seq = _checked_max_seq(self.bundle, max_seq)
         self.max_batch = max_batch
         self._backend: Backend | None = None
+        #: What drafts, where a bundle for that is open.
+        self.draft: DraftModel | None = None
         self._pooler: TextPooler | None = None
         vocab_size = self.bundle.architecture.vocab_size
         # ONNX Runtime loads without holding Python's lock: the tokenizer's 0.1 s cost nothing beside it.
@@ -92,9 +99,17 @@ class Engine:
             if self._backend is None:
                 pooling = cast(PoolingBackend, model)
                 self._pooler = TextPooler(self.bundle, pooling, self.tokenizer, lambda: self.chat_templates)
-            self._speculation = None if speculation is None else checked_speculation(speculation, self.backend)
+            if draft is not None:
+                self.backend.check_verifies()
+                self.draft = open_draft(draft, self.bundle, self.tokenizer, backend=backend, threads=threads, **sizes)
+                speculation = speculation or "draft-model"
+            self._speculation: Speculation | None = None
+            if speculation is not None:
+                self.speculation = speculation
         except BaseException:
             model.close()
+            if self.draft is not None:
+                self.draft.backend.close()
             raise
         self._newest: GenerationStream | None = None
         self._first_row: GenerationSequence | None = None
@@ -124,7 +139,8 @@ class Engine:
 
     @property
     def speculation(self) -> str | None:
-        """Where drafts come from that the model verifies several tokens at a time: "prompt-lookup", or None (off).
+        """Where drafts come from that the model verifies several tokens at a time: "prompt-lookup", "draft-model" (what
+        an engine with a `draft` begins with), or None (off).
 
         The tokens are the same. Several rows are verified together where the CPU kernels run the bundle, elsewhere one
         row while it decodes alone; a serving loop takes it over as it is at the loop's beginning. Setting
@@ -134,7 +150,7 @@ class Engine:
 
     @speculation.setter
     def speculation(self, name: str | None) -> None:
-        self._speculation = checked_speculation(name, self.backend)
+        self._speculation = checked_speculation(name, self.backend, has_draft=self.draft is not None)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -376,6 +392,8 @@ class Engine:
         self._end_newest()
         self._first_row = None
         self.model.close()
+        if self.draft is not None:
+            self.draft.backend.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -456,7 +474,7 @@ class Engine:
         if self._scorer is not None:
             self._scorer.forget()
         self._first_row = sequences[0]
-        chunks = generate(self.backend, sequences, self._speculation, one_prompt=one_prompt)
+        chunks = generate(self.backend, sequences, self._speculation, one_prompt=one_prompt, draft=self.draft)
         self._newest = GenerationStream(chunks, sequences)
         return self._newest
 

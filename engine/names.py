@@ -34,7 +34,7 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 LOGITS_DTYPES = ("float16", "float32")
 
 #: Where drafts come from.
-Speculation = Literal["prompt-lookup"]
+Speculation = Literal["prompt-lookup", "draft-model"]
 SPECULATIONS: tuple[Speculation, ...] = get_args(Speculation)
 
 #: Positions of the KV cache unless the caller asks for more: the cache costs memory whether it is used or not.

@@ -11,7 +11,7 @@ from types import TracebackType
 from starling.engine.backends.backend import PREFIX_BLOCK
 from starling.engine.batching.chunk_queue import ChunkQueue
 from starling.engine.batching.prefill_pacing import PrefillPace
-from starling.engine.batching.prefix_store import DEFAULT_PREFIX_CACHE, PrefixStore
+from starling.engine.batching.prefix_store import DEFAULT_PREFIX_CACHE, PrefixStore, stored_bytes
 from starling.engine.batching.request import NEVER, PromptGroup, Request, RequestHandle
 from starling.engine.batching.scheduler import Scheduler
 from starling.engine.batching.serving_stats import ServingCounters, ServingStats
@@ -21,6 +21,10 @@ from starling.engine.errors import ClosedError, QueueFullError, UserError
 from starling.engine.generation.logits_processors import LogitsProcessor
 from starling.engine.generation.results import GenerationChunk
 from starling.engine.generation.sampling_params import SamplingParams
+
+#: How many times its quiet value the inter-token latency grows beside a prompt: where both run in one step, and where
+#: a step and a chunk after each other take twice as long as a step alone in any case.
+SLOWDOWN, SLOWDOWN_APART = 1.5, 2.5
 
 LOGGER = logging.getLogger(__name__)
 
@@ -43,17 +47,20 @@ class ServingLoop:
         *,
         queue_limit: int = 128,
         prefill_chunk: int = 128,
-        slowdown: float = 2.5,
+        slowdown: float | None = None,
         prefix_cache: int = DEFAULT_PREFIX_CACHE,
     ) -> None:
         """Take the engine over until `close`. `queue_limit` requests may wait beside those that have a row.
 
         Prompts are prefilled in chunks of at most `prefill_chunk` tokens; while requests decode, of so few that their
-        inter-token latency grows to about `slowdown` times its quiet value. It speculates as the engine does.
+        inter-token latency grows to about `slowdown` times its quiet value: by default 1.5 where the backend runs them
+        in the same step (`Backend.most_mixed`), 2.5 where it cannot. It speculates as the engine does.
         Prefixes of prompts and answers are kept in at most `prefix_cache` bytes (0: none), and copied where a prompt
         begins with one, as far as the backend copies rows (ONNX Runtime on a CPU). Raises
         UserError for a setting out of range, or where the engine serves another loop.
         """
+        if slowdown is None:
+            slowdown = SLOWDOWN if engine.backend.most_mixed else SLOWDOWN_APART
         if queue_limit < 0 or prefill_chunk < 1 or not slowdown > 1 or prefix_cache < 0:
             raise UserError(
                 f"queue_limit={queue_limit}, prefill_chunk={prefill_chunk}, slowdown={slowdown}, "
@@ -63,12 +70,13 @@ class ServingLoop:
         self._queue_limit = queue_limit
         self._counters = ServingCounters(engine.max_batch, queue_limit)
         #: None where the backend copies no rows.
-        self._prefixes = PrefixStore.of(engine.backend, prefix_cache)
+        self._prefixes = self._open_prefixes(prefix_cache)
         self._scheduler = Scheduler(
             engine.backend,
             self._counters,
             PrefillPace(prefill_chunk, slowdown),
-            speculation=checked_speculation(engine.speculation, engine.backend),
+            speculation=checked_speculation(engine.speculation, engine.backend, has_draft=engine.draft is not None),
+            draft=engine.draft,
             prefixes=self._prefixes,
         )
         self._arrived: list[Request] = []
@@ -79,6 +87,15 @@ class ServingLoop:
         self._thread = Thread(target=self._serve, name="starling-serving-loop", daemon=True)
         engine.reserve(self, lambda: self.close(drain=False))
         self._thread.start()
+
+    def _open_prefixes(self, size: int) -> PrefixStore | None:
+        """Memory for known prefixes: with a draft model both caches know equally many tokens."""
+        backend, draft = self.engine.backend, self.engine.draft
+        if draft is None or self.engine.speculation != "draft-model":
+            return PrefixStore.of(backend, size)
+        share = stored_bytes(backend) / (stored_bytes(backend) + stored_bytes(draft.backend))
+        draft.prefixes = PrefixStore.of(draft.backend, int(size * (1 - share)))
+        return PrefixStore.of(backend, int(size * share))
 
     def submit(
         self,
@@ -91,6 +108,8 @@ class ServingLoop:
         request_id: str | None = None,
         processors: Sequence[LogitsProcessor] = (),
         cache_salt: str = "",
+        priority: int = 0,
+        owner: str = "",
     ) -> RequestHandle:
         """Queue a prompt, text or token ids, which is encoded on the caller's thread; returns at once.
 
@@ -98,14 +117,16 @@ class ServingLoop:
         `on_chunk` gets every chunk on the loop's thread, the last one always with a finish_reason ("failed" too); it
         must be quick, and what it raises ends its request. `request_id` names it in messages (default: a new id).
         `processors` change its logits after those that `params` ask for; they are this request's own. Known prefixes
-        are shared among requests of the same `cache_salt` alone.
+        are shared among requests of the same `cache_salt` alone. Of the requests that wait one of the lowest `priority`
+        is next, among them one of the `owner` who has had the fewest tokens of late, among those the first. One that
+        cannot be prefilled before its deadline, as far as is known by then, is ended before it runs.
 
         Raises PromptError or SamplingError for bad input, QueueFullError where too many wait, ClosedError after
         `close`.
         """
         submitted = perf_counter()
         sequence = self.engine.prepare(prompt, params or SamplingParams(), reply=reply, processors=processors)
-        request = Request(sequence, ChunkQueue(on_chunk), salt=cache_salt)
+        request = Request(sequence, ChunkQueue(on_chunk), salt=cache_salt, priority=priority, owner=owner)
         if request_id is not None:
             request.id = request_id
         self._queue([request], submitted, deadline_s)
@@ -121,6 +142,8 @@ class ServingLoop:
         reply: bool = False,
         request_ids: Sequence[str] | None = None,
         cache_salt: str = "",
+        priority: int = 0,
+        owner: str = "",
     ) -> list[RequestHandle]:
         """Queue `n` answers to one prompt, all or none of them. The prompt is prefilled once where rows are copied.
 
@@ -135,7 +158,7 @@ class ServingLoop:
         chosen, group = params or SamplingParams(), PromptGroup()
         for index in range(n):
             sequence = self.engine.prepare(ids, chosen.of_choice(index), reply=reply)
-            request = Request(sequence, salt=cache_salt, group=group)
+            request = Request(sequence, salt=cache_salt, priority=priority, owner=owner, group=group)
             if request_ids is not None:
                 request.id = request_ids[index]
             group.members.append(request)
@@ -204,6 +227,8 @@ class ServingLoop:
         if not self._ended.wait(timeout_s):
             self._drains = False
             self._ended.wait()
+        if self.engine.draft is not None:
+            self.engine.draft.prefixes = None
         self.engine.release(self)
 
     def __enter__(self) -> ServingLoop:

@@ -153,7 +153,8 @@ _SAMPLING = [
 _SPECULATION = [
     click.option(
         "--speculation",
-        type=Choice(("off", *SPECULATIONS)),
+        # A draft model is named by --draft.
+        type=Choice(("off", *(name for name in SPECULATIONS if name != "draft-model"))),
         default="off",
         show_default=True,
         callback=lambda context, option, value: None if value == "off" else value,
@@ -194,6 +195,12 @@ engine_options = _stack([*_MAX_SEQ, *_BACKEND, *_VERIFY])
 max_seq_option = _MAX_SEQ[0]
 verify_option = _VERIFY[0]
 speculation_option = _SPECULATION[0]
+draft_option = click.option(
+    "--draft",
+    type=BundlePath(path_type=Path),
+    help="Bundle of a smaller model of the same tokenizer, which drafts tokens for BUNDLE to verify: the same answer, "
+    "sooner where it is often right and much quicker.",
+)
 sampling_options = _stack(_SAMPLING)
 serving_options = _stack([_REQUESTS, max_queue_option(64), _PREFILL_CHUNK, prefix_cache_option])
 #: `serving_options` without the queue: a batch reads its file as fast as rows become free.
@@ -235,6 +242,14 @@ def sampling_params(
         verb = "changes" if len(idle) == 1 else "change"
         note(f"{', '.join(idle)} {verb} nothing at temperature 0 (greedy): add for example --temperature 0.8")
     return params
+
+
+def speculation_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments for Engine of --speculation and --draft. Raises UserError where both are given."""
+    if values["draft"] is not None and values["speculation"] is not None:
+        raise UserError("--draft and --speculation are both given: tokens are drafted in one way, so choose one")
+    draft = values["draft"]
+    return {"speculation": values["speculation"], "draft": None if draft is None else str(draft.resolve())}
 
 
 def engine_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from time import perf_counter
 
 from starling.engine.backends.backend import Backend
+from starling.engine.batching.draft_model import DraftModel
 from starling.engine.batching.prefill_pacing import PromptsFirst
 from starling.engine.batching.prefix_store import PrefixStore
 from starling.engine.batching.request import PromptGroup, Request
@@ -26,16 +27,25 @@ def generate(
     speculation: Speculation | None = None,
     *,
     one_prompt: bool = False,
+    draft: DraftModel | None = None,
 ) -> Chunks:
     """Run the sequences on rows 0, 1, … of the backend's cache; yields each token as its request and chunk.
 
     Their prompts are prefilled one after the other, and then they decode together. With `one_prompt` they have the same
-    one, which is prefilled once where the backend copies rows. `speculation` needs a backend that verifies. Ctrl-C ends
+    one, which is prefilled once where the backend copies rows. `speculation` needs a backend that verifies, and by
+    "draft-model" a `draft`. Ctrl-C ends
     every row with a last chunk ("interrupted") in place of the exception. Raises what a row failed with.
     """
     counters = ServingCounters(len(sequences), 0)
     copies = PrefixStore.of(backend, 0) if one_prompt else None
-    scheduler = Scheduler(backend, counters, PromptsFirst(), speculation=speculation, prefixes=copies)
+    scheduler = Scheduler(
+        backend,
+        counters,
+        PromptsFirst(measures=speculation is not None),
+        speculation=speculation,
+        draft=draft,
+        prefixes=copies,
+    )
     called = perf_counter() - sum(sequence.encode_s for sequence in sequences)
     requests = [Request(sequence) for sequence in sequences]
     group = PromptGroup(requests) if one_prompt else None

@@ -6,19 +6,16 @@ from math import inf
 from sys import maxsize
 from typing import Protocol
 
+from starling.engine.batching.step_costs import FORGOTTEN, ExtraCost, StepCosts
+
 #: Chunks are multiples of this, or a few shorter lengths: each length is a new shape to the backend.
 GRAIN = 8
 #: Tokens of the chunk that is prefilled even where none fits in: a prompt must go on.
 LEAST = 4
-#: Weight of the newest step or chunk in the running means.
-NEWEST = 0.25
-#: How much of the longest chunk's length is forgotten with each that is shorter.
-FORGOTTEN = 0.05
-#: Of the very first chunk's time, what is taken for its tokens' until lengths have varied. Little, so that longer ones
-#: are tried: each is at most twice as long as the ones before, so it cannot miss by much.
-FIRST_SHARE = 0.25
-#: What took more than so many times its prediction was held up by something else; it counts as so much.
-OUTLIER = 3
+#: The same in a step of others, where they cost less.
+LEAST_BESIDE = 2
+#: Up to so many tokens beside a step, a few more or less show.
+FEW = 32
 
 
 class Pace(Protocol):
@@ -27,17 +24,24 @@ class Pace(Protocol):
     #: Whether all prompts are prefilled before anything decodes.
     prompts_first: bool
 
-    def decoded(self, rows: int, seconds: float, *, after_chunk: bool) -> None:
-        """A decode step of so many live rows took so long."""
+    @property
+    def costs(self) -> StepCosts | None:
+        """What steps take; None where nobody asks."""
 
-    def prefilled(self, tokens: int, seconds: float) -> None:
-        """A chunk of so many tokens took so long."""
+    def prefilled(self, tokens: int, position: float, seconds: float) -> None:
+        """A chunk of so many tokens, in the middle at this position, took so long apart from all steps."""
 
     def budget(self, rows: int) -> float:
         """Seconds of prefill before the next decode step of so many rows; infinite for one chunk, however long."""
 
-    def chunk(self, budget: float) -> int:
+    def chunk(self, budget: float, position: float = 0.0) -> int:
         """Tokens that can be prefilled within `budget` seconds, 0 where not even the smallest chunk fits in."""
+
+    def beside(self, rows: int, drafted: int, position: float) -> int:
+        """Tokens of prompts that can run in one step with so many live rows and the tokens drafted for them."""
+
+    def least_s(self, tokens: int) -> float:
+        """Seconds that a prompt of so many tokens takes at least, 0 where nothing is known."""
 
 
 class PromptsFirst:
@@ -45,114 +49,83 @@ class PromptsFirst:
 
     prompts_first = True
 
-    def decoded(self, rows: int, seconds: float, *, after_chunk: bool) -> None:
-        """Nothing to learn."""
+    def __init__(self, *, measures: bool = False) -> None:
+        """With `measures` steps are timed, for drafts."""
+        self.costs: StepCosts | None = StepCosts() if measures else None
 
-    def prefilled(self, tokens: int, seconds: float) -> None:
+    def prefilled(self, tokens: int, position: float, seconds: float) -> None:
         """Nothing to learn."""
 
     def budget(self, rows: int) -> float:
         """No bound."""
         return inf
 
-    def chunk(self, budget: float) -> int:
+    def chunk(self, budget: float, position: float = 0.0) -> int:
         """The whole prompt."""
         return maxsize
 
+    def beside(self, rows: int, drafted: int, position: float) -> int:
+        """Prompts do not run beside anything."""
+        return 0
+
+    def least_s(self, tokens: int) -> float:
+        """Nothing is known."""
+        return 0.0
+
 
 class PrefillPace:
-    """Learns from the steps themselves what a chunk may cost.
+    """Learns from the steps themselves what tokens of prompts may cost.
 
-    While requests decode, the time from one token to the next, which is a chunk and a decode step, may grow to
-    `slowdown` times a quiet decode step of as many rows. Without any, chunks are `most` tokens.
+    While requests decode, the time from one token to the next may grow to `slowdown` times a quiet decode step of as
+    many rows: a step with tokens of prompts beside it or, where the backend cannot mix them, a chunk and a step.
+    Without any, chunks are `most` tokens.
     """
 
     prompts_first = False
 
     def __init__(self, most: int, slowdown: float) -> None:
         self._most, self._slowdown = most, slowdown
-        #: Seconds of a decode step that no chunk went before, by its rows.
-        self._quiet_s: dict[int, float] = {}
-        #: A decode step right after a chunk takes so many times a quiet one (cold caches).
-        self._after_chunk = 1.0
-        self._cost = ChunkCost()
+        self.costs: StepCosts = StepCosts()
+        #: Of chunks that run apart.
+        self._chunks = ExtraCost()
+        #: Seconds that a token of a prompt took in the quickest chunks of late.
+        self._quickest_s = 0.0
 
-    def decoded(self, rows: int, seconds: float, *, after_chunk: bool) -> None:
-        """A decode step of so many live rows took so long."""
-        quiet = self._quiet_s.setdefault(rows, seconds / self._after_chunk if after_chunk else seconds)
-        if after_chunk:
-            self._after_chunk = max(1.0, self._after_chunk + NEWEST * (seconds / quiet - self._after_chunk))
+    def prefilled(self, tokens: int, position: float, seconds: float) -> None:
+        """A chunk of so many tokens, in the middle at this position, took so long apart from all steps."""
+        self._chunks.observe(tokens, position, seconds)
+        each = seconds / tokens
+        if not self._quickest_s or each < self._quickest_s:
+            self._quickest_s = each
         else:
-            self._quiet_s[rows] = quiet + NEWEST * (seconds - quiet)
-
-    def prefilled(self, tokens: int, seconds: float) -> None:
-        """A chunk of so many tokens took so long."""
-        self._cost.observe(tokens, seconds)
+            self._quickest_s = min(each, self._quickest_s * (1 + FORGOTTEN))
 
     def budget(self, rows: int) -> float:
         """Seconds of prefill before the next decode step of so many rows; infinite where nothing decodes.
 
         0 where not even the steps after chunks keep within the bound.
         """
-        if not rows or not self._quiet_s:
-            return inf
-        nearest = min(self._quiet_s, key=lambda known: abs(known - rows))
-        return max(0.0, self._quiet_s[nearest] * (self._slowdown - self._after_chunk))
+        quiet = self.costs.quiet_s(rows) if rows else None
+        return inf if quiet is None else max(0.0, quiet * (self._slowdown - self.costs.after_chunk))
 
-    def chunk(self, budget: float) -> int:
+    def chunk(self, budget: float, position: float = 0.0) -> int:
         """Tokens that can be prefilled within `budget` seconds, 0 where not even the smallest chunk fits in."""
         if budget == inf:
             return self._most
-        fitting = self._cost.fitting(budget)
-        return 0 if fitting < LEAST else min(fitting // GRAIN * GRAIN or fitting // 2 * 2, self._most)
+        return self._rounded(self._chunks.fitting(budget, position))
 
+    def beside(self, rows: int, drafted: int, position: float) -> int:
+        """Tokens of prompts that can run in one step with so many live rows and the tokens drafted for them."""
+        quiet = self.costs.quiet_s(rows)
+        if quiet is None:
+            return LEAST_BESIDE
+        left = quiet * (self._slowdown - 1) - self.costs.drafts.predict(drafted, 0.0)
+        fitting = self.costs.prompts.fitting(left, position)
+        return min(max(fitting // 2 * 2 if fitting < FEW else fitting // GRAIN * GRAIN, LEAST_BESIDE), self._most)
 
-class ChunkCost:
-    """What a chunk of n tokens costs: base + slope * n seconds, fitted to the newest chunks.
+    def least_s(self, tokens: int) -> float:
+        """Seconds that a prompt of so many tokens takes at least."""
+        return tokens * self._quickest_s
 
-    The base is a pass over the weights, which a short chunk pays as a long one does. How much a token costs grows with
-    the positions before it, and both depend on the kernels: so they are learned, by exponentially weighted means and
-    covariance.
-    """
-
-    def __init__(self) -> None:
-        self._tokens = self._seconds = 0.0
-        self._variance = self._covariance = 0.0
-        self._slope = 0.0
-        #: Mean error of the predictions, in seconds.
-        self._error = 0.0
-        #: Tokens of the longest chunk, forgotten slowly.
-        self._longest = 0.0
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A chunk of so many tokens took so long."""
-        if not self._longest:
-            self._tokens, self._seconds, self._slope = tokens, seconds, FIRST_SHARE * seconds / tokens
-        else:
-            expected = self._predict(tokens)
-            seconds = min(seconds, OUTLIER * expected)
-            self._error += NEWEST * (abs(seconds - expected) - self._error)
-        self._longest = max(tokens, (1 - FORGOTTEN) * self._longest)
-        more, longer = tokens - self._tokens, seconds - self._seconds
-        self._tokens += NEWEST * more
-        self._seconds += NEWEST * longer
-        self._variance = (1 - NEWEST) * (self._variance + NEWEST * more * more)
-        self._covariance = (1 - NEWEST) * (self._covariance + NEWEST * more * longer)
-        # Where lengths hardly vary, noise would make the slope: it then stays nearly what it was.
-        slope = (self._covariance + GRAIN * self._slope) / (self._variance + GRAIN)
-        self._slope = min(max(slope, 0.0), self._seconds / self._tokens)
-
-    def fitting(self, seconds: float) -> int:
-        """The most tokens of a chunk that is likely to take at most so long; at most twice as many as the longest of
-        late, since what lies far from all that was observed is only guessed.
-        """
-        if not self._longest:
-            return 0
-        left = seconds - self._error - self._predict(0)
-        if left <= 0:
-            return 0
-        most = max(int(2 * self._longest), GRAIN)
-        return most if left >= most * self._slope else int(left / self._slope)
-
-    def _predict(self, tokens: int) -> float:
-        return self._seconds + self._slope * (tokens - self._tokens)
+    def _rounded(self, tokens: int) -> int:
+        return 0 if tokens < LEAST else min(tokens // GRAIN * GRAIN or tokens // 2 * 2, self._most)

@@ -54,7 +54,7 @@ class PrefixStore:
 
         Raises BackendError where memory is missing.
         """
-        blocks = size // (block_bytes(backend) + BLOCK_OVERHEAD)
+        blocks = size // stored_bytes(backend)
         copies = backend.row_copies(blocks)
         return None if copies is None else cls(copies, blocks)
 
@@ -63,15 +63,24 @@ class PrefixStore:
         """Blocks that hold something."""
         return len(self._used)
 
+    def known(self, request: Request) -> int:
+        """How many tokens of a request's prompt `load` would copy now."""
+        prompt = request.sequence.prompt
+        return self._usable(prompt, sum(1 for _ in self._path(prompt, request.salt)))
+
     def load(self, request: Request) -> int:
         """Copy the longest known prefix of a request's prompt into its row; how many tokens of it count as written."""
         prompt = request.sequence.prompt
         path = list(self._path(prompt, request.salt))
         self._touch(path)
-        tokens = max(0, min(len(path) * PREFIX_BLOCK, len(prompt) - LEAST_PREFILLED))
+        tokens = self._usable(prompt, len(path))
         for index, block in enumerate(path[: -(-tokens // PREFIX_BLOCK)]):
             self.copies.load(block.slot, request.row, index * PREFIX_BLOCK)
         return tokens
+
+    @staticmethod
+    def _usable(prompt: Sequence[int], blocks: int) -> int:
+        return max(0, min(blocks * PREFIX_BLOCK, len(prompt) - LEAST_PREFILLED))
 
     def save(self, tokens: Sequence[int], request: Request) -> None:
         """Keep the whole blocks of `tokens`, which the request's row holds from its beginning."""
@@ -117,6 +126,11 @@ class PrefixStore:
         if parent.parent is None and not parent.children:
             self._roots = {salt: root for salt, root in self._roots.items() if root is not parent}
         return block.slot
+
+
+def stored_bytes(backend: Backend) -> int:
+    """What one block takes in all, in bytes."""
+    return block_bytes(backend) + BLOCK_OVERHEAD
 
 
 def block_bytes(backend: Backend) -> int:

@@ -62,6 +62,11 @@ class Request:
     row: int = -1
     #: Prompt tokens that the row holds.
     written: int = 0
+    #: Of requests that wait the lowest is next; whose it is: what waits is fair between owners.
+    priority: int = 0
+    owner: str = ""
+    #: Whether the scheduler has looked at its deadline.
+    seen: bool = False
     #: Whether its prefill has begun.
     begun: bool = False
     #: Prefixes are shared among requests of the same salt.
@@ -71,9 +76,12 @@ class Request:
     #: Where its drafts come from, once it decodes; None: it has none. `draft` is the newest, [] where none is known.
     lookup: PromptLookup | None = None
     draft: list[int] = field(default_factory=list)
-    #: Whether the draft is what its grammar leaves no choice about.
-    forced: bool = False
     error: RequestFailed | None = None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its prompt's tokens are scored, which takes a run of its own."""
+        return self.sequence.top_prompt_logprobs is not None
 
 
 class RequestHandle(Iterator[GenerationChunk]):
@@ -132,8 +140,10 @@ class RequestHandle(Iterator[GenerationChunk]):
             raise self._request.error
         result = self.partial
         if result.finish_reason == "deadline":
+            count = len(result.tokens)
+            too_long = "" if count else ", or its prompt cannot be run by then"
             raise DeadlineExceeded(
-                f"request {self.id}: its deadline passed after {len(result.tokens)} token(s); "
+                f"request {self.id}: its deadline passed after {count} token(s){too_long}; "
                 "give it more time, or ask for fewer tokens"
             )
         return result

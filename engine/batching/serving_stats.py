@@ -33,6 +33,10 @@ class ServingStats:
     #: Prompt tokens that known prefixes were asked for, and those of them that were copied in place of a prefill.
     prefix_queries: int = 0
     prefix_hits: int = 0
+    #: Drafts that were verified, one for each row and step; their tokens, and those of them that were right.
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class ServingCounters:
@@ -46,6 +50,7 @@ class ServingCounters:
         #: Tokens prefilled and generated: the scheduler's thread alone adds to them, without a call for each token.
         self.prompt_tokens = self.generated_tokens = 0
         self.prefix_queries = self.prefix_hits = 0
+        self.drafts = self.drafted_tokens = self.accepted_tokens = 0
 
     def enter(self, requests: int = 1) -> bool:
         """Count requests as waiting; False, and all counted as refused, where the queue has no room for all of them."""
@@ -85,4 +90,7 @@ class ServingCounters:
                 generated_tokens=self.generated_tokens,
                 prefix_queries=self.prefix_queries,
                 prefix_hits=self.prefix_hits,
+                drafts=self.drafts,
+                drafted_tokens=self.drafted_tokens,
+                accepted_tokens=self.accepted_tokens,
             )

@@ -11,17 +11,22 @@ from starling.engine.backends.backend import MOST_VERIFIED
 
 #: Tokens that must have stood there before, the longest match first. A single token recurs in any text.
 SIZES = (4, 3, 2)
-#: Tokens of a draft: how many the first one has, and what acceptance makes of that.
-FIRST, FEWEST, MOST = 4, 2, MOST_VERIFIED - 1
-#: A match of so many tokens is believed while drafts are refused; each draft that is moves the least match by one.
-CERTAIN = SIZES[0]
+#: Tokens of a draft at most.
+MOST = MOST_VERIFIED - 1
+#: Levels of trust: a match of so many tokens, those counted that it foretold rightly; and how likely the next token is
+#: the right one before anything is known. What a sequence's own text says replaces that within a few tokens.
+LEVELS = ((2, 0.3), (3, 0.5), (4, 0.65), (6, 0.8), (10, 0.9))
+#: The level of a match of so many tokens.
+LEVEL_OF = tuple(sum(size >= least for least, _ in LEVELS[1:]) for size in range(LEVELS[-1][0] + 1))
+#: How many tokens what is assumed counts for, and how much of the past counts at the next token of a level.
+ASSUMED, KEPT = 2.0, 0.9
 
 
 class PromptLookup:
     """Prompt and answer so far of one sequence, indexed by their n-grams; a few µs for each token.
 
-    Length and readiness of drafts follow acceptance alone, never the clock, so that a run can be repeated: a draft that
-    is taken whole doubles the next one's length, one of which nothing is taken halves it and asks for a longer match.
+    Each new token shows whether the match before it foretold it, drafted or not: how far a draft may be trusted is
+    learned without running one.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
@@ -29,12 +34,17 @@ class PromptLookup:
         # Of each n-gram, the position after its latest occurrence.
         self._ends: list[dict[tuple[int, ...], int]] = [self._index(size) for size in SIZES]
         self._match, self._matched = 0, 0
-        self._length, self._least = FIRST, SIZES[-1]
+        #: Tokens in a row that the match before them foretold.
+        self._streak = 0
+        self._right = [ASSUMED * assumed for _, assumed in LEVELS]
+        self._seen = [ASSUMED] * len(LEVELS)
         self.push(prompt[-1])
 
     def push(self, token: int) -> None:
         """The text goes on with `token`."""
         tokens = self._tokens
+        if self._matched:
+            self._learn(tokens[self._match] == token)
         tokens.append(token)
         end, self._matched = len(tokens), 0
         for size, ends in zip(SIZES, self._ends, strict=True):
@@ -50,8 +60,8 @@ class PromptLookup:
 
         A text that repeats itself with a period shorter than the draft is taken to go on so.
         """
-        length = min(self._length, most)
-        if self._matched < self._least or length < 1:
+        length = min(MOST, most)
+        if not self._matched or length < 1:
             return []
         tokens, match = self._tokens, self._match
         draft = tokens[match : match + length]
@@ -59,15 +69,20 @@ class PromptLookup:
             draft += draft[: length - len(draft)]
         return draft
 
-    def judge(self, drafted: int, accepted: int) -> None:
-        """Of the newest draft's `drafted` tokens the model chose the first `accepted` itself."""
-        if accepted == drafted:
-            self._length, self._least = min(max(2 * drafted, self._length), MOST), SIZES[-1]
-        elif accepted:
-            self._length = max(accepted + 1, FEWEST)
-        else:
-            self._length = max(drafted // 2, FEWEST)
-            self._least = min(self._least + 1, CERTAIN)
+    def chances(self, length: int) -> list[float]:
+        """How likely a draft of so many tokens is right up to each of them."""
+        size, chance, found = self._matched + self._streak, 1.0, []
+        for ahead in range(length):
+            level = LEVEL_OF[min(size + ahead, len(LEVEL_OF) - 1)]
+            chance *= self._right[level] / self._seen[level]
+            found.append(chance)
+        return found
+
+    def _learn(self, is_right: bool) -> None:
+        level = LEVEL_OF[min(self._matched + self._streak, len(LEVEL_OF) - 1)]
+        self._right[level] = KEPT * self._right[level] + is_right
+        self._seen[level] = KEPT * self._seen[level] + 1
+        self._streak = self._streak + 1 if is_right else 0
 
     def _index(self, size: int) -> dict[tuple[int, ...], int]:
         columns = (self._tokens[first:] for first in range(size))

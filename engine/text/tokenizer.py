@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 
 from starling.engine.bundle.manifest import FILES
-from starling.engine.errors import BundleError, PromptError, SamplingError, one_line
+from starling.engine.errors import BundleError, PromptError, SamplingError, one_line, shown
 from starling.engine.text.detokenizer import Detokenizer, DetokenizerFactory
 
 # Unicode's private-use characters, 137,000 of them.
@@ -69,6 +69,17 @@ class Tokenizer:
     def added_tokens(self) -> Mapping[int, str]:
         """Id to text of every token that is cut out of the text before the model's own vocabulary is used."""
         return self._added
+
+    def difference(self, other: "Tokenizer") -> str | None:
+        """What is first not the same in the two vocabularies, ids and texts; None where all is."""
+        mine, theirs = (one._core.get_vocab(with_added_tokens=True) for one in (self, other))
+        if mine == theirs:
+            return None
+        token = min(
+            (token for token in {*mine, *theirs} if mine.get(token) != theirs.get(token)),
+            key=lambda token: mine.get(token, theirs.get(token, 0)),
+        )
+        return f"{shown(token)} is {_id(mine.get(token))} here and {_id(theirs.get(token))} there"
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token's exact text, None where there is none."""
@@ -232,6 +243,10 @@ class Tokenizer:
     def _encode_fully(core: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         with _refusing_surrogates():
             return core.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
+def _id(number: int | None) -> str:
+    return "no token" if number is None else f"token {number}"
 
 
 @contextmanager

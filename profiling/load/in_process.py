@@ -139,7 +139,10 @@ def report(bundle: Path, options: dict[str, Any]) -> dict[str, Any]:
     longest = options["long_prompt"]
     with (
         Engine(bundle, max_seq=longest + 512, max_batch=streams, threads=options["threads"]) as engine,
-        ServingLoop(engine, prefill_chunk=options["prefill_chunk"], slowdown=options["slowdown"]) as loop,
+        # No known prefixes: the long prompt, which comes several times, is to be prefilled each time.
+        ServingLoop(
+            engine, prefill_chunk=options["prefill_chunk"], slowdown=options["slowdown"], prefix_cache=0
+        ) as loop,
     ):
         prompts = [prompt_tokens(engine.tokenizer, length, number) for number in range(streams)]
         long = prompt_tokens(engine.tokenizer, longest, streams)
@@ -152,6 +155,7 @@ def report(bundle: Path, options: dict[str, Any]) -> dict[str, Any]:
         alone = loop.submit(long, _params(1)).result().timings.ttft_ms
         interference = [
             measure_interference(loop, prompts[:count], long, quiet_tokens=40, alone_ms=alone)
+            for _ in range(options["rounds"])
             for count in (1, streams - 1)
             if count > 0
         ]
@@ -175,7 +179,7 @@ def report(bundle: Path, options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--turns", type=click.IntRange(1), default=3, show_default=True, help="Requests of each of the streams.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Rounds of one and of many.")
 @click.option("--prefill-chunk", type=click.IntRange(1), default=128, show_default=True, help="As of ServingLoop.")
-@click.option("--slowdown", type=float, default=2.5, show_default=True, help="As of ServingLoop.")
+@click.option("--slowdown", type=float, help="As of ServingLoop.  [default: its own]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the CPU backend.  [default: physical cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the document with every round instead.")
 def command(bundle: Path, as_json: bool, **options: Any) -> None:

@@ -1,7 +1,8 @@
 """What speculation gains and loses when several requests run together in a serving loop.
 
 `python -m starling.profiling.load.served_speculation BUNDLE` answers the prompts of `speculation_gain` on one engine,
-with and without drafts, taking turns; tokens must be the same. The gain is the ratio of all tokens per second.
+with and without drafts, by prompt lookup or, with `--draft`, by a draft model, taking turns; tokens must be the same.
+The gain is the ratio of all tokens per second.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 
 import click
 
+from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import StarlingError
 from starling.engine.generation.results import GenerationResult
 from starling.engine.generation.sampling_params import SamplingParams
+from starling.engine.names import Speculation
 from starling.engine.serving_loop import ServingLoop
 from starling.profiling.load.speculation_gain import KINDS, METHOD, prompt_ids, read_texts
 from starling.profiling.machine.environment import describe_environment
@@ -42,25 +45,30 @@ class ServedGain:
 
 def measure(engine: Engine, kind: str, params: SamplingParams, rounds: int) -> ServedGain:
     """Answer all prompts of a kind both ways, `rounds` times. Raises BackendError where the engine cannot speculate."""
+    method = _method(engine)
     prompts = [prompt_ids(engine, text.text) for text in read_texts() if text.kind == kind]
-    rates: dict[str | None, list[float]] = {None: [], METHOD: []}
+    rates: dict[str | None, list[float]] = {None: [], method: []}
     answers: dict[str | None, list[GenerationResult]] = {}
     for number in range(rounds):
-        for method in (None, METHOD) if number % 2 == 0 else (METHOD, None):
-            engine.speculation = method
-            answers[method], rate = _serve(engine, prompts, params)
-            rates[method].append(rate)
-    timings = [answer.timings for answer in answers[METHOD]]
+        for how in (None, method) if number % 2 == 0 else (method, None):
+            engine.speculation = how
+            answers[how], rate = _serve(engine, prompts, params)
+            rates[how].append(rate)
+    timings = [answer.timings for answer in answers[method]]
     return ServedGain(
         kind=kind,
         prompts=len(prompts),
-        same_tokens=[answer.tokens for answer in answers[None]] == [answer.tokens for answer in answers[METHOD]],
+        same_tokens=[answer.tokens for answer in answers[None]] == [answer.tokens for answer in answers[method]],
         tokens_per_second_without=rates[None],
-        tokens_per_second_with=rates[METHOD],
-        gain=median(rates[METHOD]) / median(rates[None]),
+        tokens_per_second_with=rates[method],
+        gain=median(rates[method]) / median(rates[None]),
         drafted_tokens=sum(timing.drafted_tokens for timing in timings),
         accepted_tokens=sum(timing.accepted_tokens for timing in timings),
     )
+
+
+def _method(engine: Engine) -> Speculation:
+    return METHOD if engine.draft is None else "draft-model"
 
 
 def _serve(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> tuple[list[GenerationResult], float]:
@@ -75,23 +83,39 @@ def _serve(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--draft", type=click.Path(path_type=Path), help="Bundle that drafts.  [default: prompt lookup]")
 @click.option("--streams", type=click.IntRange(1), default=4, help="Requests that run together.")
 @click.option("--new-tokens", type=click.IntRange(2), default=96, help="Tokens of an answer.")
 @click.option("--rounds", type=click.IntRange(1), default=3, help="Times that all prompts are answered both ways.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the CPU backend.  [default: physical cores]")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON document here too.")
-def command(bundle: Path, streams: int, new_tokens: int, rounds: int, threads: int | None, output: Path | None) -> None:
-    """Measure what prompt-lookup speculation brings to several streams. Exit code 1 where tokens are not the same."""
+def command(
+    bundle: Path,
+    draft: Path | None,
+    streams: int,
+    new_tokens: int,
+    rounds: int,
+    threads: int | None,
+    output: Path | None,
+) -> None:
+    """Measure what speculation brings to several streams. Exit code 1 where tokens are not the same."""
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     try:
-        with Engine(bundle, max_batch=streams, threads=threads, speculation=METHOD) as engine:
+        with Engine(bundle, max_batch=streams, threads=threads, draft=draft) as engine:
+            engine.backend.check_verifies()
             gains = [measure(engine, kind, params, rounds) for kind in KINDS]
             document: dict[str, Any] = {
                 "format": "starling-served-speculation",
                 "format_version": 1,
                 "environment": asdict(describe_environment()),
                 "bundle": bundle_document(engine.bundle),
-                "run": {"streams": streams, "new_tokens": new_tokens, "rounds": rounds, "speculation": METHOD},
+                "run": {
+                    "streams": streams,
+                    "new_tokens": new_tokens,
+                    "rounds": rounds,
+                    "speculation": _method(engine),
+                    "draft": None if draft is None else bundle_document(Bundle.open(draft)),
+                },
                 "gains": [asdict(gain) for gain in gains],
             }
     except StarlingError as error:

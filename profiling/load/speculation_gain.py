@@ -28,11 +28,11 @@ from starling.engine.engine import Engine
 from starling.engine.errors import StarlingError, UserError
 from starling.engine.generation.results import GenerationResult
 from starling.engine.generation.sampling_params import SamplingParams
-from starling.engine.names import SPECULATIONS
+from starling.engine.names import Speculation
 from starling.profiling.machine.environment import describe_environment
 from starling.profiling.reports.profile_document import bundle_document
 
-[METHOD] = SPECULATIONS
+METHOD: Speculation = "prompt-lookup"
 KINDS = ("repetitive", "free")
 PROMPTS = "texts/speculation.toml"
 WARM_UP_TOKENS = 24

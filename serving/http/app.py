@@ -129,9 +129,10 @@ class _Endpoints:
         if service.draining:
             raise shutting_down()
         body = await read_body(request, self._max_body)
-        owner = owner_of(request.scope) if service.limits.isolate else ""
+        owner = owner_of(request.scope)
         submitted = await service.start(
-            lambda: read(json_object(body), service.limits).of_owner(owner), request_trace(request.scope).id
+            lambda: read(json_object(body), service.limits).of_owner(owner, isolate=service.limits.isolate),
+            request_trace(request.scope).id,
         )
         wanted = submitted.request
         request_trace(request.scope).note_ignored(wanted.ignored)

@@ -49,7 +49,8 @@ UNSUPPORTED_CHAT: Unsupported = {
 
 #: All that a body may name. Anything else is refused where it looks misspelt or the server is strict, else ignored.
 _COMMON = SAMPLING_FIELDS | {
-    *("model", "stream", "stream_options", "logprobs", "n", "best_of", "reward_model", "cache_salt")
+    *("model", "stream", "stream_options", "logprobs", "n", "best_of", "reward_model", "cache_salt"),
+    "priority",
 }
 COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "echo", *UNSUPPORTED_COMPLETION}
 CHAT_FIELDS = _COMMON | IGNORED_FIELDS | TOOL_FIELDS | TEMPLATE_FIELDS | {"messages", "template", "top_logprobs"}
@@ -57,6 +58,8 @@ CHAT_FIELDS |= UNSUPPORTED_CHAT.keys()
 
 #: OpenAI's own limit on `n`.
 MOST_CHOICES = 128
+#: Of either sign.
+MOST_PRIORITY = 2**31 - 1
 #: Characters of a cache_salt.
 LONGEST_SALT = 256
 
@@ -115,10 +118,15 @@ class ApiRequest:
     ignored: tuple[str, ...] = ()
     #: Known prefixes are shared among requests of the same salt alone.
     cache_salt: str = ""
+    #: Of the requests that wait the lowest is next; whose it is: what waits is fair between owners.
+    priority: int = 0
+    owner: str = ""
 
-    def of_owner(self, owner: str) -> ApiRequest:
-        """The request with known prefixes of its owner's alone, where there is one."""
-        return replace(self, cache_salt=f"{owner} {self.cache_salt}") if owner else self
+    def of_owner(self, owner: str, *, isolate: bool) -> ApiRequest:
+        """The request as one of its owner's, where there is one; with `isolate` its prefixes are its own."""
+        if not owner:
+            return self
+        return replace(self, owner=owner, cache_salt=f"{owner} {self.cache_salt}" if isolate else self.cache_salt)
 
     @property
     def generations(self) -> int:
@@ -164,6 +172,7 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
         echo=echo,
         ignored=ignored,
         cache_salt=_cache_salt(fields),
+        priority=_priority(fields),
     )
 
 
@@ -191,6 +200,7 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
         tools=read_tools(fields),
         ignored=ignored,
         cache_salt=_cache_salt(fields),
+        priority=_priority(fields),
     )
 
 
@@ -213,6 +223,15 @@ def _cache_salt(fields: Fields) -> str:
         problem = f"cache_salt has {len(salt)} characters: give at most {LONGEST_SALT}"
         raise bad_field("cache_salt", problem, "invalid_value")
     return salt
+
+
+def _priority(fields: Fields) -> int:
+    priority = fields.get("priority", int, 0)
+    if abs(priority) > MOST_PRIORITY:
+        raise bad_field(
+            "priority", f"priority is {shown(priority)}: give -{MOST_PRIORITY} to {MOST_PRIORITY}", "invalid_value"
+        )
+    return priority
 
 
 def _streaming(fields: Fields) -> tuple[bool, bool]:

@@ -142,6 +142,8 @@ class Service:
             reply=request.messages is not None,
             request_ids=[request_id] if request.generations == 1 else names,
             cache_salt=request.cache_salt,
+            priority=request.priority,
+            owner=request.owner,
         )
 
     def _encoded(self, request: ApiRequest) -> list[list[int]]:

@@ -70,6 +70,9 @@ PROMPT_TOKENS = Metric("vllm:prompt_tokens", "counter", "Prompt tokens prefilled
 GENERATION_TOKENS = Metric("vllm:generation_tokens", "counter", "Tokens generated.")
 PREFIX_QUERIES = Metric("vllm:prefix_cache_queries", "counter", "Prompt tokens looked up among known prefixes.")
 PREFIX_HITS = Metric("vllm:prefix_cache_hits", "counter", "Prompt tokens copied from known prefixes, not prefilled.")
+DRAFTS = Metric("vllm:spec_decode_num_drafts", "counter", "Drafts that were verified, one for each row and step.")
+DRAFT_TOKENS = Metric("vllm:spec_decode_num_draft_tokens", "counter", "Drafted tokens that were verified.")
+ACCEPTED_TOKENS = Metric("vllm:spec_decode_num_accepted_tokens", "counter", "Drafted tokens that were right.")
 REQUEST_SUCCESS = Metric(
     "vllm:request_success", "counter", "Requests that came to an end, by its reason.", labels=(REASON_LABEL,)
 )
@@ -103,7 +106,7 @@ REQUEST_GENERATION_TOKENS = Metric(
 #: Set from the scheduler's own state whenever they are read.
 STATE_METRICS = (
     *(RUNNING, WAITING, CACHE_USAGE, PROMPT_TOKENS, GENERATION_TOKENS),
-    *(PREFIX_QUERIES, PREFIX_HITS, REQUEST_SUCCESS),
+    *(PREFIX_QUERIES, PREFIX_HITS, DRAFTS, DRAFT_TOKENS, ACCEPTED_TOKENS, REQUEST_SUCCESS),
 )
 #: Observed once for each request that comes to an end.
 REQUEST_METRICS = (

@@ -11,7 +11,10 @@ from prometheus_client.registry import Collector
 from starling.engine.batching.serving_stats import ServingStats
 from starling.engine.generation.results import Timings
 from starling.serving.metrics.metric_table import (
+    ACCEPTED_TOKENS,
     CACHE_USAGE,
+    DRAFT_TOKENS,
+    DRAFTS,
     GENERATION_TOKENS,
     LABELS,
     PREFIX_HITS,
@@ -70,6 +73,9 @@ class _State(Collector):
         yield self._counter(GENERATION_TOKENS, stats.generated_tokens)
         yield self._counter(PREFIX_QUERIES, stats.prefix_queries)
         yield self._counter(PREFIX_HITS, stats.prefix_hits)
+        yield self._counter(DRAFTS, stats.drafts)
+        yield self._counter(DRAFT_TOKENS, stats.drafted_tokens)
+        yield self._counter(ACCEPTED_TOKENS, stats.accepted_tokens)
         ended = CounterMetricFamily(
             REQUEST_SUCCESS.name, REQUEST_SUCCESS.help, labels=[*LABELS, *REQUEST_SUCCESS.labels]
         )

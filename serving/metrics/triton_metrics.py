@@ -72,6 +72,9 @@ class TritonMetrics:
         self._raise(self._state[table.GENERATION_TOKENS], stats.generated_tokens)
         self._raise(self._state[table.PREFIX_QUERIES], stats.prefix_queries)
         self._raise(self._state[table.PREFIX_HITS], stats.prefix_hits)
+        self._raise(self._state[table.DRAFTS], stats.drafts)
+        self._raise(self._state[table.DRAFT_TOKENS], stats.drafted_tokens)
+        self._raise(self._state[table.ACCEPTED_TOKENS], stats.accepted_tokens)
         ends = dict.fromkeys(_REASONS, 0)
         for reason, count in stats.ended.items():
             ends[table.finished_reason(reason)] += count

@@ -89,7 +89,12 @@ def test_numeric_defaults_are_those_of_the_code() -> None:
     defaults: dict[str, Any] = {
         name: getattr(SamplingParams(), name) for name in ("top_k", "min_p", "repetition_penalty", *COUNTED)
     }
-    defaults |= requests.API_DEFAULTS | {"max_tokens": requests.COMPLETION_TOKENS, "top_logprobs": 0, "n": 1}
+    defaults |= requests.API_DEFAULTS | {
+        "max_tokens": requests.COMPLETION_TOKENS,
+        "top_logprobs": 0,
+        "n": 1,
+        "priority": 0,
+    }
     rows = [row for endpoint in PATHS for row in TAKEN[endpoint] if re.fullmatch(r"[\d.]+", row[4])]
     assert {name_of(row): float(row[4]) for row in rows} == defaults
 
@@ -220,6 +225,7 @@ RANGES: dict[str, tuple[list[float], list[float]]] = {
     "1e-6 to 1e6": ([1e-6, 2, 1e6], [0, 1e-7, 2e6]),
     "0 to 1": ([0, 1], [-0.1, 1.1]),
     "up to 256 characters": ([], []),
+    "-2,147,483,647 to 2,147,483,647": ([-(2**31) + 1, 0, 2**31 - 1], [-(2**31), 2**31]),
     "0 to 20": ([0, 20], [-1, 21]),
     # Two: as many as this server runs and lets wait.
     "1 to 128": ([1, 2], [0, 3, 129]),

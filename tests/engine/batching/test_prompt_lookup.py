@@ -5,14 +5,14 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from starling.engine.generation.prompt_lookup import CERTAIN, FEWEST, FIRST, MOST, SIZES, PromptLookup
+from starling.engine.generation.prompt_lookup import MOST, SIZES, PromptLookup
 
 
 def test_what_followed_the_newest_tokens_before_is_drafted() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3])
-    assert lookup.draft(MOST) == [4, 5, 6, 7]
+    assert lookup.draft(4) == [4, 5, 6, 7]
     lookup.push(4)
-    assert lookup.draft(MOST) == [5, 6, 7, 8]
+    assert lookup.draft(4) == [5, 6, 7, 8]
     lookup.push(99)
     assert lookup.draft(MOST) == []
 
@@ -28,13 +28,12 @@ def test_the_longest_match_counts_and_of_equals_the_latest() -> None:
 
 def test_a_text_that_repeats_itself_is_drafted_beyond_its_own_end() -> None:
     lookup = PromptLookup([7, 8, 9] * 3)
-    lookup.judge(FIRST, FIRST)
     assert lookup.draft(8) == [7, 8, 9, 7, 8, 9, 7, 8]
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 100])
 def test_a_draft_has_at_most_as_many_tokens_as_there_is_room_for(most: int) -> None:
-    assert len(PromptLookup([1, 2, 3, 4, 5, 6, 1, 2]).draft(most)) == min(most, FIRST)
+    assert len(PromptLookup([1, 2, 3, 4, 5, 6, 1, 2]).draft(most)) == min(most, MOST)
 
 
 def test_answers_are_looked_up_too() -> None:
@@ -44,28 +43,32 @@ def test_answers_are_looked_up_too() -> None:
     assert lookup.draft(3) == [7, 8, 9]
 
 
-def test_drafts_grow_while_they_are_taken_whole_and_shrink_when_they_are_not() -> None:
-    lookup, lengths = PromptLookup([1, 2] * 20), []
-    for accepted in (1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 1.0):
-        lengths.append(len(lookup.draft(100)))
-        lookup.judge(lengths[-1], int(lengths[-1] * accepted))
-    assert lengths == [FIRST, 8, MOST, MOST, 9, 4, FEWEST, FEWEST]
-    assert len(lookup.draft(100)) == 2 * FEWEST
+def test_trust_grows_while_a_text_repeats_itself_and_ends_when_it_does_not() -> None:
+    rng = np.random.default_rng(1)
+    text = rng.integers(0, 1000, 60).tolist()
+    lookup = PromptLookup([*text, *text[:2]])
+    before = lookup.chances(4)
+    assert before == sorted(before, reverse=True)
+    for token in text[2:40]:
+        lookup.push(token)
+    after = lookup.chances(4)
+    assert after[-1] > 0.9 > before[-1]
+    for _ in range(12):  # matches that foretell nothing
+        for token in (*text[50:52], 5000 + int(rng.integers(1000))):
+            lookup.push(token)
+    for token in text[44:46]:
+        lookup.push(token)
+    assert lookup.draft(2) == text[46:48]
+    assert lookup.chances(1)[0] < before[0] / 2
 
 
-def test_refused_drafts_ask_for_longer_matches_until_one_is_taken() -> None:
-    text = [1, 2, 3, 4, 5, 6]
-    lookup = PromptLookup([*text, 90, 2, 3])
-    for _ in range(2):
-        lookup.judge(4, 0)
-    assert lookup.draft(4) == []  # two tokens are known by now to foretell nothing here
-    for token in (91, *text[:CERTAIN]):
-        lookup.push(token)
-    assert lookup.draft(2) == [5, 6]
-    lookup.judge(2, 2)
-    for token in (92, 2, 3):
-        lookup.push(token)
-    assert lookup.draft(1) == [4]
+def test_what_a_match_foretold_counts_whether_it_was_drafted_or_not() -> None:
+    drafting, silent = PromptLookup([1, 2, 3] * 3), PromptLookup([1, 2, 3] * 3)
+    for token in (1, 2, 3, 1, 7, 2, 3):
+        drafting.draft(4)
+        drafting.push(token)
+        silent.push(token)
+    assert drafting.chances(4) == silent.chances(4)
 
 
 def test_the_index_finds_what_a_search_of_the_whole_text_finds() -> None:
@@ -75,8 +78,8 @@ def test_the_index_finds_what_a_search_of_the_whole_text_finds() -> None:
         text = tokens[:end]
         matches = ((size, at) for size in SIZES for at in range(end - 1, size - 1, -1))
         found = next((at for size, at in matches if text[at - size : at] == text[-size:]), 0)
-        draft = lookup.draft(FIRST)
-        assert draft == ((text[found:] * FIRST)[:FIRST] if found else [])
+        draft = lookup.draft(4)
+        assert draft == ((text[found:] * 4)[:4] if found else [])
         lookup.push(tokens[end])
 
 

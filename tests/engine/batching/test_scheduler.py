@@ -19,7 +19,7 @@ from starling.engine.batching.request import Request, RequestHandle
 from starling.engine.batching.scheduler import Scheduler
 from starling.engine.batching.serving_stats import ServingCounters
 from starling.engine.engine import Engine
-from starling.engine.errors import BackendError, RequestFailed
+from starling.engine.errors import BackendError, DeadlineExceeded, RequestFailed
 from starling.engine.generation.results import GenerationChunk, GenerationResult
 from starling.engine.generation.sampling_params import SamplingParams
 
@@ -40,11 +40,14 @@ class Served:
         prompt: Sequence[int] = SHORT,
         tokens: int = 8,
         on_chunk: Callable[[GenerationChunk], None] | None = None,
+        *,
+        priority: int = 0,
+        owner: str = "",
         **settings: Any,
     ) -> tuple[Request, RequestHandle]:
         sequence = self.engine.prepare(prompt, SamplingParams(**{"max_tokens": tokens, "ignore_eos": True, **settings}))
         sequence.submitted = perf_counter()
-        request = Request(sequence, ChunkQueue(on_chunk))
+        request = Request(sequence, ChunkQueue(on_chunk), priority=priority, owner=owner)
         assert self.counters.enter()
         self.scheduler.add(request)
         return request, RequestHandle(request)
@@ -66,9 +69,19 @@ def engine(tiny_bundle: Path) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture
-def served(engine: Engine) -> Served:
+@pytest.fixture(params=["mixed", "apart"])
+def served(engine: Engine, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """Prompts run in the steps of others where the CPU kernels run the bundle, and apart as everywhere else."""
+    if request.param == "apart":
+        monkeypatch.setattr(engine.backend, "most_mixed", 0)
+    elif not engine.backend.most_mixed:
+        pytest.skip("ONNX Runtime's own attention does not mix")
     return Served(engine)
+
+
+def only_apart(served: Served) -> None:
+    if served.engine.backend.most_mixed:
+        pytest.skip("of prompts that run apart")
 
 
 def even(served: Served) -> bool:
@@ -112,6 +125,7 @@ def test_a_long_prompt_is_prefilled_between_the_steps_of_the_others(served: Serv
 def test_a_decode_step_leaves_a_half_prefilled_row_below_it_right(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    only_apart(served)
     expected = served.alone(LONG, 6).tokens
     steps: list[tuple[list[int], list[int]]] = []
     decode = served.engine.backend.decode
@@ -279,6 +293,7 @@ def test_a_step_of_the_model_that_fails_ends_those_in_it_and_the_loop_goes_on(
 
 
 def test_a_prefill_that_fails_ends_its_own_request(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_apart(served)
     expected = served.alone(tokens=20).tokens
     running, handle = served.submit(tokens=20)
     while not running.sequence.tokens:
@@ -296,6 +311,66 @@ def test_a_prefill_that_fails_ends_its_own_request(served: Served, monkeypatch: 
     with pytest.raises(RequestFailed, match="no room"):
         long.result(0)
     assert handle.result(0).tokens == expected
+    assert even(served)
+
+
+def test_a_mixed_run_that_fails_ends_those_in_it(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not served.engine.backend.most_mixed:
+        pytest.skip("of prompts that run in the steps of others")
+    expected = served.alone(LONG, 5).tokens
+    running, handle = served.submit(tokens=60)
+    while len(running.sequence.tokens) < 3:
+        served.scheduler.serve_step()
+    waiting = served.submit(LONG, 5)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine.backend, "_session", None)
+        served.scheduler.serve_step()
+    for one in (handle, waiting):
+        with pytest.raises(RequestFailed, match="ONNX Runtime failed in a step of the model"):
+            one.result(0)
+    later = served.submit(LONG, 5)[1]
+    served.run()
+    assert later.result(0).tokens == expected
+    assert even(served)
+
+
+def test_a_lower_priority_gets_the_next_free_row_and_is_prefilled_first(served: Served) -> None:
+    running = [served.submit(tokens=6 + i)[0] for i in range(ROWS)]
+    later = [served.submit(LONG, 2, priority=priority)[0] for priority in (3, 0, -1, 0)]
+    served.run()
+    assert all(request.sequence.finish_reason == "length" for request in (*running, *later))
+    begun = sorted(later, key=lambda request: request.sequence.submitted + request.sequence.queue_s)
+    assert [request.priority for request in begun] == [-1, 0, 0, 3]
+    assert begun[1] is later[1], "of equals the first"
+
+
+def test_owners_take_turns_however_much_one_of_them_asks(served: Served) -> None:
+    many = [served.submit(tokens=4, owner="many")[0] for _ in range(3 * ROWS)]
+    few = [served.submit(tokens=4, owner="few")[0] for _ in range(ROWS)]
+    served.run()
+    order = sorted([*many, *few], key=lambda request: request.sequence.submitted + request.sequence.queue_s)
+    first = [request.owner for request in order[: 2 * ROWS]]
+    assert first.count("few") >= ROWS - 1
+
+
+def test_what_cannot_be_prefilled_by_its_deadline_ends_before_it_runs(served: Served) -> None:
+    served.submit(LONG, 2)
+    served.run()  # what a prompt's tokens take is known from now on
+    before = served.counters.snapshot().prompt_tokens
+    running, _ = served.submit(tokens=60)
+    while not running.sequence.tokens:
+        served.scheduler.serve_step()
+    hopeless, handle = served.submit(LONG, 2)
+    hopeless.deadline = perf_counter() + served.scheduler._pace.least_s(len(LONG)) / 2
+    possible, _ = served.submit(LONG, 2)
+    possible.deadline = perf_counter() + 60
+    served.scheduler.serve_step()
+    assert hopeless.queue.complete
+    with pytest.raises(DeadlineExceeded, match="or its prompt cannot be run by then"):
+        handle.result(0)
+    served.run()
+    assert possible.sequence.finish_reason == "length"
+    assert served.counters.snapshot().prompt_tokens - before == len(SHORT) + len(LONG)
     assert even(served)
 
 

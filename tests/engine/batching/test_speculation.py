@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ import onnx
 import pytest
 
 from starling.engine import Engine
-from starling.engine.backends.backend import MOST_VERIFIED
+from starling.engine.backends.backend import MOST_VERIFIED, RowPart
 from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend
 from starling.engine.backends.open_backend import open_backend
+from starling.engine.batching.speculation import write_drafts
+from starling.engine.batching.step_costs import ExtraCost, StepCosts
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError, UserError
 from starling.engine.generation.results import GenerationResult
@@ -48,6 +51,14 @@ def settle(account, payments):
 STORY = "Write a short story about a clockmaker who finds a clock that runs backwards."
 #: Drawn near enough to the likeliest that some drafts are right and some are not.
 DRAWN = SamplingParams(max_tokens=40, temperature=0.6, top_p=0.9, seed=7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def assumed_costs() -> Iterator[None]:
+    """What verifying costs stays what is assumed at first: how busy this machine is may not decide what is drafted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExtraCost, "observe", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -389,3 +400,91 @@ def test_verifying_outside_the_cache_or_too_much_at_once_is_refused(backend: Ort
         backend.verify(0, [ids(5)], [60])
     with pytest.raises(BackendError, match=f"{MOST_VERIFIED + 1} tokens are to be verified in one step"):
         backend.verify(0, [ids(MOST_VERIFIED + 1)], [0])
+
+
+def test_a_mixed_run_gives_what_each_row_gives(backend: OrtBackend) -> None:
+    if not backend.most_mixed:
+        pytest.skip("ONNX Runtime's own attention takes equally many tokens of each row")
+    first, second = ids(20), ids(40)[::-1]
+    for number, row in enumerate((first, second)):
+        backend.prefill(number, np.array(row[:14]), 0)
+    mixed = backend.mix([RowPart(0, 14, first[14:17]), RowPart(1, 14, second[14:40])], [0, 2, 28])
+    chosen, together = mixed.tokens(), mixed.logits().copy()
+    assert together.shape == (3, backend.vocab_size)
+    for number, row in enumerate((first, second)):
+        backend.prefill(number, np.array(row[:14]), 0)
+    one = backend.prefill(0, np.array(first[14:15]), 14).logits().copy()
+    np.testing.assert_allclose(together[:1], one, rtol=1e-4, atol=1e-4)
+    three = backend.prefill(0, np.array(first[15:17]), 15).logits().copy()
+    np.testing.assert_allclose(together[1:2], three, rtol=1e-4, atol=1e-4)
+    whole = backend.prefill(1, np.array(second[14:40]), 14)
+    np.testing.assert_allclose(together[2:], whole.logits(), rtol=1e-4, atol=1e-4)
+    assert chosen == together.argmax(axis=-1).tolist()
+
+
+def test_what_a_mixed_run_cannot_take_is_refused(backend: OrtBackend) -> None:
+    if not backend.most_mixed:
+        with pytest.raises(BackendError, match="equally many tokens of each row"):
+            backend.mix([RowPart(0, 0, [5, 6])], [1])
+        return
+    with pytest.raises(BackendError, match="position 64 of row 0 lies outside the KV cache"):
+        backend.mix([RowPart(0, 60, ids(5))], [4])
+    with pytest.raises(BackendError, match="tokens are to run in one step"):
+        backend.mix([RowPart(0, 0, ids(40)), RowPart(1, 0, ids(40))], [39])
+    with pytest.raises(BackendError, match="0 of them with logits"):
+        backend.mix([RowPart(0, 0, ids(2))], [])
+
+
+class _Foretold:
+    """A lookup that knows what comes."""
+
+    def __init__(self, chances: list[float]) -> None:
+        self._chances = chances
+
+    def draft(self, most: int) -> list[int]:
+        return [5] * min(most, len(self._chances))
+
+    def chances(self, length: int) -> list[float]:
+        return self._chances[:length]
+
+
+class TestHowLongDraftsAre:
+    """From how likely they are right, and what a quiet step and each further token take."""
+
+    @staticmethod
+    def lengths(rows: list[list[float]], drafted: float, *, most: int = 60) -> list[int]:
+        costs, requests = StepCosts(), []
+        costs.decoded(len(rows), 0.01, after_chunk=False)
+        costs.drafts._found[2], costs.drafts._longest = drafted, 4  # what was observed would be this
+        for chances in rows:
+            sequence = SimpleNamespace(limit=100, tokens=[1], grammar=None)
+            requests.append(SimpleNamespace(sequence=sequence, lookup=_Foretold(chances), draft=[]))
+        total = write_drafts(requests, costs, most)  # type: ignore[arg-type]
+        lengths = [len(request.draft) for request in requests]
+        assert sum(lengths) == total
+        return lengths
+
+    SURE, LIKELY, RARE = [0.95**i for i in range(1, 17)], [0.6**i for i in range(1, 17)], [0.05] * 4
+
+    def test_the_likelier_the_longer(self) -> None:
+        sure, likely, rare = (self.lengths([chances], 0.001)[0] for chances in (self.SURE, self.LIKELY, self.RARE))
+        assert sure > 10 > likely > 1 > rare == 0
+
+    def test_the_dearer_a_token_the_fewer(self) -> None:
+        found = [sum(self.lengths([self.LIKELY] * 4, cost)) for cost in (0.0002, 0.001, 0.002, 0.004)]
+        assert found == sorted(found, reverse=True)
+        assert found[0] > 8
+        assert found[-1] == 0, "a full batch, where a token costs more than it gains"
+
+    def test_rows_get_what_is_theirs(self) -> None:
+        assert self.lengths([self.RARE, self.SURE, [], self.LIKELY], 0.0007)[::2] == [0, 0]
+
+    def test_no_more_than_a_run_takes(self) -> None:
+        assert sum(self.lengths([self.SURE] * 8, 0.0001, most=20)) == 20
+
+    def test_without_a_quiet_step_to_compare_with_nothing_is_drafted(self) -> None:
+        costs = StepCosts()
+        request = SimpleNamespace(
+            sequence=SimpleNamespace(limit=100, tokens=[1], grammar=None), lookup=_Foretold(self.SURE), draft=[]
+        )
+        assert write_drafts([request], costs, 16) == 0  # type: ignore[list-item]
