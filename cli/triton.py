@@ -17,11 +17,22 @@ from starling.cli.shared.options import (
     max_queue_option,
     max_seq_option,
     prefix_cache_option,
+    refuse_options,
     speculation_option,
     verify_option,
 )
 from starling.engine.errors import UserError
 from starling.engine.names import GPU_BACKENDS
+
+#: What the repository of a bundle has, by its task, and what --max-batch counts.
+_WRITTEN = {
+    "generate": (
+        "models starling, ensemble and tensorrt_llm (TensorRT-LLM's names) and vllm_model (vLLM's)",
+        "requests at a time",
+    ),
+    "score": ("model starling, which scores texts", "texts in a run"),
+    "embed": ("model starling, which embeds texts", "texts in a run"),
+}
 
 
 @click.command()
@@ -48,8 +59,8 @@ from starling.engine.names import GPU_BACKENDS
 def command(bundle: Path, repository: Path, verify: bool, **options: Any) -> None:
     """Write a Triton model repository REPO that serves BUNDLE under the names of TensorRT-LLM and of vLLM.
 
-    The repository holds one engine and two entries over it, and says in its README.md how to start it, bare or in
-    NVIDIA's container.
+    The repository holds one engine and three entries over it, and says in its README.md how to start it, bare or in
+    NVIDIA's container. A bundle that scores or embeds texts becomes one model, which answers raw float32 numbers.
 
     \b
     Examples:
@@ -62,15 +73,17 @@ def command(bundle: Path, repository: Path, verify: bool, **options: Any) -> Non
     from starling.engine.errors import PromptError
     from starling.serving.triton.repository import RepositoryOptions, write_repository
 
-    opened = Bundle.open(bundle, verify=verify).require("generate")
+    opened = Bundle.open(bundle, verify=verify)
+    if opened.task != "generate":
+        _check_scoring(options)
     settings = RepositoryOptions(**options)
     most = opened.architecture.max_positions
     if settings.max_seq is not None and not 1 <= settings.max_seq <= most:
         raise PromptError(f"--max-seq is {settings.max_seq}, but this model has {most} positions: give 1 to {most}")
     write_repository(opened, repository, settings)
+    models, each = _WRITTEN[opened.task]
     click.echo(
-        f"{click.style(str(repository), bold=True)}: models starling, ensemble and tensorrt_llm (TensorRT-LLM's names) "
-        f"and vllm_model (vLLM's), {settings.max_batch} requests at a time, {settings.instance_kind}"
+        f"{click.style(str(repository), bold=True)}: {models}, {settings.max_batch} {each}, {settings.instance_kind}"
     )
     make, start = (quoted(repository / name) for name in ("make_environment.sh", "start.sh"))
     click.echo(f"next: SERVER=1 {make} ENV && ENVIRONMENT=ENV {start}")
@@ -84,3 +97,10 @@ def _check_settings(options: dict[str, Any]) -> None:
         raise UserError(f"--backend {backend} runs on a GPU: add --instance-kind gpu")
     if kind == "gpu" and backend == "onnxruntime-cpu":
         raise UserError(f"--backend {backend} runs on a CPU: leave --instance-kind gpu out, or choose another backend")
+
+
+def _check_scoring(options: dict[str, Any]) -> None:
+    """Raise UserError for settings that mean nothing to a bundle that scores or embeds."""
+    refuse_options(["speculation", "prefix_cache", "engine"], "is about generating text, which this bundle does not")
+    if options["instance_kind"] == "gpu":
+        raise UserError("--instance-kind gpu: no backend on a GPU runs bundles that score or embed: leave it out")

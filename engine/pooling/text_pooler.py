@@ -75,6 +75,10 @@ class TextPooler:
         """Scores or hidden states float32 [texts, width], as the model gives them."""
         return run_all(self.backend, [text.ids for text in texts], self.pooling.long_from)
 
+    def activated(self, vectors: Vectors) -> Vectors:
+        """What clients may have in place of raw numbers: probabilities of scores, or vectors of length 1."""
+        return activated(vectors, self.pooling) if self.bundle.task == "score" else normalized(vectors)
+
     def _most(self, truncate: int | None) -> int | None:
         """The most tokens of a text, where the rest is cut off."""
         if truncate is None:

@@ -127,16 +127,18 @@ def _begin(document: Mapping[str, Any], endpoint: str, models: Sequence[str]) ->
     if model not in models:
         problem = f"there is no model {shown(model)} here that scores or embeds: use {' or '.join(models)}"
         raise ApiError(404, problem, param="model", code="model_not_found")
+    return fields, {"model": model, "deadline_s": read_deadline(fields), "ignored": ignored, **reading_of(fields)}
+
+
+def reading_of(fields: Fields) -> dict[str, Any]:
+    """How texts are to be read: template, truncate and side of `TextPooler.prepare`. Raises ApiError."""
     side = fields.optional("truncation_side", str)
     if side is not None and side not in _SIDES:
         raise bad_field("truncation_side", f"truncation_side is {shown(side)}: give left or right", "invalid_value")
-    return fields, {
-        "model": model,
+    return {
+        "template": fields.optional("template", str),
         "truncate": fields.optional("truncate_prompt_tokens", int),
         "side": cast("Side | None", side),
-        "deadline_s": read_deadline(fields),
-        "template": fields.optional("template", str),
-        "ignored": ignored,
     }
 
 
@@ -159,7 +161,7 @@ def _input(fields: Fields) -> tuple[list[TextInput], str]:
         is_ids = isinstance(text, list) and text and all(type(token) is int for token in text)
         if not isinstance(text, str) and not is_ids:
             raise bad_field("input", "input is neither a text nor a list of token ids, nor a list of those")
-    return _not_too_many(texts, "input"), "input"
+    return not_too_many(texts, "input"), "input"
 
 
 def _texts(fields: Fields, name: str, *, objects: bool = False) -> list[str]:
@@ -171,10 +173,11 @@ def _texts(fields: Fields, name: str, *, objects: bool = False) -> list[str]:
     texts = [item.get("text") if objects and isinstance(item, dict) else item for item in given]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise bad_field(name, f"{name} is neither a text nor a list of texts", "invalid_type")
-    return _not_too_many(texts, name)
+    return not_too_many(texts, name)
 
 
-def _not_too_many(texts: list[Any], name: str) -> list[Any]:
+def not_too_many(texts: list[Any], name: str) -> list[Any]:
+    """The texts of the field `name`. Raises ApiError where a request may not have so many."""
     if len(texts) > MOST_TEXTS:
         problem = f"{name} has {len(texts)} texts: a request takes {MOST_TEXTS}, send several"
         raise bad_field(name, problem, "invalid_value")

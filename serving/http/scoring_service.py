@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 from starling.engine.backends.pooling_backend import Vectors
 from starling.engine.engine import Engine
 from starling.engine.errors import RequestFailed, StarlingError
-from starling.engine.pooling.text_pooler import PreparedText, TextInput, activated, normalized
+from starling.engine.pooling.text_pooler import PreparedText, TextInput
 from starling.engine.pooling_loop import PoolingLoop
 from starling.serving.api.api_errors import ApiError, from_engine, out_of_time, shutting_down, unexpected
 from starling.serving.http.request_bodies import ApiRequest
@@ -62,8 +62,7 @@ class ScoringService:
         request, texts = await self.work(lambda: self._read(read))
         vectors = await self.run(texts, request.deadline_s, request_id, gone)
         if request.activation:
-            scores = self.engine.bundle.task == "score"
-            vectors = activated(vectors, self.engine.pooler.pooling) if scores else normalized(vectors)
+            vectors = self.engine.pooler.activated(vectors)
         return Scored(request, vectors, tuple(text.tokens for text in texts))
 
     async def run(

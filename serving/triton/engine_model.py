@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from starling.serving.triton.entry_inputs import Inputs, Tensor, text_array
 from starling.serving.triton.socket_messages import RequestError
 
 if TYPE_CHECKING:
+    from starling.engine.engine import Engine
     from starling.engine.generation.results import Timings
 
 INPUTS = (Tensor("command", "STRING", optional=False),)
@@ -30,22 +32,16 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, Any]) -> None:
         """Load the bundle that config.pbtxt names and start the loop. What it raises is Triton's reason to refuse."""
-        if args["model_instance_kind"] == "GPU":  # before anything looks for a GPU
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(args["model_instance_device_id"])
-        from starling.engine.engine import Engine
+        self._pb_utils = import_module("triton_python_backend_utils")
+        self._engine, loop = open_engine(args)
         from starling.engine.serving_loop import ServingLoop
         from starling.serving.triton.engine_socket import EngineSocket
 
-        self._pb_utils = import_module("triton_python_backend_utils")
-        settings = engine_settings(json.loads(args["model_config"])["parameters"])
-        loop = {name: settings.pop(name) for name in ("queue_limit", "prefix_cache") if name in settings}
-        bundle = Path(args["model_repository"]) / args["model_version"] / settings.pop("bundle")
-        self._engine = Engine(bundle, **settings)
         self._serving = ServingLoop(self._engine, **loop)
         self._metrics = self._make_metrics(args["model_name"])
         self._socket = EngineSocket(self._serving, self._engine.tokenizer, self._ended)
         self._pb_utils.Logger.log_info(
-            f"starling: {bundle} on {self._engine.backend.name}, {self._engine.max_batch} rows of "
+            f"starling: {self._engine.bundle.folder} on {self._engine.backend.name}, {self._engine.max_batch} rows of "
             f"{self._engine.max_seq} positions, loaded in {self._engine.load_seconds:.2f} s"
         )
 
@@ -105,6 +101,18 @@ class TritonPythonModel:
     def _ended(self, timings: Timings) -> None:
         if self._metrics is not None:
             self._metrics.ended(timings)
+
+
+def open_engine(args: Mapping[str, Any]) -> tuple[Engine, dict[str, int]]:
+    """The engine that config.pbtxt asks for, and its settings for the engine's loop; `args` are Triton's."""
+    if args["model_instance_kind"] == "GPU":  # before anything looks for a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(args["model_instance_device_id"])
+    from starling.engine.engine import Engine
+
+    settings = engine_settings(json.loads(args["model_config"])["parameters"])
+    loop: dict[str, int] = {name: settings.pop(name) for name in ("queue_limit", "prefix_cache") if name in settings}
+    bundle = Path(args["model_repository"]) / args["model_version"] / settings.pop("bundle")
+    return Engine(bundle, **settings), loop
 
 
 def engine_settings(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:

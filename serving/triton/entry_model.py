@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from importlib import import_module
 from threading import Lock, Thread
 from typing import Any, ClassVar
 
 from starling.engine.errors import UserError
 from starling.serving.triton.entry_inputs import Inputs
 from starling.serving.triton.entry_interface import Call, Interface
+from starling.serving.triton.responses import Responses
 from starling.serving.triton.socket_messages import LINE_LIMIT, PROMPT_LIMIT, Delta, RequestError, read_delta
 
 #: Seconds between two looks at whether a client still waits, while no token comes.
@@ -30,7 +30,7 @@ class EntryModel:
 
     def initialize(self, args: dict[str, Any]) -> None:
         """Start the thread that serves all requests."""
-        self._pb_utils = import_module("triton_python_backend_utils")
+        self._responses = Responses()
         self._address: str | None = None
         self._address_lock = Lock()
         #: Running answers by their requests' ids, of requests that have one; the loop's thread alone touches it.
@@ -38,12 +38,6 @@ class EntryModel:
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="starling-entry", daemon=True)
         self._thread.start()
-        self._errors = {
-            "invalid": self._pb_utils.TritonError.INVALID_ARG,
-            "unavailable": self._pb_utils.TritonError.UNAVAILABLE,
-            "cancelled": self._pb_utils.TritonError.CANCELLED,
-            "internal": self._pb_utils.TritonError.INTERNAL,
-        }
 
     def execute(self, requests: list[Any]) -> None:
         """Start answering; the responses come from the thread."""
@@ -56,10 +50,10 @@ class EntryModel:
                     continue
                 call = self._read(request, inputs)
             except (RequestError, UserError) as error:
-                self._fail(sender, error)
+                self._responses.fail(sender, error)
                 continue
             except Exception as error:  # the requests after it must be started all the same
-                self._fail_unexpectedly(sender, error)
+                self._responses.fail_unexpectedly(sender, error)
                 continue
             answer = self._answer_cancellably(request.request_id(), call, sender, wanted)
             asyncio.run_coroutine_threadsafe(answer, self._loop)
@@ -86,12 +80,12 @@ class EntryModel:
     async def _cancel(self, request_id: str, sender: Any) -> None:
         """Cancel the answers to requests of an id; this request gets no text either."""
         if not request_id:
-            self._fail(sender, RequestError("stop is for a request with the id of those to cancel: send one"))
+            self._responses.fail(sender, RequestError("stop is for a request with the id of those to cancel: send one"))
             return
         running = tuple(self._running.get(request_id, ()))
         for task in running:
             task.cancel()
-        self._fail(sender, RequestError(f"{len(running)} request(s) of this id were cancelled", "cancelled"))
+        self._responses.fail(sender, RequestError(f"{len(running)} request(s) of this id were cancelled", "cancelled"))
 
     async def _answer_cancellably(self, request_id: str, call: Call, sender: Any, wanted: set[str]) -> None:
         task = asyncio.ensure_future(self._answer(call, sender, wanted))
@@ -100,7 +94,7 @@ class EntryModel:
         try:
             await task
         except asyncio.CancelledError:
-            self._fail(sender, RequestError("the request was cancelled", "cancelled"))
+            self._responses.fail(sender, RequestError("the request was cancelled", "cancelled"))
         finally:
             if request_id:
                 self._running[request_id].discard(task)
@@ -115,12 +109,12 @@ class EntryModel:
                 last = delta.finish_reason is not None
                 # Tokens without text yet, half a character for example, go out with the text that they become.
                 if last or (call.stream and ready.text):
-                    self._send(sender, call, ready, wanted, last=last)
+                    self._responses.send(sender, call.answer.outputs(ready), wanted, last=last)
                     ready = Delta()
         except RequestError as error:
-            self._fail(sender, error)
+            self._responses.fail(sender, error)
         except Exception as error:  # nobody else would tell the client
-            self._fail_unexpectedly(sender, error)
+            self._responses.fail_unexpectedly(sender, error)
 
     async def _deltas(self, call: Call, sender: Any) -> AsyncIterator[Delta]:
         """The engine's deltas up to the last; raises RequestError where it fails or the client has gone."""
@@ -177,7 +171,7 @@ class EntryModel:
         """Where the engine listens, asked through Triton. Raises RequestError where its process is dead."""
         import numpy as np
 
-        pb_utils = self._pb_utils
+        pb_utils = self._responses.pb_utils
         command = pb_utils.Tensor("command", np.array([b"address"], dtype=object))
         request = pb_utils.InferenceRequest(
             model_name=ENGINE_MODEL, requested_output_names=["answer"], inputs=[command]
@@ -187,19 +181,3 @@ class EntryModel:
             raise RequestError(f"{_GONE} ({response.error().message()})", "unavailable")
         answer = pb_utils.get_output_tensor_by_name(response, "answer")
         return bytes(answer.as_numpy().ravel()[0]).decode()
-
-    def _send(self, sender: Any, call: Call, delta: Delta, wanted: set[str], *, last: bool) -> None:
-        outputs = call.answer.outputs(delta)
-        # An output that nobody asked for crashes the stub of Triton 2.51 on Python 3.12.
-        tensors = [self._pb_utils.Tensor(name, array) for name, array in outputs.items() if name in wanted]
-        flags = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-        sender.send(self._pb_utils.InferenceResponse(tensors), flags=flags)
-
-    def _fail_unexpectedly(self, sender: Any, error: Exception) -> None:
-        self._pb_utils.Logger.log_error(f"starling: {type(error).__name__}: {error}")
-        self._fail(sender, RequestError(f"unexpected {type(error).__name__}: {error}", "internal"))
-
-    def _fail(self, sender: Any, error: Exception) -> None:
-        kind = error.kind if isinstance(error, RequestError) else "invalid"
-        response = self._pb_utils.InferenceResponse(error=self._pb_utils.TritonError(str(error), self._errors[kind]))
-        sender.send(response, flags=self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

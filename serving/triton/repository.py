@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from starling import __version__
@@ -17,8 +18,9 @@ from starling.engine.batching.prefix_store import DEFAULT_PREFIX_CACHE
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import UserError
 from starling.engine.installation import source
+from starling.engine.names import Task
 from starling.engine.whole_files import new_folder
-from starling.serving.triton import engine_model
+from starling.serving.triton import engine_model, scoring_inputs
 from starling.serving.triton.entry_interface import Interface
 from starling.serving.triton.entry_model import ENGINE_MODEL
 from starling.serving.triton.llmapi import LlmApiInterface
@@ -68,8 +70,8 @@ class RepositoryOptions:
     copy: bool = False
     force: bool = False
 
-    def parameters(self) -> dict[str, str]:
-        """The engine model's parameters in config.pbtxt, but for the bundle."""
+    def parameters(self, task: Task) -> dict[str, str]:
+        """The engine model's parameters in config.pbtxt, but for the bundle, which is for `task`."""
         given = {
             "backend": self.backend,
             "engine": self.engine,
@@ -77,9 +79,9 @@ class RepositoryOptions:
             "max_seq": self.max_seq,
             "queue_limit": self.max_queue,
             "threads": self.threads,
-            "speculation": self.speculation,
-            "prefix_cache": self.prefix_cache,
         }
+        if task == "generate":
+            given |= {"speculation": self.speculation, "prefix_cache": self.prefix_cache}
         return {name: str(value) for name, value in given.items() if value is not None}
 
 
@@ -108,6 +110,23 @@ def _write(bundle: Bundle, folder: Path, options: RepositoryOptions) -> None:
     if options.copy:
         where = "bundle"
         shutil.copytree(bundle.folder, folder / ENGINE_MODEL / _VERSION / where)
+    parameters = {"bundle": where, **options.parameters(bundle.task), **_environment(options)}
+    if bundle.task == "generate":
+        _write_generating(folder, parameters, options)
+    else:
+        _write_scoring(folder, bundle, parameters, options)
+    _write_texts(folder, bundle, where)
+
+
+def _write_scoring(folder: Path, bundle: Bundle, parameters: Mapping[str, str], options: RepositoryOptions) -> None:
+    what = "Scores texts." if bundle.task == "score" else "Embeds texts."
+    inputs, outputs = scoring_inputs.INPUTS, scoring_inputs.outputs_of(bundle)
+    kind = options.instance_kind
+    config = ModelConfig(ENGINE_MODEL, what, inputs, outputs, kind=kind, parameters=parameters)
+    _write_model(folder, config, "scoring_model")
+
+
+def _write_generating(folder: Path, parameters: Mapping[str, str], options: RepositoryOptions) -> None:
     _write_model(
         folder,
         ModelConfig(
@@ -117,7 +136,7 @@ def _write(bundle: Bundle, folder: Path, options: RepositoryOptions) -> None:
             engine_model.INPUTS,
             engine_model.OUTPUTS,
             kind=options.instance_kind,
-            parameters={"bundle": where, **options.parameters(), **_environment(options)},
+            parameters=parameters,
         ),
         "engine_model",
     )
@@ -132,7 +151,6 @@ def _write(bundle: Bundle, folder: Path, options: RepositoryOptions) -> None:
             parameters=_environment(options),
         )
         _write_model(folder, config, module)
-    _write_texts(folder, bundle, where)
 
 
 _ENTRIES: tuple[tuple[str, str, Interface, str], ...] = (
@@ -158,18 +176,30 @@ def _write_model(folder: Path, config: ModelConfig, module: str) -> None:
 
 
 def _write_texts(folder: Path, bundle: Bundle, where: str) -> None:
+    templates = files("starling.serving.triton").joinpath("templates")
     values = {
+        **_readme_parts(templates, bundle),
         "version": __version__,
         "bundle": "starling/1/bundle, inside this repository" if where == "bundle" else where,
         "model": str(bundle.source.get("name")),
         "source": shlex.quote(source()),
     }
-    for template in files("starling.serving.triton").joinpath("templates").iterdir():
+    for template in templates.iterdir():
+        if template.is_dir():
+            continue
         file = folder / template.name
         file.write_text(_filled(template.read_text(encoding="utf-8"), values), encoding="utf-8")
         if file.suffix == ".sh":
             file.chmod(file.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
     (folder / MARK).write_text(json.dumps({"starling_version": values["version"]}) + "\n", encoding="utf-8")
+
+
+def _readme_parts(templates: Traversable, bundle: Bundle) -> dict[str, str]:
+    """What README.md says of the models of a bundle that generates, or of one that does not."""
+    folder = templates.joinpath("generating" if bundle.task == "generate" else "scoring")
+    parts = {name: folder.joinpath(f"{name}.md").read_text(encoding="utf-8").strip() for name in ("models", "ask")}
+    numbers = scoring_inputs.NUMBERS.get(bundle.task, "")
+    return {name: _filled(text, {"numbers": numbers}) for name, text in parts.items()}
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:

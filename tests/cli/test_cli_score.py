@@ -90,7 +90,6 @@ def test_a_bundle_that_generates_is_not_scored_by(tiny_bundle: Path) -> None:
         ("verify",),
         ("evaluate",),
         ("profile",),
-        ("triton", "repo"),
         ("build",),
         ("batch", "in.jsonl", "out.jsonl"),
     ],
