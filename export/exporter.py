@@ -11,8 +11,9 @@ from typing import Any
 import onnx_ir as ir
 
 from starling import __version__
-from starling.engine.bundle.manifest import FIRST_VERSION, FORMAT, FORMAT_VERSION, Architecture, Pooling
-from starling.engine.errors import UserError
+from starling.engine.backends.onnxruntime.onnxruntime_backend import check_runs_on_cpu
+from starling.engine.bundle.manifest import FIRST_VERSION, FORMAT, FORMAT_VERSION, Architecture, Bundle, Pooling
+from starling.engine.errors import BackendError, UserError
 from starling.engine.names import DTYPES
 from starling.engine.progress import Progress, Silent
 from starling.engine.verification import LOGITS_FILE
@@ -34,7 +35,7 @@ from starling.export.weights.weight_file import WrittenFile, bytes_per_token, pl
 
 GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
 _SPARE_BYTES = 64 * 2**20  # graphs, tokenizer, JSON
-_NO_BF16 = "logits were not compared with PyTorch's: ONNX Runtime's CPU provider does not run bfloat16"
+_NO_BF16 = "logits were not compared with PyTorch's: nothing here runs bfloat16 on the CPU"
 _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -264,7 +265,7 @@ def _check(
         return None, None, "not compared with PyTorch: too little memory even for the first layers"
     compared = checkpoint if whole else replace(checkpoint, config=cut(checkpoint.config, CUT_LAYERS))
     progress.phase("comparing with PyTorch" if whole else f"comparing the first {CUT_LAYERS} layers with PyTorch")
-    if options.dtype == "bf16":
+    if options.dtype == "bf16" and not _runs_on_cpu(folder):
         model = load_compared(compared)
         keeps = whole and checkpoint.task == "generate"
         return None, keep_logits(model, folder) if keeps else None, _NO_BF16
@@ -278,6 +279,14 @@ def _check(
         None,
         f"compared with PyTorch on the first {CUT_LAYERS} of {arch.layers} layers: the whole needs more memory",
     )
+
+
+def _runs_on_cpu(folder: Path) -> bool:
+    try:
+        check_runs_on_cpu(Bundle.open(folder))
+    except BackendError:
+        return False
+    return True
 
 
 def _measure(checkpoint: Checkpoint, folder: Path) -> tuple[Parity | PooledParity, dict[str, Any] | None]:

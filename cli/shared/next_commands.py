@@ -33,15 +33,14 @@ def generate_command(folder: Path, *options: str) -> str:
 def after_export(bundle: Bundle) -> str:
     """The line that tells what to do with a new bundle."""
     folder = quoted(bundle.folder)
+    runs = bundle.dtype != "bf16" or bundle.kernel_graph is not None
     if bundle.task != "generate":
-        return f"next: starling {'inspect' if bundle.dtype == 'bf16' else 'score'} {folder}" + (
-            "" if bundle.dtype == "bf16" else f' "{EXAMPLE_PROMPT}"'
-        )
+        return f'next: starling score {folder} "{EXAMPLE_PROMPT}"' if runs else f"next: starling inspect {folder}"
     if bundle.dialect == "tensorrt":
         return f"next: starling build {folder}{_build_options()}"
     if bundle.dialect == "canonical":  # the reference that others are measured against; nothing here runs it in bf16
         return f"next: starling {'inspect' if bundle.dtype == 'bf16' else 'evaluate'} {folder}"
-    if bundle.dtype == "bf16":
+    if not runs:
         return f"next, on a machine with CUDA: {generate_command(bundle.folder, '--backend onnxruntime-cuda')}"
     return f"next: {generate_command(bundle.folder)}"
 

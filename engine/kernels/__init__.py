@@ -1,8 +1,9 @@
 """CPU kernels: operators for ONNX Runtime in a C++ library that is built when the package is installed.
 
 Where it is missing (no compiler, another processor, another system) the engine runs the bundle's plain graph with ONNX
-Runtime's own operators: the same results within rounding. `STARLING_CPU_KERNELS=0` does so everywhere;
-`STARLING_CPU_ISA=avx2` or `avx-vnni` takes what a processor without AVX-512 would.
+Runtime's own operators: the same results within rounding; bf16 bundles run on a CPU by the kernels alone.
+`STARLING_CPU_KERNELS=0` does so everywhere; `STARLING_CPU_ISA=avx2` or `avx-vnni` takes what a processor without
+AVX-512 would, `=avx512` one without AMX.
 """
 
 from __future__ import annotations
@@ -14,16 +15,26 @@ from functools import cache
 from pathlib import Path
 
 from starling.engine.installation import install_command
+from starling.engine.names import DType
 
 SWITCH = "STARLING_CPU_KERNELS"
 
 
 @dataclass(frozen=True, slots=True)
 class KernelLibrary:
-    """The library to register in a session, and the instruction set that it uses on this processor."""
+    """The library to register in a session, and the instruction sets that it uses on this processor.
+
+    `fp16` and `bf16` are those of products of such weights, `instruction_set` that of all others.
+    """
 
     path: Path
     instruction_set: str
+    fp16: str
+    bf16: str
+
+    def instruction_set_of(self, dtype: DType) -> str:
+        """What multiplies the weights of a bundle of that type."""
+        return {"fp16": self.fp16, "bf16": self.bf16}.get(dtype, self.instruction_set)
 
 
 class KernelsUnavailable(Exception):
@@ -62,4 +73,7 @@ def _load() -> KernelLibrary:
     name = library.starling_instruction_set()
     if name is None:
         raise KernelsUnavailable("this processor has neither AVX2 nor AVX-512")
-    return KernelLibrary(path, name.decode())
+    library.starling_half_instruction_set.argtypes = [ctypes.c_bool]
+    library.starling_half_instruction_set.restype = ctypes.c_char_p
+    fp16, bf16 = (library.starling_half_instruction_set(is_bfloat16).decode() for is_bfloat16 in (False, True))
+    return KernelLibrary(path, name.decode(), fp16, bf16)

@@ -103,7 +103,7 @@ def _inference(runtime: dict[str, Any]) -> dict[str, Any]:
         )
     if runtime["version"] is None:
         return _finding(subject, False, runtime["error"])
-    return _finding(subject, True, "run on the CPU with fp32 and fp16 bundles, quantized or not")
+    return _finding(subject, True, "run on the CPU, with bf16 bundles by the CPU kernels alone")
 
 
 def _cuda(runtime: dict[str, Any], gpus: list[dict[str, str]]) -> dict[str, Any]:
@@ -121,10 +121,11 @@ def _kernels() -> dict[str, Any]:
     """The engine's own CPU kernels, and which products they take here."""
     subject = "CPU kernels"
     try:
-        isa = require_kernel_library().instruction_set
+        library = require_kernel_library()
     except KernelsUnavailable as error:
         return _finding(subject, False, f"{error}; ONNX Runtime's own operators run everything")
-    return _finding(subject, True, f"{isa}: int8 and int4 products, and attention")
+    text = f"{library.instruction_set}: int8 and int4 products, and attention; fp16 products {library.fp16}"
+    return _finding(subject, True, f"{text}; bf16 products {library.bf16}")
 
 
 def _export(packages: dict[str, str | None]) -> dict[str, Any]:

@@ -95,6 +95,8 @@ CPU_PEERS = (
         ("llama-cpp-python==0.3.36", "numpy==2.4.6"),
         (
             Recipe("F32", "fp32", {"type": "ALL_F32"}),
+            Recipe("F16", "fp16", {"type": "MOSTLY_F16"}),
+            Recipe("BF16", "bf16", {"type": "MOSTLY_BF16"}),
             Recipe("Q8_0", "int8", {"type": "MOSTLY_Q8_0"}),
             Recipe("Q4_0", "int4", {"type": "MOSTLY_Q4_0"}),
             Recipe("Q4_K_M", "int4", {"type": "MOSTLY_Q4_K_M"}),
@@ -115,6 +117,8 @@ CPU_PEERS = (
         (
             Recipe("fp32", "fp32", {"weight_format": "fp32"}, _OPENVINO_FP32),
             Recipe("fp32 default", "fp32", {"weight_format": "fp32"}, model="fp32"),
+            Recipe("fp16", "fp16", {"weight_format": "fp16"}, {"INFERENCE_PRECISION_HINT": "f16"}),
+            Recipe("bf16", "bf16", {"weight_format": "fp32"}, {"INFERENCE_PRECISION_HINT": "bf16"}, model="fp32"),
             _openvino("int8"),
             _openvino("int4", "--group-size", "32"),
         ),

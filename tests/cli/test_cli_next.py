@@ -64,11 +64,13 @@ def test_after_the_canonical_dialect_comes_evaluate(tmp_path: Path) -> None:
 
 def test_what_no_cpu_runs_is_not_named_for_one(tiny_bundle: Path, tmp_path: Path) -> None:
     copied = copy_bundle(tiny_bundle, tmp_path / "bf16")
-    edit_manifest(copied, dtype="bf16")
+    edit_manifest(copied, dtype="bf16", kernel_graph=None)
     bundle = Bundle.open(copied)
     line = after_export(bundle)
     assert line.startswith("next, on a machine with CUDA: starling generate ")
     assert words_of(line)[-2:] == ["--backend", "onnxruntime-cuda"]
+    with_kernels = replace(bundle, kernel_graph="model_kernels.onnx")
+    assert words_of(after_export(with_kernels)) == ["generate", str(copied), EXAMPLE_PROMPT]
     assert after_export(replace(bundle, dialect="canonical")) == f"next: starling inspect {copied}"
 
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from kernel_models import run_in_place, session
 from numpy.typing import NDArray
+from onnx import helper
 
 from starling.engine.engine import Engine
 from starling.engine.kernels import KernelsUnavailable, kernel_library, require_kernel_library
@@ -20,9 +22,14 @@ from starling.engine.kernels import KernelsUnavailable, kernel_library, require_
 pytestmark = pytest.mark.skipif(kernel_library() is None, reason="the CPU kernels are not built on this machine")
 
 Floats = NDArray[np.float32]
+CACHE_TYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
-@pytest.fixture(params=["best", "avx-vnni", "avx2"])
+@pytest.fixture(params=["best", "avx-vnni", "avx512", "avx2"])
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What this processor can do at best, and what others would take."""
     if request.param == "avx-vnni" and not _has_avx_vnni():
@@ -277,13 +284,14 @@ class Attention:
         *,
         reduced: bool = False,
         threads: int = 2,
+        cache_type: str = "float32",
         spoil: tuple[int, int, slice] | None = None,
     ) -> list[Floats]:
         """Outputs of steps of (tokens, positions before them by row), one after the other on one cache.
 
         `spoil`: step, row and columns of its input that are not a number.
         """
-        running, cache = self._opened(domain, len(steps[0][1]), reduced=reduced, threads=threads)
+        running, cache = self._opened(domain, len(steps[0][1]), reduced=reduced, threads=threads, cache=cache_type)
         found = []
         for index, (tokens, before) in enumerate(steps):
             ends = np.array(before, np.int32) + tokens
@@ -295,10 +303,10 @@ class Attention:
         return found
 
     def by_parts(
-        self, parts: list[tuple[int, int, int]], *, reduced: bool = False, threads: int = 2
-    ) -> tuple[Floats, Floats]:
+        self, parts: list[tuple[int, int, int]], *, reduced: bool = False, threads: int = 2, cache_type: str = "float32"
+    ) -> tuple[Floats, NDArray[Any]]:
         """Parts (row, first position, tokens) in one call, after all that is before them; output, and the keys."""
-        running, cache = self._opened("starling", 5, reduced=reduced, threads=threads)
+        running, cache = self._opened("starling", 5, reduced=reduced, threads=threads, cache=cache_type)
         before = [[(row, 0, start)] for row, start, _ in parts if start > 0]
         for together in (*before, parts):
             places = [(max(start, 0), tokens) for _, start, tokens in together if tokens > 0]
@@ -312,13 +320,16 @@ class Attention:
     def _width(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
-    def _opened(self, domain: str, rows: int, *, reduced: bool, threads: int) -> tuple[Any, dict[str, Floats]]:
+    def _opened(
+        self, domain: str, rows: int, *, reduced: bool, threads: int, cache: str
+    ) -> tuple[Any, dict[str, NDArray[Any]]]:
         """The operator, and a cache of zeros."""
+        kind = CACHE_TYPES[cache]
         half = (self.rotated or self.head_dim) // 2
         angles = np.arange(self.positions)[:, None] / 100.0 ** (np.arange(half) / half)
         weights = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
-        cache = {
-            f"past_{side}": np.zeros((rows, self.kv_heads, self.positions, self.head_dim), np.float32)
+        past = {
+            f"past_{side}": np.zeros((rows, self.kv_heads, self.positions, self.head_dim), kind)
             for side in ("key", "value")
         }
         attributes: dict[str, Any] = {
@@ -333,11 +344,20 @@ class Attention:
             attributes["reduced_precision"] = int(reduced)
         names = ["query", "", "", "past_key", "past_value", "lengths", "total", "cos", "sin"]
         outputs = ["output", "present_key", "present_value"]
-        fed = {"query": _random(1, 1, 1), **cache, "lengths": np.zeros(1, np.int32), "total": np.array(0, np.int32)}
+        fed = {"query": _random(1, 1, 1), **past, "lengths": np.zeros(1, np.int32), "total": np.array(0, np.int32)}
+        kinds = dict.fromkeys(outputs[1:], helper.np_dtype_to_tensor_dtype(kind))
         running = session(
-            "GroupQueryAttention", domain, names, outputs, fed=fed, weights=weights, threads=threads, **attributes
+            "GroupQueryAttention",
+            domain,
+            names,
+            outputs,
+            fed=fed,
+            weights=weights,
+            threads=threads,
+            output_types=kinds,
+            **attributes,
         )
-        return running, cache
+        return running, past
 
 
 def _token_rows(start: int, tokens: int, width: int) -> Floats:
@@ -370,17 +390,18 @@ class TestGroupQueryAttention:
         for ours, theirs in zip(shape.outputs("starling", steps), shape.outputs("com.microsoft", steps), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
+    @pytest.mark.parametrize("cache", CACHE_TYPES)
     @pytest.mark.parametrize("reduced", [False, True])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_parts_of_several_rows_are_as_each_alone(self, shape: Attention, reduced: bool) -> None:
+    def test_parts_of_several_rows_are_as_each_alone(self, shape: Attention, reduced: bool, cache: str) -> None:
         """A token of one row, a long piece and a short one of others, in one call, with a row between that has none."""
         parts = [(0, 37, 1), (1, 5, 60), (3, 130, 4), (4, 0, 1)]
         for threads in (1, 3):
-            together, keys = shape.by_parts(parts, reduced=reduced, threads=threads)
+            together, keys = shape.by_parts(parts, reduced=reduced, threads=threads, cache_type=cache)
             first = 0
             for row, start, tokens in parts:
                 steps = [(start, [0]), (tokens, [start])] if start else [(tokens, [0])]
-                alone = shape.outputs("starling", steps, reduced=reduced)[-1]
+                alone = shape.outputs("starling", steps, reduced=reduced, cache_type=cache)[-1]
                 np.testing.assert_array_equal(together[0, first : first + tokens], alone[0])
                 assert keys[row, :, : start + tokens].any(axis=(0, 2)).all()
                 assert not keys[row, :, start + tokens :].any()
@@ -403,13 +424,16 @@ class TestGroupQueryAttention:
         with pytest.raises(Exception, match="seqlens_k"):
             SHAPES[0].by_parts(parts)
 
+    @pytest.mark.parametrize("cache", CACHE_TYPES)
     @pytest.mark.parametrize("reduced", [False, True])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_how_a_prompt_is_cut_and_shared_out_changes_no_bit(self, shape: Attention, reduced: bool) -> None:
-        whole = shape.outputs("starling", [(300, [0])], reduced=reduced)[0]
+    def test_how_a_prompt_is_cut_and_shared_out_changes_no_bit(
+        self, shape: Attention, reduced: bool, cache: str
+    ) -> None:
+        whole = shape.outputs("starling", [(300, [0])], reduced=reduced, cache_type=cache)[0]
         cuts = [(1, [0]), (150, [1]), (5, [151]), *((1, [156 + i]) for i in range(10)), (134, [166])]
         for threads in (1, 3):
-            pieces = shape.outputs("starling", cuts, reduced=reduced, threads=threads)
+            pieces = shape.outputs("starling", cuts, reduced=reduced, threads=threads, cache_type=cache)
             np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -420,6 +444,18 @@ class TestGroupQueryAttention:
         ):
             assert np.abs(ours - exact).max() < 0.05
             assert np.abs(ours - exact).mean() < 0.004
+
+    @pytest.mark.parametrize(("cache", "most", "mean"), [("float16", 0.008, 0.0004), ("bfloat16", 0.06, 0.003)])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_a_cache_of_16_bits_is_within_its_rounding(
+        self, shape: Attention, cache: str, most: float, mean: float
+    ) -> None:
+        steps = [(100, [0]), (33, [100]), (1, [133])]
+        for ours, exact in zip(
+            shape.outputs("starling", steps, cache_type=cache), shape.outputs("com.microsoft", steps), strict=True
+        ):
+            assert np.abs(ours - exact).max() < most
+            assert np.abs(ours - exact).mean() < mean
 
     @pytest.mark.parametrize("reduced", [False, True])
     @pytest.mark.parametrize("part", ["query", "key", "value"])

@@ -225,8 +225,17 @@ def test_a_greatest_logit_that_is_no_number_chooses_nothing_in_its_row_alone(
 
 
 def test_bf16_bundle_on_the_cpu_names_the_way_out(tiny_bundle: Path) -> None:
-    bundle = replace(Bundle.open(tiny_bundle), dtype="bf16")
+    bundle = replace(Bundle.open(tiny_bundle), dtype="bf16", kernel_graph=None)
     with pytest.raises(BackendError, match="bf16 has no CPU kernels: export with --dtype fp32, or use CUDA"):
+        open_backend(bundle, name="onnxruntime-cpu", max_seq=8)
+
+
+def test_bf16_bundle_without_kernels_says_why(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STARLING_CPU_KERNELS", "0")
+    bundle = replace(Bundle.open(tiny_bundle), dtype="bf16")
+    with pytest.raises(
+        BackendError, match=r"no CPU kernels \(without CPU kernels: switched off by .*=0\): export with"
+    ):
         open_backend(bundle, name="onnxruntime-cpu", max_seq=8)
 
 

@@ -187,6 +187,37 @@ def test_quantized_on_the_kernels_is_as_near_to_pytorch_as_on_onnx_runtimes_oper
     assert errors[0] < error * expected.std()
 
 
+@pytest.mark.skipif(kernel_library() is None, reason="the CPU kernels are not built on this machine")
+@pytest.mark.parametrize(("dtype", "share"), [("fp16", 0.01), ("bf16", 0.06)])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_16_bits_on_the_kernels_are_pytorchs_within_their_rounding(
+    family: Family, dtype: str, share: float, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = random_folder(family, tiny_checkpoint, tmp_path / "model")
+    manifest = export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", ExportOptions(dtype=dtype, check=False))
+    if manifest["kernel_graph"] is None:
+        assert not attends_like_the_kernels(tmp_path / "bundle")
+        return
+    ids = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = reference(ids).logits[0].numpy()
+    whole, steps = steps_of(tmp_path / "bundle", ids[0].numpy())
+    np.testing.assert_array_equal(whole, steps[TOKENS - 1])  # how the tokens are cut changes no bit
+    error = np.sqrt(np.mean([np.square(logits - expected[at]).mean() for at, logits in steps.items()]))
+    assert error < share * expected.std()
+
+
+def attends_like_the_kernels(bundle: Path) -> bool:
+    """Whether the plain graph has nothing that ours lack: experts, sinks, soft caps, heads of odd sizes."""
+    nodes = onnx.load(bundle / "model.onnx", load_external_data=False).graph.node
+    past = onnx.load(bundle / "model.onnx", load_external_data=False).graph.input
+    head_dim = next(i.type.tensor_type.shape.dim[3].dim_value for i in past if i.name.startswith("past_key_values"))
+    attention = [node for node in nodes if node.op_type == "GroupQueryAttention"]
+    lacking = any(len(node.input) > 9 or "softcap" in {a.name for a in node.attribute} for node in attention)
+    return head_dim % 16 == 0 and not lacking and not any(node.op_type in ("MoE", "QMoE") for node in nodes)
+
+
 def attends_in_kernels(bundle: Path) -> bool:
     """Whether the graph for the kernels has their attention, or ONNX Runtime's because of what theirs lacks."""
     nodes = onnx.load(bundle / "model_kernels.onnx", load_external_data=False).graph.node

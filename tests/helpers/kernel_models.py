@@ -11,11 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 from starling.engine.kernels import require_kernel_library
 
 Arrays = Mapping[str, NDArray[Any]]
-_TYPES = {
-    np.dtype(np.float32): TensorProto.FLOAT,
-    np.dtype(np.int32): TensorProto.INT32,
-    np.dtype(np.uint8): TensorProto.UINT8,
-}
 
 
 def session(
@@ -27,15 +22,25 @@ def session(
     fed: Arrays,
     weights: Arrays,
     threads: int = 2,
+    output_types: Mapping[str, int] | None = None,
     **attributes: Any,
 ) -> ort.InferenceSession:
-    """A session of one node; `fed` shows the types and ranks of what is fed, `inputs` may leave names empty."""
+    """A session of one node; `fed` shows the types and ranks of what is fed, `inputs` may leave names empty.
+
+    Outputs are float32 but for `output_types`.
+    """
     node = helper.make_node(operator, inputs, outputs, domain=domain, **attributes)
     graph = helper.make_graph(
         [node],
         "one",
-        [helper.make_tensor_value_info(name, _TYPES[x.dtype], [None] * x.ndim) for name, x in fed.items()],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), [None] * x.ndim)
+            for name, x in fed.items()
+        ],
+        [
+            helper.make_tensor_value_info(name, (output_types or {}).get(name, TensorProto.FLOAT), None)
+            for name in outputs
+        ],
         [numpy_helper.from_array(np.ascontiguousarray(x), name) for name, x in weights.items()],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
@@ -47,17 +52,16 @@ def session(
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def run_in_place(
-    running: ort.InferenceSession, fed: Arrays, cache: Mapping[str, NDArray[np.float32]]
-) -> NDArray[np.float32]:
+def run_in_place(running: ort.InferenceSession, fed: Arrays, cache: Arrays) -> NDArray[np.float32]:
     """The first output; `cache` has the arrays of past_key and past_value, which are written to as present."""
     binding = running.io_binding()
     for name, array in {**fed, **cache}.items():
-        kind = array.dtype.type
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
         binding.bind_input(name, "cpu", 0, kind, array.shape, array.ctypes.data)
     first, *present = (output.name for output in running.get_outputs())
     binding.bind_output(first)
     for name, array in zip(present, cache.values(), strict=True):
-        binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        binding.bind_output(name, "cpu", 0, kind, array.shape, array.ctypes.data)
     running.run_with_iobinding(binding)
     return np.asarray(binding.get_outputs()[0].numpy())

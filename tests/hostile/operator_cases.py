@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+import ml_dtypes
 from kernel_models import run_in_place, session
+from onnx import helper
 
 Arrays = dict[str, NDArray[Any]]
 INT32, INT64 = 2**31, 2**63
@@ -35,6 +37,11 @@ class Dice:
 
     def seldom(self, usual: Any, *others: Any) -> Any:
         return usual if self.random.random() < 0.95 else self.random.choice(others)
+
+    def halves(self, kind: Any, *shape: int) -> NDArray[Any]:
+        """Of 16 bits, or of 32: what one of 16 cannot hold is infinite."""
+        with np.errstate(over="ignore"):
+            return self.floats(*shape).astype(kind)
 
     def floats(self, *shape: int) -> NDArray[np.float32]:
         values = self.numpy.standard_normal(shape).astype(np.float32)
@@ -62,9 +69,10 @@ def attention(dice: Dice, **forced: Any) -> str:
         half = seldom(head_dim // 2, head_dim // 4, 0, head_dim)
         angles = seldom(positions, 1, positions + 5)
         weights = {"cos": dice.floats(angles, half), "sin": dice.floats(angles, half + seldom(0, 1))}
+    kind = np.dtype(pick(np.float32, np.float16, ml_dtypes.bfloat16))
     cache = {
-        "past_key": dice.floats(rows, kv_heads, positions, head_dim),
-        "past_value": dice.floats(rows, seldom(kv_heads, kv_heads + 1), positions, head_dim),
+        "past_key": dice.halves(kind, rows, kv_heads, positions, head_dim),
+        "past_value": dice.halves(kind, rows, seldom(kv_heads, kv_heads + 1), positions, head_dim),
     }
     given = {*fed, *cache, *weights}
     names = ["query", "key", "value", "past_key", "past_value", "lengths", "total", "cos", "sin"]
@@ -82,6 +90,7 @@ def attention(dice: Dice, **forced: Any) -> str:
         "starling",
         [name if name in given else "" for name in names],
         ["y", "present_key", "present_value"],
+        output_types=dict.fromkeys(("present_key", "present_value"), helper.np_dtype_to_tensor_dtype(kind)),
         fed={**fed, **cache},
         weights=weights,
         threads=pick(1, 2),
@@ -163,6 +172,46 @@ def linear(dice: Dice, **forced: Any) -> str:
     return "an answer of QuantizedLinear"
 
 
+def half_linear(dice: Dice, **forced: Any) -> str:
+    """One call of HalfLinear; `forced` replaces attributes."""
+    pick, seldom = dice.pick, dice.seldom
+    inputs, outputs = pick(1, 2, 31, 32, 33, 64, 100, 576, 1000), pick(1, 2, 15, 16, 17, 31, 32, 33, 64, 96, 200)
+    gated, transposed, rows = pick(True, False), pick(True, False), pick(0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 97, 200)
+    stored = (inputs, outputs) if transposed else (outputs, inputs)
+    kind = pick(np.float16, ml_dtypes.bfloat16)
+    weight = dice.halves(kind, *seldom(stored, stored[::-1], (1, *stored), (stored[0], 0)))
+    shape = (rows, inputs + seldom(0, 1, -1))
+    fed: Arrays = {"x": dice.floats(*seldom(shape, (1, *shape), shape[1:]))}
+    weights: Arrays = {"weight": weight}
+    width = outputs // 2 if gated else outputs
+    if pick(True, False):
+        weights["norm_weight"] = dice.floats(inputs + seldom(0, 1))
+    if pick(True, False):
+        weights["bias"] = dice.floats(max(outputs + seldom(0, -1), 0))
+    if pick(True, False):
+        fed["residual"] = dice.floats(rows, width + seldom(0, 1))
+    given = {*fed, *weights}
+    attributes = {
+        "K": seldom(inputs, inputs + 32, 2**32 + inputs, -inputs, 2**30, INT32 - 1, INT64 - 1),
+        "N": seldom(outputs, outputs + 1, 2**32 + outputs, 0, INT32 - 1, -INT64),
+        "transposed": int(transposed),
+        "gated": int(gated),
+        "epsilon": pick(1e-5, 0.0, float("nan")),
+    } | forced
+    running = session(
+        "HalfLinear",
+        "starling",
+        [name if name in given else "" for name in ("x", "weight", "norm_weight", "bias", "residual")],
+        ["y"],
+        fed=fed,
+        weights=weights,
+        threads=pick(1, 2),
+        **attributes,
+    )
+    running.run(None, fed)
+    return "an answer of HalfLinear"
+
+
 def known(dice: Dice) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Calls that once read outside their memory, and their neighbours: every one, many times over."""
     for _ in range(20):
@@ -173,14 +222,16 @@ def known(dice: Dice) -> Iterator[tuple[Any, dict[str, Any]]]:
         for size in (2**32 + 32, 2**32 + 576):
             yield linear, {"K": size}
             yield linear, {"N": size}
+            yield half_linear, {"K": size}
+            yield half_linear, {"N": size}
 
 
 def main(rounds: int, seed: int) -> dict[str, Any]:
     """Run the known cases and `rounds` random ones."""
     dice, answers = Dice(seed), Counter[str]()
-    cases = [*known(dice), *((dice.pick(attention, linear), {}) for _ in range(rounds))]
+    cases = [*known(dice), *((dice.pick(attention, linear, half_linear), {}) for _ in range(rounds))]
     for operator, forced in cases:
-        os.environ["STARLING_CPU_ISA"] = dice.pick("", "avx-vnni", "avx2")  # kernels of this processor, or of others
+        os.environ["STARLING_CPU_ISA"] = dice.pick("", "avx-vnni", "avx512", "avx2")
         try:
             answers[operator(dice, **forced)] += 1
         except Exception as error:  # ONNX Runtime's own classes; what matters is that it is one, and not a crash

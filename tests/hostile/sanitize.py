@@ -23,6 +23,7 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
 }
 CASES = "2000"
+KERNEL_TESTS = ("tests/engine/test_kernels.py", "tests/engine/test_half_kernels.py")
 
 
 def link_package(folder: Path) -> Path:
@@ -74,7 +75,7 @@ def main(folder: Path, cases: str = CASES) -> int:
         sys.exit(f"{loaded} is loaded, not {library}")
     for arguments in (
         ["tests/hostile/operator_cases.py", cases, "1"],
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/engine/test_kernels.py", "-k", "not InTheEngine"],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNEL_TESTS, "-k", "not InTheEngine"],
     ):
         finished = subprocess.run([*python, *arguments], cwd=ROOT, env=environment, check=False)
         if finished.returncode != 0:

@@ -44,10 +44,10 @@ def open_cpu_session(bundle: Bundle, threads: int, profile_prefix: Path | None =
     Raises BackendError where ONNX Runtime is not installed or refuses the graph.
     """
     ort = import_onnxruntime()
-    kernels, note = _kernels(bundle)
+    kernels, note = cpu_kernels(bundle)
     path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)
     session = _open_session(ort, path, _options(ort, bundle, threads, kernels, profile_prefix))
-    return CpuSession(ort, session, path, None if kernels is None else kernels.instruction_set, note)
+    return CpuSession(ort, session, path, None if kernels is None else kernels.instruction_set_of(bundle.dtype), note)
 
 
 def failed_run(error: Exception) -> BackendError:
@@ -55,7 +55,7 @@ def failed_run(error: Exception) -> BackendError:
     return BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}")
 
 
-def _kernels(bundle: Bundle) -> tuple[KernelLibrary | None, str | None]:
+def cpu_kernels(bundle: Bundle) -> tuple[KernelLibrary | None, str | None]:
     """The CPU kernels for this bundle, or why there are none where it could be otherwise."""
     if bundle.kernel_graph is None:
         return None, None

@@ -20,7 +20,7 @@ from starling.engine.backends.backend import (
     chunk_length,
     most_scored,
 )
-from starling.engine.backends.onnxruntime.cpu_session import CPU, failed_run, open_cpu_session
+from starling.engine.backends.onnxruntime.cpu_session import CPU, cpu_kernels, failed_run, open_cpu_session
 from starling.engine.backends.onnxruntime.row_copies import HostRowCopies
 from starling.engine.backends.onnxruntime.step_buffers import (
     INPUTS,
@@ -30,6 +30,7 @@ from starling.engine.backends.onnxruntime.step_buffers import (
     StepOutputs,
     StepWriter,
     allocate_cache,
+    logits_kind,
 )
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
@@ -53,11 +54,15 @@ def why_not_on_cuda(ort: Any, bundle: Bundle) -> str | None:
 
 
 def check_runs_on_cpu(bundle: Bundle) -> None:
-    """Raise BackendError where ONNX Runtime's CPU provider has no kernels for the bundle: MatMul lacks bf16."""
-    if bundle.dtype == "bf16":
+    """Raise BackendError where neither our kernels nor ONNX Runtime's run the bundle: its MatMul lacks bf16."""
+    if bundle.dtype != "bf16":
+        return
+    kernels, why_not = cpu_kernels(bundle)
+    if kernels is None:
         raise BackendError(
-            f"{bundle.folder}: ONNX Runtime's {CPU} cannot run this bundle: bf16 has no CPU kernels: export with "
-            f"--dtype fp32, or use CUDA ({install_command('gpu')})"
+            f"{bundle.folder}: ONNX Runtime's {CPU} cannot run this bundle: bf16 has no CPU kernels"
+            f"{'' if why_not is None else f' ({why_not})'}: export with --dtype fp32, or use CUDA "
+            f"({install_command('gpu')})"
         )
 
 
@@ -115,8 +120,9 @@ class OrtBackend:
         can_keep = self._why_last_only is None
         self.most_scored = most_scored(self.vocab_size, self.prefill_chunk) if can_keep else 0
         self._kept = KeptPositions(max(MOST_VERIFIED, self.most_scored)) if can_keep else None
+        self._logits = logits_kind(self._session)
         # A page of it takes memory when it is written to.
-        self._outputs = StepOutputs(bundle, self._most_kept)
+        self._outputs = StepOutputs(bundle, self._most_kept, self._logits)
         self._verifications: dict[tuple[int, int, int], _Verification] = {}
         self._row_bindings: dict[int, Any] = {}
         self._steps: dict[int, _Step] = {}
@@ -174,7 +180,7 @@ class OrtBackend:
         count = len(tokens)
         check_scored(count, self.most_scored)
         check_room(self, row, start + count - 1)
-        self._scores = outputs = self._scores or StepOutputs(self._bundle, self.most_scored)
+        self._scores = outputs = self._scores or StepOutputs(self._bundle, self.most_scored, self._logits)
         binding = self._bind(row, 1, kept=count, outputs=outputs)  # 0.2 ms, of a run of many tokens
         self._inputs.bind(binding, 1, count)
         self._inputs.write_chunk(tokens, start)

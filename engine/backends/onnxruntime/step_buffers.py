@@ -17,6 +17,14 @@ from starling.engine.names import LOGITS_TO_KEEP, NEXT_TOKENS, NOISE, PAST_LENGT
 
 # TensorProto.DataType values, which IOBinding takes.
 ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
+# What a session calls the types of logits.
+_HOST_NAMES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
+
+
+def logits_kind(session: Any) -> str | None:
+    """The type of the logits that a session's graph gives; None where it gives none of a known type."""
+    kinds = {output.name: output.type for output in session.get_outputs()}
+    return _HOST_NAMES.get(kinds.get("logits", ""))
 
 
 def first_line(error: Exception) -> str:
@@ -57,9 +65,10 @@ class StepOutputs:
     one from the logits.
     """
 
-    def __init__(self, bundle: Bundle, rows: int) -> None:
+    def __init__(self, bundle: Bundle, rows: int, kind: str | None = None) -> None:
+        """`kind`: of the logits, where the graph that runs gives others than the bundle's own."""
         kinds = {spec.name: spec.dtype for spec in bundle.graph.outputs}
-        self._kind = kinds.get("logits", "")
+        self._kind = kind or kinds.get("logits", "")
         if self._kind not in HOST_TYPES:
             raise BackendError(f"{bundle.folder}: the graph has no logits output of a known type; export it again")
         self._raw = np.zeros((rows, bundle.architecture.vocab_size), HOST_TYPES[self._kind])

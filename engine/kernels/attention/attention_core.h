@@ -1,5 +1,5 @@
 // Attention of some query rows over the keys and values of one head. Included inside a target region, after
-// vector_math.h: the same text for every instruction set.
+// vector_math.h and halves_*.h: the same text for every instruction set.
 //
 // Keys are taken in blocks (kKeys), and blocks in chunks (kChunk positions from a multiple of it), each chunk with a
 // softmax of its own; chunks are joined in order (Dao et al., FlashAttention; Milakov & Gimelshein, online softmax).
@@ -50,6 +50,45 @@ struct Float32 {
   // out [head_dim][kKeys] = keys [count][head_dim] transposed; keys that do not exist become zero.
   static void keys(const float* rows, int head_dim, int count, float* out) {
     transpose_words(rows, head_dim, count, out);
+  }
+};
+
+// A cache of float32, as Float16 and BFloat16 of halves_*.h are of 16 bits.
+struct Floats {
+  static void store(Vector x, float* to) { x.store(to); }
+};
+
+template <typename Cache>
+constexpr size_t kCacheBytes = std::is_same_v<Cache, Floats> ? sizeof(float) : sizeof(uint16_t);
+
+// `count` numbers of the cache, a multiple of 16, as float32: in `scratch`, or where they are.
+template <typename Cache>
+inline const float* widened(const void* from, int count, float* scratch) {
+  if constexpr (std::is_same_v<Cache, Floats>) {
+    return static_cast<const float*>(from);
+  } else {
+    const auto* halves = static_cast<const uint16_t*>(from);
+    for (int i = 0; i < count; i += Vector::width) Cache::load(halves + i).store(scratch + i);
+    return scratch;
+  }
+}
+
+// A row [head_dim] into the cache.
+template <typename Cache>
+inline void store_row(const float* row, int head_dim, void* to) {
+  using Stored = std::conditional_t<std::is_same_v<Cache, Floats>, float, uint16_t>;
+  for (int d = 0; d < head_dim; d += Vector::width) Cache::store(Vector::load(row + d), static_cast<Stored*>(to) + d);
+}
+
+// How rows of the cache become what a Product multiplies: keys in `out`, values there or in `scratch` or where they
+// are.
+template <typename Product, typename Cache>
+struct Reader {
+  static void keys(const void* from, int head_dim, int count, float* scratch, float* out) {
+    Product::keys(widened<Cache>(from, count * head_dim, scratch), head_dim, count, out);
+  }
+  static const float* values(const void* from, int head_dim, int count, float* scratch, float* out) {
+    return Product::values(widened<Cache>(from, count * head_dim, scratch), head_dim, count, out);
   }
 };
 
@@ -105,6 +144,43 @@ struct KeyBlock {
   int count;
 };
 
+// What a row's scores of a block weigh, as words in `weights`; what the row has so far is made to fit its new greatest.
+template <typename Product>
+inline void weigh(const AttentionRows& rows, int row, const KeyBlock& block, Vector (&scores)[kVectors], float* weights,
+                  const Partial& out) {
+  // Of this block the row sees keys [from, to).
+  const int position = rows.position + row / rows.heads;
+  const int to = std::min(block.count, position + 1 - block.begin);
+  const int from = rows.window > 0 ? position + 1 - rows.window - block.begin : 0;
+  Vector greatest = Vector::all(kNothing), seen_weights[kVectors];
+  Vector::Mask seen[kVectors];
+  for (int w = 0; w < kVectors; ++w) {
+    seen[w] = Vector::not_in(Vector::first(to - w * Vector::width), Vector::first(from - w * Vector::width));
+    scores[w] = Vector::select(seen[w], scores[w], Vector::all(kNothing));
+    greatest = max(greatest, scores[w]);
+  }
+  float& most = out.greatest[row];
+  const float before = most;
+  most = std::max(before, greatest.greatest());
+  Vector total = Vector::zero();
+  for (int w = 0; w < kVectors; ++w) {
+    seen_weights[w] = Vector::select(seen[w], exp(scores[w] - Vector::all(most)), Vector::zero());
+    total = total + seen_weights[w];
+  }
+  Product::store_weights(seen_weights, weights);
+  float& sum = out.totals[row];
+  if (before == most || before == kNothing) {
+    sum += total.sum();
+    return;
+  }
+  float* acc = out.sums + static_cast<size_t>(row) * rows.head_dim;
+  const float shrink = std::exp(before - most);
+  sum = sum * shrink + total.sum();
+  for (int d = 0; d < rows.head_dim; d += Vector::width) {
+    (Vector::load(acc + d) * Vector::all(shrink)).store(acc + d);
+  }
+}
+
 // `Rows` query rows, as words, against one block.
 template <typename Product, int Rows>
 inline void attend_rows(const AttentionRows& rows, const float* queries, int row, const KeyBlock& block,
@@ -124,39 +200,10 @@ inline void attend_rows(const AttentionRows& rows, const float* queries, int row
     }
   }
   float weights[Rows * kKeys / Product::numbers];
-  float* acc = out.sums + static_cast<size_t>(row) * head_dim;
   for (int r = 0; r < Rows; ++r) {
-    // Of this block the row sees keys [from, to).
-    const int position = rows.position + (row + r) / rows.heads;
-    const int to = std::min(block.count, position + 1 - block.begin);
-    const int from = rows.window > 0 ? position + 1 - rows.window - block.begin : 0;
-    Vector greatest = Vector::all(kNothing), seen_weights[kVectors];
-    Vector::Mask seen[kVectors];
-    for (int w = 0; w < kVectors; ++w) {
-      seen[w] = Vector::not_in(Vector::first(to - w * Vector::width), Vector::first(from - w * Vector::width));
-      scores[r][w] = Vector::select(seen[w], scores[r][w], Vector::all(kNothing));
-      greatest = max(greatest, scores[r][w]);
-    }
-    float& most = out.greatest[row + r];
-    const float before = most;
-    most = std::max(before, greatest.greatest());
-    Vector total = Vector::zero();
-    for (int w = 0; w < kVectors; ++w) {
-      seen_weights[w] = Vector::select(seen[w], exp(scores[r][w] - Vector::all(most)), Vector::zero());
-      total = total + seen_weights[w];
-    }
-    Product::store_weights(seen_weights, weights + r * kKeys / Product::numbers);
-    float& sum = out.totals[row + r];
-    if (before == most || before == kNothing) {
-      sum += total.sum();
-      continue;
-    }
-    const float shrink = std::exp(before - most);
-    sum = sum * shrink + total.sum();
-    for (int d = 0; d < head_dim; d += Vector::width) {
-      (Vector::load(acc + r * head_dim + d) * Vector::all(shrink)).store(acc + r * head_dim + d);
-    }
+    weigh<Product>(rows, row + r, block, scores[r], weights + r * kKeys / Product::numbers, out);
   }
+  float* acc = out.sums + static_cast<size_t>(row) * head_dim;
   const int seen_words = (block.count + Product::numbers - 1) / Product::numbers;
   int column = 0;
   for (; column + kVectors * Vector::width <= head_dim; column += kVectors * Vector::width) {
@@ -176,23 +223,34 @@ inline void attend_rest(int left, const AttentionRows& rows, const float* querie
   }
 }
 
-// Positions [begin, end) of one chunk, for all rows; `out` is started afresh.
-template <typename Product>
-void attend_chunk(const AttentionRows& rows, int begin, int end, float* scratch, const Partial& out) {
+// Positions [begin, end) of one chunk, block by block: `attend`(queries, block) for all rows. `out` is started afresh.
+template <typename Product, typename Cache, typename Attend>
+inline void each_block(const AttentionRows& rows, int begin, int end, float* scratch, const Partial& out,
+                       const Attend& attend) {
   std::fill_n(out.greatest, rows.count, kNothing);
   std::fill_n(out.totals, rows.count, 0.0f);
   std::fill_n(out.sums, static_cast<size_t>(rows.count) * rows.head_dim, 0.0f);
-  float *keys = scratch, *values = keys + kMostKeys * rows.head_dim, *words = values + kMostKeys * rows.head_dim;
-  const float* queries = Product::queries(rows.queries, rows.count, rows.head_dim, words);
+  const size_t size = static_cast<size_t>(kMostKeys) * rows.head_dim;
+  float *keys = scratch, *values = keys + size, *scratch_rows = values + size;
+  const float* queries = Product::queries(rows.queries, rows.count, rows.head_dim, scratch_rows + size);
   for (int first = begin; first < end; first += kKeys) {
     const int count = std::min(kKeys, end - first);
-    const size_t place = static_cast<size_t>(first) * rows.head_dim;
-    Product::keys(rows.keys + place, rows.head_dim, count, keys);
-    const KeyBlock block{keys, Product::values(rows.values + place, rows.head_dim, count, values), first, count};
+    const size_t place = static_cast<size_t>(first) * rows.head_dim * kCacheBytes<Cache>;
+    const auto *key_rows = static_cast<const uint8_t*>(rows.keys) + place,
+               *value_rows = static_cast<const uint8_t*>(rows.values) + place;
+    Reader<Product, Cache>::keys(key_rows, rows.head_dim, count, scratch_rows, keys);
+    const float* ready = Reader<Product, Cache>::values(value_rows, rows.head_dim, count, scratch_rows, values);
+    attend(queries, KeyBlock{keys, ready, first, count});
+  }
+}
+
+template <typename Product, typename Cache>
+void attend_chunk(const AttentionRows& rows, int begin, int end, float* scratch, const Partial& out) {
+  each_block<Product, Cache>(rows, begin, end, scratch, out, [&](const float* queries, const KeyBlock& block) {
     int row = 0;
     for (; row + kRows <= rows.count; row += kRows) attend_rows<Product, kRows>(rows, queries, row, block, out);
     attend_rest<Product, kRows - 1>(rows.count - row, rows, queries, row, block, out);
-  }
+  });
 }
 
 // into = into joined with the later chunk `next`, for all rows.
@@ -211,6 +269,9 @@ inline void join(const AttentionRows& rows, const Partial& next, const Partial& 
     }
   }
 }
+
+template <typename Product, typename Cache>
+constexpr AttentionKernels kernels = {rotate, store_row<Cache>, attend_chunk<Product, Cache>, join};
 
 }  // namespace
 }  // namespace starling

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace starling {
 
@@ -12,8 +13,8 @@ constexpr int kMostKeys = 64;  // positions that any of the kernels takes at a t
 // stands at `position` + i / heads. It sees the keys up to its own, at most `window` of them (0: all).
 struct AttentionRows {
   const float* queries;  // [count][head_dim], scaled
-  const float* keys;     // [positions][head_dim]
-  const float* values;   // [positions][head_dim]
+  const void* keys;      // [positions][head_dim], of the cache's type
+  const void* values;    // [positions][head_dim]
   int count;
   int head_dim;
   int heads;
@@ -38,22 +39,29 @@ struct Angles {
 
 constexpr int kMostHeadDim = 256;
 
-// The functions of one instruction set. Head dimensions are multiples of 16 up to kMostHeadDim.
+// What the KV cache holds; numbers are multiplied as the kernels say, whatever it is.
+enum class CacheType : uint8_t { kFloat32, kFloat16, kBFloat16 };
+constexpr size_t kCacheTypes = 3;
+
+// The functions of one instruction set for one type of cache. Head dimensions are multiples of 16 up to kMostHeadDim.
 struct AttentionKernels {
   void (*rotate)(const float* x, const Angles& angles, bool interleaved, int head_dim, float scale, float* out);
+  void (*store)(const float* row, int head_dim, void* to);  // into the cache
   // Attention over positions [begin, end) of one chunk; `scratch` holds attend_scratch(rows.count, head_dim) floats.
   void (*attend)(const AttentionRows& rows, int begin, int end, float* scratch, const Partial& out);
   void (*join)(const AttentionRows& rows, const Partial& next, const Partial& into);
 };
 
-// Keys, values and queries in the form in which they are multiplied.
-constexpr size_t attend_scratch(int rows, int head_dim) { return (2 * size_t{kMostKeys} + rows) * head_dim; }
+// Keys, values and queries in the form in which they are multiplied, and keys or values as float32.
+constexpr size_t attend_scratch(int rows, int head_dim) { return (3 * size_t{kMostKeys} + rows) * head_dim; }
 
-extern const AttentionKernels kAttentionBf16;  // AVX-512 with products of bfloat16
-extern const AttentionKernels kAttentionAvx512;
-extern const AttentionKernels kAttentionAvx2;
+// By type of cache.
+extern const AttentionKernels kAttentionAmx[kCacheTypes];   // the same by tiles
+extern const AttentionKernels kAttentionBf16[kCacheTypes];  // AVX-512 with products of bfloat16
+extern const AttentionKernels kAttentionAvx512[kCacheTypes];
+extern const AttentionKernels kAttentionAvx2[kCacheTypes];
 
 // The best this processor can run; nullptr where it can run none. `reduced` allows products of bfloat16.
-const AttentionKernels* attention_kernels(bool reduced);
+const AttentionKernels* attention_kernels(bool reduced, CacheType type);
 
 }  // namespace starling

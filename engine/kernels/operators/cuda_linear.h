@@ -57,8 +57,7 @@ class CudaLinear {
                                                        {ort::kFloat16, true},
                                                        {ort::kFloat16, true},
                                                        {ort::kFloat16, true}}};
-  static constexpr size_t outputs = 1;
-  static constexpr ort::ElementType output_type = ort::kFloat16;
+  static constexpr std::array<ort::ElementType, 1> outputs = {ort::kFloat16};
   static constexpr const char* provider = "CUDAExecutionProvider";
 
   CudaLinear(const NodeInfo& node, CudaContext context);

@@ -38,7 +38,8 @@ struct GroupQueryAttention::Task {
 // What one call works on.
 struct GroupQueryAttention::Step {
   const float *query, *key, *value, *cos, *sin;
-  float *past_key, *past_value, *output, *queries;
+  uint8_t *past_key, *past_value;
+  float *output, *queries;
   const Part* parts;
   int count, tokens, head_dim, positions;  // parts; tokens of all of them
   int half, angles;                        // pairs that are rotated; positions of the rotary tables
@@ -56,14 +57,15 @@ struct GroupQueryAttention::Step {
   bool is_split(const Part& part) const { return part.tokens * group <= kSplitRows; }
 };
 
-GroupQueryAttention::GroupQueryAttention(const NodeInfo& node, NoContext)
+GroupQueryAttention::GroupQueryAttention(const NodeInfo& node, CacheType type)
     : heads_(to_int(node.integer("num_heads"), "num_heads is unusable")),
       kv_heads_(to_int(node.integer("kv_num_heads"), "kv_num_heads is unusable")),
       window_(static_cast<int>(std::clamp<int64_t>(node.integer("local_window_size"), 0, kMost))),
       scale_(node.real("scale")),
+      cache_bytes_(type == CacheType::kFloat32 ? sizeof(float) : sizeof(uint16_t)),
       rotates_(node.integer("do_rotary") != 0),
       interleaved_(node.integer("rotary_interleaved") != 0),
-      kernels_(attention_kernels(node.integer("reduced_precision") != 0)) {
+      kernels_(attention_kernels(node.integer("reduced_precision") != 0, type)) {
   require(kernels_ != nullptr, "this processor has neither AVX-512 nor AVX2");
   require(kv_heads_ > 0 && heads_ > 0 && heads_ % kv_heads_ == 0, "num_heads is not a multiple of kv_num_heads");
 }
@@ -136,10 +138,11 @@ void GroupQueryAttention::compute(const Call& call) const {
   }
   shape.dims[2] = static_cast<int64_t>(query_width);
   step.output = call.output<float>(0, shape);
-  step.past_key = call.output<float>(1, cache);
-  step.past_value = call.output<float>(2, cache);
-  require(step.past_key == call.input_data<float>(kPastKey) && step.past_value == call.input_data<float>(kPastValue),
-          "present must be bound to the memory of past");
+  step.past_key = call.output<uint8_t>(1, cache);
+  step.past_value = call.output<uint8_t>(2, cache);
+  require(
+      step.past_key == call.input_data<uint8_t>(kPastKey) && step.past_value == call.input_data<uint8_t>(kPastValue),
+      "present must be bound to the memory of past");
   if (step.tokens == 0 || step.count == 0) return;
 
   thread_local Array<float> queries;
@@ -174,10 +177,12 @@ void GroupQueryAttention::write_token(const Step& step, const Part& part, int to
     kernels_->rotate(from, angles, interleaved_, step.head_dim, scale_, out);
   }
   for (int head = 0; head < kv_heads_; ++head) {
-    const size_t place = step.cache_place(part.row, kv_heads_, head, position);
+    const size_t place = step.cache_place(part.row, kv_heads_, head, position) * cache_bytes_;
     const size_t source = index * step.key_stride + static_cast<size_t>(head) * step.head_dim;
-    kernels_->rotate(step.key + source, angles, interleaved_, step.head_dim, 1.0f, step.past_key + place);
-    std::copy_n(step.value + source, step.head_dim, step.past_value + place);
+    alignas(64) float rotated[kMostHeadDim];
+    kernels_->rotate(step.key + source, angles, interleaved_, step.head_dim, 1.0f, rotated);
+    kernels_->store(rotated, step.head_dim, step.past_key + place);
+    kernels_->store(step.value + source, step.head_dim, step.past_value + place);
   }
 }
 
@@ -235,7 +240,7 @@ size_t GroupQueryAttention::add_chunks(const Step& step, int part, Task* tasks, 
 
 AttentionRows GroupQueryAttention::rows_of(const Step& step, const Task& task) const {
   const Part& part = step.parts[task.part];
-  const size_t cache = step.cache_place(part.row, kv_heads_, task.head, 0);
+  const size_t cache = step.cache_place(part.row, kv_heads_, task.head, 0) * cache_bytes_;
   return {step.queries_at(part, kv_heads_, task.head, task.token),
           step.past_key + cache,
           step.past_value + cache,

@@ -4,6 +4,7 @@
 
 #include "operators/cuda_linear.h"
 #include "operators/group_query_attention.h"
+#include "operators/half_linear.h"
 #include "operators/op.h"
 #include "operators/quantized_linear.h"
 
@@ -43,14 +44,21 @@ extern "C" __attribute__((visibility("default"))) starling::ort::Status* Registe
     return api.add_domain(options, domain);
   }
   static const Op<QuantizedLinear> linear;
-  static const Op<GroupQueryAttention> attention;
+  static const Op<HalfLinearOf<ort::kFloat16>> linear_float16;
+  static const Op<HalfLinearOf<ort::kBFloat16>> linear_bfloat16;
+  static const Op<GroupQueryAttentionOf<ort::kFloat>> attention;
+  static const Op<GroupQueryAttentionOf<ort::kFloat16>> attention_float16;
+  static const Op<GroupQueryAttentionOf<ort::kBFloat16>> attention_bfloat16;
   // One domain for the life of the process, as sessions refer to it.
   static std::mutex mutex;
   static ort::CustomOpDomain* domain = nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
   if (domain == nullptr) {
     ort::CustomOpDomain* made = nullptr;
-    if (ort::Status* status = make_domain(api, &made, {&linear, &attention})) return status;
+    if (ort::Status* status = make_domain(
+            api, &made,
+            {&linear, &linear_float16, &linear_bfloat16, &attention, &attention_float16, &attention_bfloat16}))
+      return status;
     domain = made;
   }
   return api.add_domain(options, domain);
@@ -65,5 +73,11 @@ extern "C" __attribute__((visibility("default"))) void starling_next_session_on_
 // What the kernels use on this processor; nullptr where they cannot run.
 extern "C" __attribute__((visibility("default"))) const char* starling_instruction_set() {
   const starling::BlockKernels* kernels = starling::block_kernels();
+  return kernels == nullptr ? nullptr : kernels->name;
+}
+
+// The same for products of weights of 16 bits.
+extern "C" __attribute__((visibility("default"))) const char* starling_half_instruction_set(bool is_bfloat16) {
+  const starling::HalfKernels* kernels = starling::half_kernels(is_bfloat16);
   return kernels == nullptr ? nullptr : kernels->name;
 }

@@ -172,8 +172,8 @@ struct NoContext {};
 
 // An operator whose kernel is a class Kernel with
 //   static constexpr const char* name; static constexpr std::array<InputSpec, n> inputs;
-//   static constexpr size_t outputs; static constexpr ort::ElementType output_type; static constexpr const char*
-//   provider; Kernel(const NodeInfo&, Context&); void compute(const Call&).
+//   static constexpr std::array<ort::ElementType, m> outputs; static constexpr const char* provider;
+//   Kernel(const NodeInfo&, Context&); void compute(const Call&).
 template <typename Kernel, typename Context = NoContext>
 class Op : public ort::CustomOp {
  public:
@@ -187,8 +187,8 @@ class Op : public ort::CustomOp {
       return Kernel::inputs[index].optional ? ort::kOptional : ort::kRequired;
     };
     get_input_memory = [](const CustomOp*, size_t) { return 0; };
-    get_output_count = [](const CustomOp*) { return Kernel::outputs; };
-    get_output_type = [](const CustomOp*, size_t) { return Kernel::output_type; };
+    get_output_count = [](const CustomOp*) { return Kernel::outputs.size(); };
+    get_output_type = [](const CustomOp*, size_t index) { return Kernel::outputs[index]; };
     get_output_presence = [](const CustomOp*, size_t) { return ort::kRequired; };
     get_variadic_input_minimum = [](const CustomOp*) { return 1; };
     get_variadic_input_homogeneity = [](const CustomOp*) { return 1; };

@@ -22,7 +22,7 @@ struct ShapeInferContext;
 constexpr uint32_t kApiVersion = 17;
 
 enum ErrorCode { kInvalidArgument = 2 };
-enum ElementType { kFloat = 1, kUInt8 = 2, kInt32 = 6, kFloat16 = 10 };
+enum ElementType { kFloat = 1, kUInt8 = 2, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
 enum Presence { kRequired = 0, kOptional = 1 };
 
 struct ApiBase {

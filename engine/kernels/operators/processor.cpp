@@ -6,6 +6,13 @@
 
 #include "attention/attention_kernels.h"
 #include "product/block_product.h"
+#include "product/half_product.h"
+#include "simd/amx.h"
+
+#if STARLING_HAS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace starling {
 namespace {
@@ -15,7 +22,8 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-// STARLING_CPU_ISA=avx2 or avx-vnni takes what a processor with no more would, for tests and comparisons.
+// STARLING_CPU_ISA=avx2 or avx-vnni takes what a processor with no more would, =avx512 what one without AMX would, for
+// tests and comparisons.
 bool is_held_to(const char* instruction_set) {
   const char* most = std::getenv("STARLING_CPU_ISA");
   return most != nullptr && std::strcmp(most, instruction_set) == 0;
@@ -34,7 +42,33 @@ bool has_avx512() {
   return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
 }
 
+bool has_amx_bf16() {
+  if (!has_avx512() || is_held_to("avx512") || !__builtin_cpu_supports("avx512bf16")) return false;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // EDX of leaf 7
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAmxBf16) != 0 && (d & kAmxTile) != 0 && may_use_amx();
+}
+
 }  // namespace
+
+bool may_use_amx() {
+#if STARLING_HAS_AMX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+const HalfKernels* half_kernels(bool is_bfloat16) {
+#if STARLING_HAS_AMX
+  if (is_bfloat16 && has_amx_bf16()) return &kHalfAmx;
+#endif
+  if (has_avx512()) return is_bfloat16 ? &kBFloat16Avx512 : &kFloat16Avx512;
+  if (!has_avx2()) return nullptr;
+  return is_bfloat16 ? &kBFloat16Avx2 : &kFloat16Avx2;
+}
 
 const BlockKernels* block_kernels() {
   if (has_avx512() && __builtin_cpu_supports("avx512vnni")) return &kAvx512Vnni;
@@ -44,10 +78,14 @@ const BlockKernels* block_kernels() {
   return has_avx2() ? &kAvx2 : nullptr;
 }
 
-const AttentionKernels* attention_kernels(bool reduced) {
-  if (reduced && has_avx512() && __builtin_cpu_supports("avx512bf16")) return &kAttentionBf16;
-  if (has_avx512()) return &kAttentionAvx512;
-  return has_avx2() ? &kAttentionAvx2 : nullptr;
+const AttentionKernels* attention_kernels(bool reduced, CacheType type) {
+  const auto at = static_cast<size_t>(type);
+#if STARLING_HAS_AMX
+  if (reduced && has_amx_bf16()) return &kAttentionAmx[at];
+#endif
+  if (reduced && has_avx512() && __builtin_cpu_supports("avx512bf16")) return &kAttentionBf16[at];
+  if (has_avx512()) return &kAttentionAvx512[at];
+  return has_avx2() ? &kAttentionAvx2[at] : nullptr;
 }
 
 }  // namespace starling

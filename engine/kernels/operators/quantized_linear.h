@@ -23,8 +23,7 @@ class QuantizedLinear {
                                                        {ort::kFloat, true},
                                                        {ort::kFloat, true},
                                                        {ort::kUInt8, true}}};
-  static constexpr size_t outputs = 1;
-  static constexpr ort::ElementType output_type = ort::kFloat;
+  static constexpr std::array<ort::ElementType, 1> outputs = {ort::kFloat};
   static constexpr const char* provider = "CPUExecutionProvider";
 
   QuantizedLinear(const NodeInfo& node, NoContext);

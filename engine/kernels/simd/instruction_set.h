@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #define STARLING_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)

@@ -111,7 +111,7 @@ class CpuMachine:
     torch_device, is_card = "cpu", False
 
     def why_not(self, bundle: Bundle) -> str | None:
-        return "ONNX Runtime's CPU provider does not run bfloat16" if bundle.dtype == "bf16" else None
+        return "a CPU runs bfloat16 with our kernels alone, and here without" if bundle.dtype == "bf16" else None
 
     def open(
         self,
