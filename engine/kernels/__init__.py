@@ -66,14 +66,15 @@ def _load() -> KernelLibrary:
         )
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
+        functions = library.starling_instruction_set, library.starling_half_instruction_set
+    except (OSError, AttributeError) as error:  # not a library; one of an older version
         again = install_command(None, "--force-reinstall", "--no-cache-dir", "--no-deps")
         raise KernelsUnavailable(f"{path.name} does not load ({error}): {again}") from error
-    library.starling_instruction_set.restype = ctypes.c_char_p
-    name = library.starling_instruction_set()
+    for function in functions:
+        function.restype = ctypes.c_char_p
+    functions[1].argtypes = [ctypes.c_bool]
+    name = functions[0]()
     if name is None:
         raise KernelsUnavailable("this processor has neither AVX2 nor AVX-512")
-    library.starling_half_instruction_set.argtypes = [ctypes.c_bool]
-    library.starling_half_instruction_set.restype = ctypes.c_char_p
-    fp16, bf16 = (library.starling_half_instruction_set(is_bfloat16).decode() for is_bfloat16 in (False, True))
+    fp16, bf16 = (functions[1](is_bfloat16).decode() for is_bfloat16 in (False, True))
     return KernelLibrary(path, name.decode(), fp16, bf16)
