@@ -39,6 +39,12 @@ _ACTIVATION_OPTIONS = ("calibration", "calibration_tokens", "smoothing", "accept
     type=Choice(TASKS),
     help="What OUT is for; embed gives a language model's last hidden states.  [default: what MODEL is for]",
 )
+@click.option(
+    "--pooling",
+    type=Choice(("last", "mean")),
+    help="--task embed: the last token's hidden state, or the mean over all tokens.  "
+    "[default: as 1_Pooling/config.json says, else last]",
+)
 @click.option("--dtype", type=Choice(DTYPES), default="fp32", show_default=True, help="Type of what is computed.")
 @click.option(
     "--max-positions",
@@ -125,7 +131,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
             max_positions=options["max_positions"],
         )
         progress.phase(f"opening {model}")
-        checkpoint = for_task(open_checkpoint(found), options["task"])
+        checkpoint = for_task(open_checkpoint(found), options["task"], options["pooling"])
         manifest = export_bundle(checkpoint, out, how, progress)
     seconds = perf_counter() - begin
     if as_json:
@@ -152,6 +158,8 @@ def _check_settings(out: Path, options: dict[str, Any]) -> BlockQuantization | Q
         refuse_options(_QDQ_OPTIONS, "is for --dialect tensorrt")
     if dialect != "ort":
         refuse_options(["all_logits"], "is for --dialect ort: no other has a graph for onnxruntime-genai")
+    if options["task"] != "embed":
+        refuse_options(["pooling"], "is about embeddings: add --task embed")
     if options["check"] is False:
         refuse_options(["accept_quality"], "is about the comparison with PyTorch, which --no-check leaves out")
     from starling.export.bundle_folder import check_target

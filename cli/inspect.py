@@ -125,9 +125,10 @@ def task_line(bundle: Bundle) -> str:
         "last_but_pad": f"the last token that is not {how.pad}",
         "before_first_pad": "the last token" if how.pad is None else f"the token before the first {how.pad}",
     }
+    words = {name: f"read at {where}" for name, where in words.items()} | {"mean": "the mean over all tokens"}
     labels = f" {', '.join(how.labels)}" if how.labels else ""
     length = "" if how.max_length is None else f", {how.max_length} tokens, cut at the {how.truncation_side}"
-    return f"{bundle.task}{labels}, read at {words[how.read_at]}{length}"
+    return f"{bundle.task}{labels}, {words[how.read_at]}{length}"
 
 
 def precision(bundle: Bundle) -> str:

@@ -292,7 +292,9 @@ class Engine:
     def embed_texts(
         self, texts: Sequence[TextInput], *, template: str | None = None, truncate: int | None = None
     ) -> Vectors:
-        """The last hidden states float32 [texts, hidden] of texts, chats or token ids, not normalized.
+        """A vector each, float32 [texts, hidden], of texts, chats or token ids, not normalized.
+
+        It is the last token's hidden state, or the mean over all tokens, as `bundle.pooling.read_at` says.
 
         Arguments and errors are those of `score_texts`; the bundle is one that was exported with `--task embed`.
         """

@@ -149,13 +149,14 @@ class PoolingLoop:
         self._waiting = [(job, index) for job, index in self._waiting if not job.unwanted]
         if not self._waiting:
             return
-        backend, long_from = self._pooler.backend, self._pooler.pooling.long_from
-        places = next_group([job.texts[index].ids for job, index in self._waiting], backend, long_from)
+        backend, pooling = self._pooler.backend, self._pooler.pooling
+        places = next_group([job.texts[index].ids for job, index in self._waiting], backend, pooling.long_from)
         group = [self._waiting[place] for place in places]
         taken = set(places)
         self._waiting = [text for place, text in enumerate(self._waiting) if place not in taken]
         try:
-            for vectors in run_group(backend, [job.texts[index].ids for job, index in group]):
+            texts = [job.texts[index].ids for job, index in group]
+            for vectors in run_group(backend, texts, mean=pooling.read_at == "mean"):
                 if all(job.unwanted for job, _ in group):
                     return
                 if vectors is not None:

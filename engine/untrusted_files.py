@@ -13,9 +13,11 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starling.engine.errors import UserError, one_line
+
+T = TypeVar("T")
 
 MIB = 2**20
 #: The largest JSON or template file: tokenizer.json of a vocabulary of 262,144 tokens has 33 MB.
@@ -75,6 +77,13 @@ class FileReader:
 
     def json(self, file: Path, *, most: int = MOST_BYTES) -> dict[str, Any]:
         """The object that is the file's content. Raises as `bytes` does."""
+        return self._json(file, dict, "object", most)
+
+    def json_list(self, file: Path, *, most: int = MOST_BYTES) -> list[Any]:
+        """The list that is the file's content. Raises as `bytes` does."""
+        return self._json(file, list, "list", most)
+
+    def _json(self, file: Path, kind: type[T], name: str, most: int) -> T:
         content = self.bytes(file, most=most)
         try:
             value = json.loads(content.decode("utf-8"))
@@ -82,8 +91,8 @@ class FileReader:
             raise self.refuse(file, f"is not JSON: it nests deeper than {MOST_NESTED}") from error
         except ValueError as error:
             raise self.refuse(file, f"is not JSON ({one_line(error)})") from error
-        if not isinstance(value, dict):
-            raise self.refuse(file, f"is not a JSON object, but a {type(value).__name__}")
+        if not isinstance(value, kind):
+            raise self.refuse(file, f"is not a JSON {name}, but a {type(value).__name__}")
         if _nests_deeper(value, MOST_NESTED):
             raise self.refuse(file, f"is not JSON: it nests deeper than {MOST_NESTED}")
         if _HALF_CHARACTER.search(content) and not _is_text(value):

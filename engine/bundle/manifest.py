@@ -16,7 +16,7 @@ from starling.engine.names import DIALECTS, DTYPES, EMBEDDINGS, LOGITS, SCORES, 
 from starling.engine.untrusted_files import FileReader, is_inside
 
 Around = Literal["none", "residual", "gated"]
-ReadAt = Literal["last", "last_but_pad", "before_first_pad"]
+ReadAt = Literal["last", "last_but_pad", "before_first_pad", "mean"]
 Side = Literal["left", "right"]
 
 FORMAT = "starling-bundle"
@@ -156,10 +156,11 @@ class Pooling:
     """How a model that scores or embeds reads a text: which token's hidden state, and what is done to a long text.
 
     `labels` are the names of the scores, in their order; none where the task is "embed". `read_at`: "last" token,
-    "last_but_pad" (the last that is not `pad`: what is after it is not read) or "before_first_pad" (the last before the
-    first `pad`, where that is not the first token). `max_length`: a longer text loses tokens at its `truncation_side`
-    (None: it is refused). `problem_type` is transformers' word for what the scores mean. `long_from`: texts of more
-    tokens are rotated by other factors, and so never run beside shorter ones (None: all alike).
+    "last_but_pad" (the last that is not `pad`: what is after it is not read), "before_first_pad" (the last before the
+    first `pad`, where that is not the first token), or "mean" (over all tokens). `max_length`: a longer text loses
+    tokens at its `truncation_side` (None: it is refused). `problem_type` is transformers' word for what scores mean.
+    `long_from`: texts of more tokens are rotated by other factors, and so never run beside shorter ones (None: all
+    alike). `normalize`: whether /v1/embeddings gives vectors of length 1 unless a request says otherwise.
     """
 
     labels: tuple[str, ...] = ()
@@ -169,6 +170,7 @@ class Pooling:
     max_length: int | None = None
     problem_type: str | None = None
     long_from: int | None = None
+    normalize: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,14 +349,18 @@ def _pooling(fields: JsonFields, task: Task) -> Pooling:
     length = fields.optional("max_length", int)
     if length is not None and length < 2:  # a first token that is kept, and one of the text
         raise fields.bad("pooling.max_length", length, "a number from 2")
+    read_at = cast(ReadAt, fields.choice("read_at", get_args(ReadAt)))
+    if read_at == "mean" and task != "embed":
+        raise fields.bad("pooling.read_at", read_at, "a token, since a score is read at one")
     return Pooling(
         tuple(labels),
-        cast(ReadAt, fields.choice("read_at", get_args(ReadAt))),
+        read_at,
         fields.optional("pad", int),
         cast(Side, fields.choice("truncation_side", get_args(Side))),
         length,
         fields.optional("problem_type", str),
         fields.optional("long_from", int),
+        fields.optional("normalize", bool) is not False,
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from starling.engine.backends.backend import chunk_length
 from starling.engine.backends.pooling_backend import PoolingBackend, Vectors
+from starling.engine.bundle.manifest import Pooling
 from starling.engine.errors import BackendError
 from starling.engine.generation.prompts import common_prefix
 
@@ -47,41 +48,53 @@ def _family(texts: Sequence[Ids], alike: Sequence[int], most: int) -> list[int]:
     return found
 
 
-def run_group(backend: PoolingBackend, texts: Sequence[Ids]) -> Iterator[Vectors | None]:
-    """Run the texts of a group: None after each run but the last, then float32 [texts, width], the last tokens' own.
+def run_group(backend: PoolingBackend, texts: Sequence[Ids], *, mean: bool = False) -> Iterator[Vectors | None]:
+    """Run the texts of a group: None after each run but the last, then float32 [texts, width].
 
-    The keys and values are gone when it ends. Raises BackendError where a run fails.
+    They are the last tokens' own or, with `mean`, the mean over all tokens of a text, summed in float32. The keys and
+    values are gone when it ends. Raises BackendError where a run fails.
     """
     shared = shared_prefix(texts)
     if len(texts) == 1 or saves_work(shared, len(texts)):
-        yield from _run_in_turn(backend, texts, shared)
+        yield from _run_in_turn(backend, texts, shared, mean)
         return
     longest = max(map(len, texts))
     cache = backend.new_cache(len(texts), longest)
     tokens = np.zeros((len(texts), longest), np.int64)  # what is after a text's end is not seen from before it
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
+    if mean:
+        found = backend.run(cache, tokens, 0, range(longest))
+        yield np.stack([vectors[: len(text)].mean(axis=0) for vectors, text in zip(found, texts, strict=True)])
+        return
     ends = sorted({len(text) - 1 for text in texts})
     found = backend.run(cache, tokens, 0, ends)
     yield np.stack([found[row, ends.index(len(text) - 1)] for row, text in enumerate(texts)])
 
 
-def _run_in_turn(backend: PoolingBackend, texts: Sequence[Ids], shared: int) -> Iterator[Vectors | None]:
+def _run_in_turn(backend: PoolingBackend, texts: Sequence[Ids], shared: int, mean: bool) -> Iterator[Vectors | None]:
     """What the texts begin with once, then the rest of each, over the keys and values of the one before it."""
     cache = backend.new_cache(1, max(map(len, texts)))
     found = np.zeros((len(texts), backend.width), np.float32)
+    shared_sum = np.zeros(backend.width, np.float32)  # with `mean`: of what the texts begin with
     for index, text in enumerate(texts):
         ids = np.array([text], np.int64)
         start = shared if index else 0
+        total = shared_sum
         while start < len(text):
             # The shared part ends with a run of its own, so that it is the same for every text.
             until = shared if start < shared else len(text)
             length = chunk_length(until - start, backend.run_tokens)
-            vectors = backend.run(cache, ids[:, start : start + length], start, [length - 1])
+            kept = range(length) if mean else [length - 1]
+            vectors = backend.run(cache, ids[:, start : start + length], start, kept)
             start += length
+            if mean:
+                total = total + vectors[0].sum(axis=0)
+                if start == shared:
+                    shared_sum = total
             if start < len(text):
                 yield None
-        found[index] = vectors[0, 0]
+        found[index] = total / np.float32(len(text)) if mean else vectors[0, 0]
         if index + 1 < len(texts):
             yield None
     yield found
@@ -104,7 +117,7 @@ def saves_work(shared: int, texts: int) -> bool:
     return shared * (texts - 1) > WORTH_A_RUN * texts
 
 
-def run_all(backend: PoolingBackend, texts: Sequence[Ids], long_from: int | None = None) -> Vectors:
+def run_all(backend: PoolingBackend, texts: Sequence[Ids], pooling: Pooling) -> Vectors:
     """Numbers float32 [texts, width] of all texts, in their order; the longest run first.
 
     Raises BackendError where a run fails or a number is not finite.
@@ -112,9 +125,9 @@ def run_all(backend: PoolingBackend, texts: Sequence[Ids], long_from: int | None
     found = np.zeros((len(texts), backend.width), np.float32)
     waiting = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     while waiting:
-        group = next_group([texts[index] for index in waiting], backend, long_from)
+        group = next_group([texts[index] for index in waiting], backend, pooling.long_from)
         chosen = [waiting[place] for place in group]
-        for vectors in run_group(backend, [texts[index] for index in chosen]):
+        for vectors in run_group(backend, [texts[index] for index in chosen], mean=pooling.read_at == "mean"):
             if vectors is not None:
                 found[chosen] = vectors
         taken = set(chosen)

@@ -72,8 +72,8 @@ class TextPooler:
         return self._tokenizer.encode_pair(first, second)
 
     def pool(self, texts: Sequence[PreparedText]) -> Vectors:
-        """Scores or hidden states float32 [texts, width], as the model gives them."""
-        return run_all(self.backend, [text.ids for text in texts], self.pooling.long_from)
+        """Scores or hidden states float32 [texts, width], as the model gives them, not normalized."""
+        return run_all(self.backend, [text.ids for text in texts], self.pooling)
 
     def activated(self, vectors: Vectors) -> Vectors:
         """What clients may have in place of raw numbers: probabilities of scores, or vectors of length 1."""

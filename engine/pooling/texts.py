@@ -22,11 +22,11 @@ def cut(ids: Sequence[int], most: int, side: Side, before: Sequence[int], after:
 
 
 def read_part(ids: Sequence[int], pooling: Pooling) -> Sequence[int]:
-    """The ids up to the token whose hidden state is read: what is after it changes nothing, since attention is causal.
+    """The ids up to the last token whose hidden state is read: what is after it changes nothing, attention is causal.
 
     A text of nothing but padding has its first token read by "last_but_pad", and its last by "before_first_pad".
     """
-    if pooling.pad is None or pooling.pad not in ids or pooling.read_at == "last":
+    if pooling.pad is None or pooling.pad not in ids or pooling.read_at in ("last", "mean"):
         return ids
     if pooling.read_at == "before_first_pad":
         return ids[: list(ids).index(pooling.pad) or len(ids)]

@@ -14,7 +14,6 @@ from starling.engine.backends.open_backend import open_pooling_backend
 from starling.engine.backends.pooling_backend import Vectors
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import StarlingError
-from starling.engine.names import Task
 from starling.engine.pooling.runs import run_all
 from starling.export.check.bundle_quality import HELD_OUT_TOKENS, held_out_texts, load_compared
 from starling.export.checkpoints.checkpoint import Checkpoint
@@ -50,27 +49,30 @@ def measure_pooled(checkpoint: Checkpoint, folder: Path) -> PooledParity:
     bundle = Bundle.open(folder)
     texts = [text[:length] for text in held_out_texts(bundle) for length in LENGTHS]
     model = load_compared(checkpoint)
-    reference = reference_vectors(model, texts, checkpoint.task)
+    reference = reference_vectors(model, texts, bundle)
     del model  # the bundle is loaded next: the two need not fit at once
     backend = open_pooling_backend(bundle, name="onnxruntime-cpu", max_seq=max(LENGTHS), max_batch=4)
     backend.run_tokens = RUN_TOKENS
     try:
-        ours = run_all(backend, texts, bundle.pooling.long_from if bundle.pooling else None)
+        assert bundle.pooling is not None
+        ours = run_all(backend, texts, bundle.pooling)
     finally:
         backend.close()
     return compare_pooled(reference, ours, bundle, backend.kernels)
 
 
-def reference_vectors(model: torch.nn.Module, texts: Sequence[Sequence[int]], task: Task) -> Vectors:
-    """What PyTorch gives for each text alone: float32 [texts, labels], or [texts, hidden] of the last token."""
+def reference_vectors(model: torch.nn.Module, texts: Sequence[Sequence[int]], bundle: Bundle) -> Vectors:
+    """What PyTorch gives for each text alone: float32 [texts, labels], or [texts, hidden] as the bundle pools."""
     with torch.inference_mode():
-        found = [_reference(model, torch.tensor([list(text)]), task) for text in texts]
+        found = [_reference(model, torch.tensor([list(text)]), bundle) for text in texts]
     return torch.cat(found).float().numpy()
 
 
-def _reference(model: torch.nn.Module, ids: torch.Tensor, task: Task) -> torch.Tensor:
-    if task == "embed":
-        return model.base_model(ids, use_cache=False)[0][:, -1]  # type: ignore[no-any-return, operator]
+def _reference(model: torch.nn.Module, ids: torch.Tensor, bundle: Bundle) -> torch.Tensor:
+    if bundle.task == "embed":
+        hidden: torch.Tensor = model.base_model(ids, use_cache=False)[0]  # type: ignore[operator]
+        mean = bundle.pooling is not None and bundle.pooling.read_at == "mean"
+        return hidden.mean(dim=1) if mean else hidden[:, -1]
     output = model(ids)
     return output if isinstance(output, torch.Tensor) else output.logits
 

@@ -17,8 +17,8 @@ from starling.engine.bundle.manifest import Pooling, Side
 from starling.engine.errors import UnsupportedModelError, UserError
 from starling.engine.names import Task
 from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.embedding_files import EmbeddingPooling, embedding_of
 from starling.export.checkpoints.model_class import SCORING, scores_texts
-from starling.export.tokenizers.tokenizer_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -116,35 +116,24 @@ def pooling_of(config: PreTrainedConfig, tokenizer: TokenizerFiles, *, value_hea
     )
 
 
-def for_task(checkpoint: Checkpoint, task: Task | None) -> Checkpoint:
+def for_task(checkpoint: Checkpoint, task: Task | None, pooling: EmbeddingPooling | None = None) -> Checkpoint:
     """The checkpoint for a bundle of another task than its own (None): a language model embeds texts as well.
 
-    Raises UserError where its model is not for `task`.
+    `pooling` makes one vector of a text's hidden states; None: as sentence-transformers' files in the checkpoint say,
+    else by the last token. Raises UserError where its model is not for `task`, UnsupportedModelError where those files
+    ask for what is not exported.
     """
     if task is None or task == checkpoint.task:
         return checkpoint
     if task == "embed" and checkpoint.task == "generate":
-        _refuse_other_pooling(checkpoint)
-        pooling = pooling_of(checkpoint.config, checkpoint.tokenizer, value_head=False)
-        pooling = replace(pooling, labels=(), read_at="last", pad=None, problem_type=None)
-        notes = (*checkpoint.notes, "embeds texts by the last token's hidden state; lm_head is left out")
-        return replace(checkpoint, task=task, pooling=pooling, notes=notes)
+        read_at, normalize = embedding_of(checkpoint.path, pooling)
+        base = pooling_of(checkpoint.config, checkpoint.tokenizer, value_head=False)
+        how = replace(base, labels=(), read_at=read_at, pad=None, problem_type=None, normalize=normalize)
+        what = "the mean of all tokens' hidden states" if read_at == "mean" else "the last token's hidden state"
+        notes = (*checkpoint.notes, f"embeds texts by {what}; lm_head is left out")
+        return replace(checkpoint, task=task, pooling=how, notes=notes)
     kinds = {"generate": "generates text", "score": "scores texts", "embed": "embeds texts"}
     raise UserError(f"{checkpoint.name} {kinds[checkpoint.task]}: a bundle that {kinds[task]} cannot be made of it")
-
-
-def _refuse_other_pooling(checkpoint: Checkpoint) -> None:
-    """Raise UnsupportedModelError where sentence-transformers would not take the last token's hidden state alone."""
-    folder = checkpoint.path
-    if folder is None or not folder.is_dir():
-        return
-    for further in sorted(folder.glob("[0-9]*_Dense")):
-        raise UnsupportedModelError(f"{folder} embeds with a further projection, {further.name}: it is not exported")
-    for file in folder.glob("[0-9]*_Pooling/config.json"):
-        modes = [name for name, on in read_json(file).items() if name.startswith("pooling_mode_") and on is True]
-        if modes not in ([], ["pooling_mode_lasttoken"]):
-            what = " and ".join(modes)
-            raise UnsupportedModelError(f"{file} says {what}: only the last token's hidden state is exported")
 
 
 def _id_of(role: str, files: TokenizerFiles) -> int | None:

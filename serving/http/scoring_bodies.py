@@ -78,12 +78,12 @@ def pooling_request(document: Mapping[str, Any], models: Sequence[str], task: Ta
     return ScoringRequest(*_input(fields), **common, activation=activation, base64=_base64(fields))
 
 
-def embedding_request(document: Mapping[str, Any], models: Sequence[str]) -> ScoringRequest:
-    """The body of /v1/embeddings; vectors have length 1 unless `use_activation` is false. Raises ApiError."""
+def embedding_request(document: Mapping[str, Any], models: Sequence[str], normalize: bool) -> ScoringRequest:
+    """The body of /v1/embeddings; without `use_activation` vectors have length 1 where `normalize`. Raises ApiError."""
     fields, common = _begin(document, "embeddings", models)
     if "dimensions" in fields.values:
         raise bad_field("dimensions", "dimensions is not supported: the vectors are given whole, cut them yourself")
-    activation = fields.get("use_activation", bool, True)
+    activation = fields.get("use_activation", bool, normalize)
     return ScoringRequest(*_input(fields), **common, activation=activation, base64=_base64(fields))
 
 

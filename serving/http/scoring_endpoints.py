@@ -76,7 +76,8 @@ class ScoringEndpoints:
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings."""
-        return await self._answer(request, ("embed",), embedding_request, _embeddings)
+        normalize = self._service is None or self._service.engine.pooler.pooling.normalize
+        return await self._answer(request, ("embed",), partial(embedding_request, normalize=normalize), _embeddings)
 
     async def _answer(
         self, request: Request, tasks: tuple[Task, ...], read: Reader, write: Callable[[Scored], Document]
