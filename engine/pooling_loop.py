@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from threading import Condition, Event, Thread
+from time import perf_counter
 from types import TracebackType
 
 import numpy as np
 
 from starling.engine.backends.pooling_backend import Vectors
+from starling.engine.batching.serving_stats import ServingCounters, ServingStats
 from starling.engine.engine import Engine
 from starling.engine.errors import BackendError, ClosedError, QueueFullError, RequestFailed, StarlingError, UserError
+from starling.engine.generation.results import FinishReason
 from starling.engine.pooling.runs import check_finite_numbers, next_group, run_group
 from starling.engine.pooling.text_pooler import PreparedText
 
@@ -22,14 +25,30 @@ LOGGER = logging.getLogger(__name__)
 _ELSEWHERE = "try again: another replica, or the restarted server, will answer"
 
 
+@dataclass(frozen=True, slots=True)
+class PoolingTimings:
+    """A request that ended. `prompt_tokens` are those of its texts; seconds from its submission.
+
+    `queue_s` to the start of the first run that has a text of it, `total_s` to the end. A `reason` other than "stop" is
+    of a request whose numbers nobody got.
+    """
+
+    prompt_tokens: int
+    queue_s: float
+    total_s: float
+    reason: FinishReason
+
+
 @dataclass(slots=True, eq=False)
 class _Job:
-    """The texts of one request; those of `done` have their numbers."""
+    """The texts of one request; those of `done` have their numbers. `started` None: no text has run."""
 
     texts: Sequence[PreparedText]
     vectors: Vectors
     future: Future[Vectors] = field(default_factory=Future)
     done: int = 0
+    submitted: float = field(default_factory=perf_counter)
+    started: float | None = None
 
     @property
     def unwanted(self) -> bool:
@@ -53,11 +72,12 @@ class PoolingLoop:
         if queue_limit < 0:
             raise UserError(f"queue_limit is {queue_limit}: give at least 0")
         self.engine, self._pooler = engine, engine.pooler
-        self._most = queue_limit + engine.max_batch
+        self._counters = ServingCounters(engine.max_batch, queue_limit)
+        #: Called with each request that ended, on the thread that ended it.
+        self.on_end: Callable[[PoolingTimings], None] | None = None
         #: Every text that waits, the oldest first, with the job that it is of.
         self._waiting: list[tuple[_Job, int]] = []
         self._arrived: list[_Job] = []
-        self._open_jobs = 0
         self._changed = Condition()
         self._closing = False
         self._failure: BaseException | None = None
@@ -85,14 +105,14 @@ class PoolingLoop:
             if self._closing:
                 problem = "has ended by a failure" if self._failure else "is closed and takes no more requests"
                 raise ClosedError(f"the pooling loop {problem}", detail="open another", client_detail=_ELSEWHERE)
-            if self._open_jobs >= self._most:
+            if not self._counters.enter():
+                stats = self._counters.snapshot()
                 raise QueueFullError(
-                    f"{self._open_jobs} request(s) wait or run already",
+                    f"{stats.running + stats.waiting} request(s) wait or run already",
                     detail="try again later, or open the loop with a larger queue_limit",
                     client_detail="try again later",
                 )
-            self._open_jobs += 1
-            job.future.add_done_callback(self._count_end)
+            job.future.add_done_callback(lambda _: self._count_end(job))
             self._arrived.append(job)
             self._changed.notify_all()
         return job.future
@@ -113,9 +133,28 @@ class PoolingLoop:
     ) -> None:
         self.close()
 
-    def _count_end(self, _: Future[Vectors]) -> None:
+    def stats(self) -> ServingStats:
+        """What has been done and is being done; a request runs from its first text's run on. Nothing is generated."""
+        return self._counters.snapshot()
+
+    def _count_end(self, job: _Job) -> None:
+        """On the thread that ended it: the loop's, or one that cancelled."""
+        now, tokens = perf_counter(), sum(text.tokens for text in job.texts)
+        with self._changed:  # `_begin` must not come between: it would count a job as running that has ended
+            started, reason = job.started, _reason(job.future)
+            self._counters.leave(reason, running=started is not None)
+        if self.on_end is not None:
+            begun = now if started is None else started
+            self.on_end(PoolingTimings(tokens, begun - job.submitted, now - job.submitted, reason))
+
+    def _begin(self, group: Sequence[tuple[_Job, int]]) -> None:
+        """Those of the jobs that have no text yet that ran are running now."""
         with self._changed:
-            self._open_jobs -= 1
+            for job, index in group:
+                self._counters.prompt_tokens += len(job.texts[index].ids)
+                if job.started is None and not job.unwanted:
+                    job.started = perf_counter()
+                    self._counters.admit()
 
     def _serve(self) -> None:
         try:
@@ -154,6 +193,7 @@ class PoolingLoop:
         group = [self._waiting[place] for place in places]
         taken = set(places)
         self._waiting = [text for place, text in enumerate(self._waiting) if place not in taken]
+        self._begin(group)
         try:
             texts = [job.texts[index].ids for job, index in group]
             for vectors in run_group(backend, texts, mean=pooling.read_at == "mean"):
@@ -165,6 +205,12 @@ class PoolingLoop:
         except Exception as error:
             for job, _ in group:
                 _fail(job, error)
+
+
+def _reason(future: Future[Vectors]) -> FinishReason:
+    if future.cancelled():
+        return "cancelled"
+    return "stop" if future.exception() is None else "failed"
 
 
 def _accept(job: _Job, index: int, vector: Vectors) -> None:

@@ -119,8 +119,7 @@ class _Endpoints:
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
-        generating = self._served.generating
-        return Response(b"" if generating is None else generating.metrics.export(), media_type=CONTENT_TYPE)
+        return Response(self._served.export_metrics(), media_type=CONTENT_TYPE)
 
     async def _answer(
         self, request: Request, read: Callable[[Mapping[str, Any], Limits], ApiRequest], form: type[Reply]

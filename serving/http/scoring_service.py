@@ -16,6 +16,7 @@ from starling.engine.pooling_loop import PoolingLoop
 from starling.serving.api.api_errors import ApiError, from_engine, out_of_time, shutting_down, unexpected
 from starling.serving.http.request_bodies import ApiRequest
 from starling.serving.http.scoring_bodies import Pair, ScoringRequest
+from starling.serving.metrics.prometheus import PrometheusMetrics
 
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ class ScoringService:
         self.engine, self.models = engine, tuple(models)
         #: True once the server ends: what runs is finished, nothing new begins.
         self.draining = False
+        self.metrics = PrometheusMetrics(self.models[0], loop.stats)
+        loop.on_end = self.metrics.record
         self._loop = loop
         self._running: set[Future[Vectors]] = set()
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="starling-scoring")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from starling.serving.http.scoring_service import ScoringService, no_such_model
 from starling.serving.http.service import Service
+from starling.serving.metrics.prometheus import export_metrics
 
 
 @dataclass(slots=True)
@@ -33,6 +34,10 @@ class Served:
         if self.scoring is not None:
             found |= dict.fromkeys(self.scoring.models, self.scoring.engine.max_seq)
         return found
+
+    def export_metrics(self) -> bytes:
+        """The metrics of all models, in Prometheus' text format."""
+        return export_metrics([one.metrics for one in self._both()])
 
     @property
     def draining(self) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from starling.engine.generation.results import FinishReason, Timings
+from starling.engine.pooling_loop import PoolingTimings
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -146,3 +147,13 @@ def observations(timings: Timings) -> Iterator[tuple[Metric, float]]:
     if timings.itl_s:
         yield DECODE_TIME, timings.decode_s
         yield REQUEST_TIME_PER_OUTPUT_TOKEN, timings.decode_s / len(timings.itl_s)
+
+
+def pooling_observations(timings: PoolingTimings) -> Iterator[tuple[Metric, float]]:
+    """What one request for scores or embeddings adds, as vLLM counts them: it is prefill from its first run on."""
+    yield REQUEST_PROMPT_TOKENS, timings.prompt_tokens
+    if timings.reason != "stop":
+        return
+    yield QUEUE_TIME, timings.queue_s
+    yield PREFILL_TIME, timings.total_s - timings.queue_s
+    yield E2E_LATENCY, timings.total_s

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from starling.engine.batching.serving_stats import ServingStats
 from starling.engine.generation.results import Timings
+from starling.engine.pooling_loop import PoolingTimings
 from starling.serving.metrics.metric_table import (
     ACCEPTED_TOKENS,
     CACHE_USAGE,
@@ -27,34 +29,62 @@ from starling.serving.metrics.metric_table import (
     Metric,
     finished_reason,
     observations,
+    pooling_observations,
 )
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 ENGINE = "0"
+_PROCESS = ProcessCollector(registry=None)
 
 
 class PrometheusMetrics:
-    """Histograms of finished requests, and the scheduler's state as it is when the metrics are read. Thread-safe."""
+    """A model's histograms of finished requests, and its loop's state when the metrics are read. Thread-safe."""
 
     def __init__(self, model: str, stats: Callable[[], ServingStats]) -> None:
         self._labels = (model, ENGINE)
         self._registry = CollectorRegistry(auto_describe=False)
-        ProcessCollector(registry=self._registry)
         self._registry.register(_State(self._labels, stats))
         self._histograms = {metric.name: self._histogram(metric) for metric in REQUEST_METRICS}
 
-    def record(self, timings: Timings) -> None:
+    def record(self, timings: Timings | PoolingTimings) -> None:
         """Take a request that has ended into account."""
-        for metric, value in observations(timings):
+        found = pooling_observations(timings) if isinstance(timings, PoolingTimings) else observations(timings)
+        for metric, value in found:
             self._histograms[metric.name].observe(value)
 
+    def collect(self) -> Iterable[Family]:
+        """The families of now, with this model's samples."""
+        return self._registry.collect()
+
     def export(self) -> bytes:
-        """All metrics, as /metrics gives them."""
-        return generate_latest(self._registry)
+        """All metrics, as /metrics gives them for this model alone."""
+        return export_metrics([self])
 
     def _histogram(self, metric: Metric) -> Histogram:
         family = Histogram(metric.name, metric.help, LABELS, buckets=metric.buckets, registry=self._registry)
         return family.labels(*self._labels)
+
+
+def export_metrics(models: Sequence[PrometheusMetrics]) -> bytes:
+    """The metrics of several models and of the process, each family once, as /metrics gives them."""
+    return generate_latest(_Together(models))
+
+
+class _Together(CollectorRegistry):
+    """The families of several models, each with the samples of all."""
+
+    def __init__(self, models: Sequence[PrometheusMetrics]) -> None:
+        super().__init__(auto_describe=False)
+        self._models = models
+
+    def collect(self) -> Iterator[Family]:
+        """Families of the process, then those of the models."""
+        yield from _PROCESS.collect()
+        found: dict[str, Family] = {}
+        for family in (family for model in self._models for family in model.collect()):
+            if (known := found.setdefault(family.name, family)) is not family:
+                known.samples.extend(family.samples)
+        yield from found.values()
 
 
 class _State(Collector):
@@ -68,7 +98,7 @@ class _State(Collector):
         stats = self._stats()
         yield self._gauge(RUNNING, stats.running)
         yield self._gauge(WAITING, stats.waiting)
-        yield self._gauge(CACHE_USAGE, stats.running / stats.max_batch)
+        yield self._gauge(CACHE_USAGE, min(1.0, stats.running / stats.max_batch))
         yield self._counter(PROMPT_TOKENS, stats.prompt_tokens)
         yield self._counter(GENERATION_TOKENS, stats.generated_tokens)
         yield self._counter(PREFIX_QUERIES, stats.prefix_queries)

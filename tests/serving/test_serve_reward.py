@@ -13,6 +13,7 @@ import numpy as np
 import openai
 import pytest
 from http_server import MODEL, Server, serving
+from prometheus_client.parser import text_string_to_metric_families
 
 from starling.engine.engine import Engine
 from starling.serving.http.scoring_bodies import SCORING_FIELDS
@@ -323,3 +324,53 @@ def test_an_answer_that_the_reward_model_cannot_read_is_refused(tiny_bundle: Pat
         status, refused = error(server, "/v1/completions", prompt="a", reward_model=classifier_bundle.name)
         assert (status, refused["param"]) == (400, "reward_model")
         assert post(server, "/classify", model=classifier_bundle.name, input="a")["data"][0]["num_classes"] == 3
+
+
+def metric(server: Server, name: str, model: str, **labels: str) -> float:
+    """One sample of /metrics."""
+    content = server.request("GET", "/metrics")[2].decode()
+    [family] = [
+        sample.value
+        for family in text_string_to_metric_families(content)
+        for sample in family.samples
+        if sample.name == name and sample.labels == {"model_name": model, "engine": "0", **labels}
+    ]
+    return float(family)
+
+
+def test_requests_for_scores_are_in_the_metrics(reward_bundle: Path) -> None:
+    with serving(reward_bundle) as server:
+        used = [post(server, "/pooling", model=MODEL, input=["Hello", "How are you?"])["usage"] for _ in range(3)]
+        assert error(server, "/pooling", input="")[0] == 400, "never submitted"
+        tokens = sum(usage["prompt_tokens"] for usage in used)
+        assert metric(server, "vllm:request_success_total", MODEL, finished_reason="stop") == 3
+        assert metric(server, "vllm:request_success_total", MODEL, finished_reason="abort") == 0
+        for name in ("request_queue_time", "request_prefill_time", "e2e_request_latency"):
+            assert metric(server, f"vllm:{name}_seconds_count", MODEL) == 3
+        queued, prefilled, whole = (
+            metric(server, f"vllm:{name}_seconds_sum", MODEL)
+            for name in ("request_queue_time", "request_prefill_time", "e2e_request_latency")
+        )
+        assert 0 < prefilled < whole
+        assert queued + prefilled == pytest.approx(whole)
+        assert metric(server, "vllm:request_prompt_tokens_sum", MODEL) == tokens
+        assert metric(server, "vllm:prompt_tokens_total", MODEL) == tokens
+        assert metric(server, "vllm:generation_tokens_total", MODEL) == 0
+        for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+            assert metric(server, f"vllm:{gauge}", MODEL) == 0
+
+
+def test_two_models_share_the_metrics_page(both: Server, reward_bundle: Path) -> None:
+    reward = reward_bundle.resolve().name
+    names = ("vllm:request_success_total", "vllm:e2e_request_latency_seconds_count")
+    labels = ({"finished_reason": "stop"}, {})
+    before = [metric(both, name, reward, **more) for name, more in zip(names, labels, strict=True)]
+    generated = metric(both, "vllm:e2e_request_latency_seconds_count", MODEL)
+    post(both, "/pooling", model=reward, input="Hello")
+    after = [metric(both, name, reward, **more) for name, more in zip(names, labels, strict=True)]
+    assert after == [count + 1 for count in before]
+    assert metric(both, "vllm:e2e_request_latency_seconds_count", MODEL) == generated
+    page = both.request("GET", "/metrics")[2].decode()
+    described = [line for line in page.splitlines() if line.startswith("# TYPE")]
+    assert len(described) == len(set(described)) > 20
+    assert any("process_resident_memory_bytes" in line for line in described)
