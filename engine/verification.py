@@ -87,7 +87,7 @@ def kept_reference(bundle: Bundle) -> KeptReference:
     """The text whose logits the bundle keeps. Raises BundleError where it keeps none."""
     if bundle.verification is None:
         raise BundleError(
-            f"{bundle.folder} keeps no logits of PyTorch to compare with: export it again with --check, on a machine "
+            f"{bundle.folder} keeps nothing of PyTorch to compare with: export it again with --check, on a machine "
             "with memory for the whole model in float32"
         )
     return bundle.verification

@@ -16,11 +16,10 @@ from starling.engine.bundle.manifest import FIRST_VERSION, FORMAT, FORMAT_VERSIO
 from starling.engine.errors import BackendError, UserError
 from starling.engine.names import DTYPES
 from starling.engine.progress import Progress, Silent
-from starling.engine.verification import LOGITS_FILE
 from starling.export.bundle_folder import check_space, file_entry, new_bundle_folder, write_json, write_tokenizer
 from starling.export.check.bundle_quality import CUT_LAYERS, fits, keep_logits, load_compared, measure, require_quality
 from starling.export.check.parity import Parity, require_fp32
-from starling.export.check.pooled_quality import PooledParity, measure_pooled, require_fp32_pooled
+from starling.export.check.pooled_quality import PooledParity, keep_pooled, measure_pooled, require_fp32_pooled
 from starling.export.check.torch_reference import cut
 from starling.export.checkpoints.checkpoint import Checkpoint, Shapes, TensorSource
 from starling.export.dialects import get_dialect
@@ -97,7 +96,7 @@ def export_bundle(
             manifest["parity"] = None if parity is None else parity.to_json()
             if verification is not None:
                 manifest["verification"] = verification
-                manifest["files"][LOGITS_FILE] = file_entry(work / LOGITS_FILE)
+                manifest["files"][verification["file"]] = file_entry(work / verification["file"])
             manifest["notes"] += [note] if note else []
             if parity is not None and (comparison_note := get_dialect(options.dialect).comparison_note):
                 manifest["notes"].append(comparison_note)
@@ -256,7 +255,7 @@ def _check(
 ) -> tuple[Parity | PooledParity | None, dict[str, Any] | None, str | None]:
     """Compare with PyTorch: the whole model where memory allows, else its first layers; the note says why not all.
 
-    Between the two is what bundle.json says of the logits that are kept, which are those of a whole model alone.
+    Between the two is what bundle.json says of the numbers that are kept, which are those of a whole model alone.
     """
     if arch.max_positions < LEAST_POSITIONS:
         return None, None, f"not compared with PyTorch: it takes fewer than {LEAST_POSITIONS} tokens"
@@ -267,8 +266,8 @@ def _check(
     progress.phase("comparing with PyTorch" if whole else f"comparing the first {CUT_LAYERS} layers with PyTorch")
     if options.dtype == "bf16" and not _runs_on_cpu(folder):
         model = load_compared(compared)
-        keeps = whole and checkpoint.task == "generate"
-        return None, keep_logits(model, folder) if keeps else None, _NO_BF16
+        keep = keep_logits if checkpoint.task == "generate" else keep_pooled
+        return None, keep(model, folder) if whole else None, _NO_BF16
     if whole:
         return *_measure(checkpoint, folder), None
     with tempfile.TemporaryDirectory(dir=folder) as temporary:  # goes with the working folder where this is killed
@@ -289,5 +288,5 @@ def _runs_on_cpu(folder: Path) -> bool:
     return True
 
 
-def _measure(checkpoint: Checkpoint, folder: Path) -> tuple[Parity | PooledParity, dict[str, Any] | None]:
-    return measure(checkpoint, folder) if checkpoint.task == "generate" else (measure_pooled(checkpoint, folder), None)
+def _measure(checkpoint: Checkpoint, folder: Path) -> tuple[Parity | PooledParity, dict[str, Any]]:
+    return measure(checkpoint, folder) if checkpoint.task == "generate" else measure_pooled(checkpoint, folder)

@@ -144,11 +144,16 @@ class CudaKernels:
 
 @dataclass(frozen=True, slots=True)
 class KeptReference:
-    """A text, as token ids, whose logits by PyTorch are in `file`; `mean_kl` is the bundle's own at export, in nats."""
+    """A text, as token ids, whose logits by PyTorch are in `file`; `mean_kl` is the bundle's own at export, in nats.
+
+    Of a bundle that scores or embeds the file has the numbers of its `compared_texts`, and `max_abs_diff` is how far
+    the bundle's own were from them.
+    """
 
     file: str
     tokens: tuple[int, ...]
     mean_kl: float | None
+    max_abs_diff: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +185,8 @@ class Bundle:
     `reference_graph` is a second file with the same nodes, in which operators of the dialect's own have a meaning;
     `kernel_graph` one over the same weights for `starling.engine.kernels`, `cuda_graph` one for decode steps that stay
     on a GPU, `cuda_kernels` the same for kernels of `starling.engine.kernels.cuda`. None: there is none.
-    `verification` is for `starling.engine.verification`. `pooling` is None where the `task` is "generate".
+    `verification` is for `starling.engine.verification`, or `starling.engine.pooling.pooled_verification`. `pooling` is
+    None where the `task` is "generate".
     """
 
     folder: Path
@@ -411,7 +417,12 @@ def _kept_reference(fields: JsonFields) -> KeptReference:
     tokens = fields.get("tokens", list)
     if not all(type(token) is int and token >= 0 for token in tokens):
         raise fields.bad("verification.tokens", tokens, "a list of token ids")
-    return KeptReference(fields.get("file", str), tuple(tokens), fields.optional("mean_kl", float))
+    return KeptReference(
+        fields.get("file", str),
+        tuple(tokens),
+        fields.optional("mean_kl", float),
+        fields.optional("max_abs_diff", float),
+    )
 
 
 def _files(fields: JsonFields) -> dict[str, FileRecord]:

@@ -14,7 +14,9 @@ from starling.engine.backends.open_backend import open_pooling_backend
 from starling.engine.backends.pooling_backend import Vectors
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import StarlingError
+from starling.engine.pooling.pooled_verification import compared_texts, keep_numbers
 from starling.engine.pooling.runs import run_all
+from starling.engine.verification import REFERENCE_TOKENS
 from starling.export.check.bundle_quality import HELD_OUT_TOKENS, held_out_texts, load_compared
 from starling.export.checkpoints.checkpoint import Checkpoint
 
@@ -44,21 +46,37 @@ class PooledParity:
         return asdict(self)
 
 
-def measure_pooled(checkpoint: Checkpoint, folder: Path) -> PooledParity:
-    """Compare the bundle in `folder` with the PyTorch model of `checkpoint`, which has as many layers."""
+def measure_pooled(checkpoint: Checkpoint, folder: Path) -> tuple[PooledParity, dict[str, Any]]:
+    """Compare the bundle in `folder` with the PyTorch model of `checkpoint`, which has as many layers.
+
+    A few of PyTorch's numbers stay in the folder; the second result is what bundle.json says of them.
+    """
     bundle = Bundle.open(folder)
-    texts = [text[:length] for text in held_out_texts(bundle) for length in LENGTHS]
+    held_out = held_out_texts(bundle)
+    texts = [text[:length] for text in held_out for length in LENGTHS]
+    kept = held_out[0][:REFERENCE_TOKENS]
     model = load_compared(checkpoint)
     reference = reference_vectors(model, texts, bundle)
+    kept_reference = reference_vectors(model, compared_texts(kept), bundle)
     del model  # the bundle is loaded next: the two need not fit at once
     backend = open_pooling_backend(bundle, name="onnxruntime-cpu", max_seq=max(LENGTHS), max_batch=4)
     backend.run_tokens = RUN_TOKENS
     try:
         assert bundle.pooling is not None
         ours = run_all(backend, texts, bundle.pooling)
+        kept_ours = run_all(backend, compared_texts(kept), bundle.pooling)
     finally:
         backend.close()
-    return compare_pooled(reference, ours, bundle, backend.kernels)
+    return compare_pooled(reference, ours, bundle, backend.kernels), keep_numbers(
+        folder, kept, kept_reference, kept_ours
+    )
+
+
+def keep_pooled(model: torch.nn.Module, folder: Path) -> dict[str, Any]:
+    """Keep PyTorch's numbers as `measure_pooled` does, for a bundle that the CPU does not run."""
+    bundle = Bundle.open(folder)
+    kept = held_out_texts(bundle)[0][:REFERENCE_TOKENS]
+    return keep_numbers(folder, kept, reference_vectors(model, compared_texts(kept), bundle), None)
 
 
 def reference_vectors(model: torch.nn.Module, texts: Sequence[Sequence[int]], bundle: Bundle) -> Vectors:

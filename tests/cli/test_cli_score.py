@@ -87,7 +87,6 @@ def test_a_bundle_that_generates_is_not_scored_by(tiny_bundle: Path) -> None:
     [
         ("generate", "hi"),
         ("chat",),
-        ("verify",),
         ("evaluate",),
         ("profile",),
         ("build",),
