@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from starling.engine.generation.results import Timings
-from starling.serving.api.token_texts import ShownToken, TokenTexts
+from starling.serving.api.token_texts import RankedTable, ShownToken, TokenTexts
 
 Logprobs: TypeAlias = Sequence[ShownToken]
 
@@ -49,6 +49,8 @@ class Choice:
     calls: Sequence[dict[str, Any]] = ()
     #: What a reward model gave it; None where none was asked.
     reward: float | None = None
+    #: vLLM's `prompt_logprobs` of its prompt; None where they were not asked for.
+    prompt: Sequence[RankedTable | None] | None = None
 
 
 class Reply(ABC):
@@ -97,7 +99,14 @@ class Reply(ABC):
             | ({} if choice.reward is None else {"reward": choice.reward})
             for index, choice in enumerate(choices)
         ]
-        return self._head | {"choices": shown, "usage": usage.document()}
+        document = self._head | {"choices": shown, "usage": usage.document()}
+        if choices[0].prompt is not None:
+            self._add_prompts(document, choices)
+        return document
+
+    @abstractmethod
+    def _add_prompts(self, document: dict[str, Any], choices: Sequence[Choice]) -> None:
+        """Put `prompt_logprobs` where vLLM has them."""
 
     @abstractmethod
     def _piece(
@@ -126,6 +135,10 @@ class CompletionReply(Reply):
 
     _choice = _piece
 
+    def _add_prompts(self, document: dict[str, Any], choices: Sequence[Choice]) -> None:
+        for shown, choice in zip(document["choices"], choices, strict=True):
+            shown["prompt_logprobs"] = choice.prompt
+
 
 class ChatReply(Reply):
     """Answers of /v1/chat/completions."""
@@ -143,6 +156,9 @@ class ChatReply(Reply):
     ) -> dict[str, Any]:
         delta: dict[str, Any] = {"content": text} if text else {}
         return self._delta(delta | ({"tool_calls": calls} if calls else {}), logprobs, finish_reason)
+
+    def _add_prompts(self, document: dict[str, Any], choices: Sequence[Choice]) -> None:
+        document["prompt_logprobs"] = choices[0].prompt  # all choices have the same prompt
 
     def _choice(
         self, text: str, logprobs: Logprobs | None, finish_reason: str, calls: Sequence[dict[str, Any]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from starling.engine.generation.sampler import TokenLogprob
 from starling.engine.text.detokenizer import REPLACEMENT
@@ -21,6 +21,24 @@ class ShownToken(NamedTuple):
     token: int
     #: None for a text's first token, before which there is nothing.
     entry: TokenLogprob | None
+
+
+#: By token id: `logprob`, `rank` and `decoded_token`.
+RankedTable: TypeAlias = dict[str, dict[str, Any]]
+
+
+def ranked_table(own: tuple[int, float, str], top: Sequence[tuple[int, float, str]]) -> RankedTable:
+    """vLLM's table of one position: its own token first, then the likeliest, best first, each (id, logprob, text).
+
+    The rank of an own token beyond the likeliest is None: it is not known.
+    """
+    table: RankedTable = {
+        str(token): {"logprob": logprob, "rank": rank, "decoded_token": text}
+        for rank, (token, logprob, text) in enumerate(top, 1)
+    }
+    token, logprob, text = own
+    alone = {"logprob": logprob, "rank": None, "decoded_token": text}
+    return {str(token): table.get(str(token), alone), **table}
 
 
 def _finite(logprob: float) -> float:
@@ -63,6 +81,14 @@ class TokenTexts:
     def chat(self, entries: Sequence[ShownToken]) -> dict[str, Any]:
         """OpenAI's `logprobs` of a chat's choice."""
         return {"content": [self._chat_entry(each.entry) for each in entries if each.entry], "refusal": None}
+
+    def ranked(self, entries: Sequence[TokenLogprob | None]) -> list[RankedTable | None]:
+        """vLLM's `prompt_logprobs`, of entries whose first is None: nothing comes before a prompt's first token."""
+        return [None if entry is None else self._ranked(entry) for entry in entries]
+
+    def _ranked(self, entry: TokenLogprob) -> RankedTable:
+        top = [(token, _finite(value), self.text(token)) for token, value in entry.top]
+        return ranked_table((entry.token, _finite(entry.logprob), self.text(entry.token)), top)
 
     def _alternatives(self, entry: TokenLogprob) -> Mapping[str, float]:
         texts: dict[str, float] = {}

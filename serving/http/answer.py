@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from time import perf_counter
@@ -16,10 +16,11 @@ from starlette.types import Receive, Scope, Send
 from starling.engine.batching.request import RequestHandle
 from starling.engine.errors import RequestFailed, UserError
 from starling.engine.generation.results import FinishReason, GenerationChunk, Timings
+from starling.engine.generation.sampler import TokenLogprob
 from starling.serving.api.api_errors import ApiError, out_of_time, shutting_down, unexpected
 from starling.serving.api.prompt_echo import PromptEcho
 from starling.serving.api.replies import Choice, Logprobs, Reply, Usage, usage_of
-from starling.serving.api.token_texts import ShownToken
+from starling.serving.api.token_texts import RankedTable, ShownToken
 from starling.serving.api.tool_replies import ToolReader
 from starling.serving.http.interleave import interleave
 from starling.serving.http.request_bodies import ApiRequest
@@ -119,7 +120,7 @@ class Answer:
         except ApiError as error:
             await Refusal(error)(scope, receive, send)
             return
-        if self._request.params.logprobs is None:
+        if self._request.params.logprobs is None and self._request.prompt_logprobs is None:
             content = json_bytes(self._document())
         else:
             content = await self._written(self._document)
@@ -162,11 +163,18 @@ class Answer:
         if logprobs is not None:
             logprobs = [*logprobs, *candidate.logprobs]
         text += "".join(candidate.texts)
-        reward = candidate.reward
+        reward, prompt = candidate.reward, self._prompt(candidate)
         if candidate.tools is None:
-            return Choice(text, logprobs, candidate.finish_reason, reward=reward)
+            return Choice(text, logprobs, candidate.finish_reason, reward=reward, prompt=prompt)
         text, calls = candidate.tools.whole(text)
-        return Choice(text, logprobs, candidate.tools.finish_reason(candidate.finish_reason), calls, reward)
+        return Choice(text, logprobs, candidate.tools.finish_reason(candidate.finish_reason), calls, reward, prompt)
+
+    def _prompt(self, candidate: _Candidate) -> Sequence[RankedTable | None] | None:
+        """The `prompt_logprobs` of a choice, where the request asks for them."""
+        wanted, entries = self._request.prompt_logprobs, candidate.handle.partial.prompt_logprobs
+        if wanted is None or entries is None:
+            return None
+        return self._service.texts.ranked([_with_top(entry, wanted) for entry in entries])
 
     def _echo(self, candidate: _Candidate) -> tuple[str, Logprobs | None]:
         """What a choice begins with: its prompt where it is repeated, which has been run by now."""
@@ -176,7 +184,8 @@ class Answer:
         entries = candidate.handle.partial.prompt_logprobs if wanted else None
         if entries is None:
             return echo.text, None
-        return echo.text, [ShownToken(*each) for each in zip(echo.offsets, echo.ids, entries, strict=True)]
+        shown = [_with_top(entry, self._request.params.logprobs or 0) for entry in entries]
+        return echo.text, [ShownToken(*each) for each in zip(echo.offsets, echo.ids, shown, strict=True)]
 
     def _usage(self) -> Usage:
         total = Usage(0, 0)
@@ -296,6 +305,11 @@ class Answer:
             pass
         for candidate in self._candidates:
             candidate.handle.cancel()
+
+
+def _with_top(entry: TokenLogprob | None, most: int) -> TokenLogprob | None:
+    """The entry with so many alternatives: `echo` and `prompt_logprobs` may ask for other numbers of them."""
+    return entry if entry is None or len(entry.top) <= most else replace(entry, top=entry.top[:most])
 
 
 class Refusal(JSONResponse):

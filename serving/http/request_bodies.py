@@ -50,7 +50,7 @@ UNSUPPORTED_CHAT: Unsupported = {
 #: All that a body may name. Anything else is refused where it looks misspelt or the server is strict, else ignored.
 _COMMON = SAMPLING_FIELDS | {
     *("model", "stream", "stream_options", "logprobs", "n", "best_of", "reward_model", "cache_salt"),
-    "priority",
+    *("priority", "prompt_logprobs"),
 }
 COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "echo", *UNSUPPORTED_COMPLETION}
 CHAT_FIELDS = _COMMON | IGNORED_FIELDS | TOOL_FIELDS | TEMPLATE_FIELDS | {"messages", "template", "top_logprobs"}
@@ -121,6 +121,8 @@ class ApiRequest:
     #: Of the requests that wait the lowest is next; whose it is: what waits is fair between owners.
     priority: int = 0
     owner: str = ""
+    #: Alternatives of each token of the prompt, in vLLM's shape; None: they are not asked for.
+    prompt_logprobs: int | None = None
 
     def of_owner(self, owner: str, *, isolate: bool) -> ApiRequest:
         """The request as one of its owner's, where there is one; with `isolate` its prefixes are its own."""
@@ -154,9 +156,9 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
     logprobs = _count("logprobs", fields.optional("logprobs", int))
     params = read_sampling(fields, limits.defaults, max_tokens=COMPLETION_TOKENS, logprobs=logprobs)
     echo = fields.get("echo", bool, False)
-    if echo:
-        params = replace(params, prompt_logprobs=logprobs)
     stream, include_usage = _streaming(fields)
+    scored = _prompt_logprobs(fields, stream=stream)
+    params = replace(params, prompt_logprobs=_most(scored, logprobs if echo else None))
     prompts = _prompts(fields)
     choices, candidates = _candidates(fields, limits, len(prompts), stream=stream)
     return ApiRequest(
@@ -173,6 +175,7 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
         ignored=ignored,
         cache_salt=_cache_salt(fields),
         priority=_priority(fields),
+        prompt_logprobs=scored,
     )
 
 
@@ -184,6 +187,8 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
     fields.refuse_unsupported(UNSUPPORTED_CHAT)
     params = read_sampling(fields, limits.defaults, max_tokens=limits.max_seq, logprobs=_chat_logprobs(fields))
     stream, include_usage = _streaming(fields)
+    scored = _prompt_logprobs(fields, stream=stream)
+    params = replace(params, prompt_logprobs=scored)
     choices, candidates = _candidates(fields, limits, 1, stream=stream)
     return ApiRequest(
         model,
@@ -201,6 +206,7 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
         ignored=ignored,
         cache_salt=_cache_salt(fields),
         priority=_priority(fields),
+        prompt_logprobs=scored,
     )
 
 
@@ -312,6 +318,19 @@ def _check_together(limits: Limits, prompts: int, choices: int, candidates: int)
         name, given = "prompt", f"{prompts} prompts with {candidates} generation(s) of each"
     problem = f"{given}: this server takes {limits.max_choices} in one request; send several requests"
     raise bad_field(name, problem, "invalid_value")
+
+
+def _prompt_logprobs(fields: Fields, *, stream: bool) -> int | None:
+    count = _count("prompt_logprobs", fields.optional("prompt_logprobs", int))
+    if count is not None and stream:
+        problem = "prompt_logprobs come with a whole answer: send it without stream"
+        raise bad_field("prompt_logprobs", problem, "invalid_value")
+    return count
+
+
+def _most(*counts: int | None) -> int | None:
+    """The largest of the counts that there are."""
+    return max((count for count in counts if count is not None), default=None)
 
 
 def _chat_logprobs(fields: Fields) -> int | None:

@@ -108,8 +108,10 @@ class Service:
         """The request, whose generations are submitted and put into `handles` one after the other."""
         request = read()
         if request.params.prompt_logprobs is not None and self.engine.backend.most_scored == 0:
-            problem = "this server has the log-probabilities of answers only"
-            raise bad_field("echo", f"echo with logprobs: {problem}; leave one of them out", "unsupported_parameter")
+            field = "echo" if request.prompt_logprobs is None else "prompt_logprobs"
+            what = "echo with logprobs" if field == "echo" else field
+            problem = f"{what}: this server has the log-probabilities of answers only; leave it out"
+            raise bad_field(field, problem, "unsupported_parameter")
         try:
             request = self._with_tools(request)
             encoded, tokenizer = self._encoded(request), self.engine.tokenizer

@@ -16,6 +16,7 @@ from starling.serving.api.api_errors import ApiError
 from starling.serving.api.fields import Fields
 from starling.serving.api.grammar_fields import VLLM_FIELDS, read_grammar
 from starling.serving.api.sampling_fields import MOST_LOGPROBS
+from starling.serving.api.token_texts import RankedTable, ranked_table
 from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, text_array
 from starling.serving.triton.entry_interface import Call, Outputs
 from starling.serving.triton.socket_messages import Delta, Job, Logprob, RequestError
@@ -189,11 +190,5 @@ class _Answer:
         return {"text_output": text_array(delta.text, batched=False), **wanted}
 
 
-def _table(chosen: Logprob) -> dict[str, Any]:
-    """vLLM's table of one position: by token id; the rank of a chosen token beyond the likeliest is not known."""
-    table = {
-        str(token): {"logprob": logprob, "rank": rank, "decoded_token": text}
-        for rank, (token, logprob, text) in enumerate(chosen.top, 1)
-    }
-    own = {"logprob": chosen.logprob, "rank": None, "decoded_token": chosen.text}
-    return {str(chosen.token): table.get(str(chosen.token), own), **table}
+def _table(chosen: Logprob) -> RankedTable:
+    return ranked_table((chosen.token, chosen.logprob, chosen.text), chosen.top)
