@@ -13,6 +13,8 @@ from starling.serving.api.fields import Fields, Unsupported
 from starling.serving.api.grammar_fields import GRAMMAR_FIELDS, read_grammar
 
 MOST_LOGPROBS = 20
+#: Characters of a cache_salt.
+LONGEST_SALT = 256
 
 #: Fields of vLLM and SGLang that would change the answer, with what changes nothing.
 _OTHER_SERVERS: dict[str, tuple[object, ...]] = {
@@ -82,6 +84,15 @@ def read_deadline(fields: Fields) -> float | None:
     if seconds is not None and not 0 < seconds < float("inf"):
         raise bad_field("deadline_s", f"deadline_s is {shown(seconds)}: give seconds above 0", "invalid_value")
     return seconds
+
+
+def read_cache_salt(fields: Fields) -> str:
+    """What keeps a request's known prefixes to those of the same salt; "" for none. Raises ApiError."""
+    salt = fields.get("cache_salt", str, "")
+    if len(salt) > LONGEST_SALT:
+        problem = f"cache_salt has {len(salt)} characters: give at most {LONGEST_SALT}"
+        raise bad_field("cache_salt", problem, "invalid_value")
+    return salt
 
 
 def _max_tokens(fields: Fields, default: int) -> int:

@@ -65,11 +65,19 @@ def read_tools(fields: Fields) -> ToolUse | None:
     return ToolUse(tuple(tools), functions, named or choice == "required", strict, parallel and not named)
 
 
-def with_tools(params: SamplingParams, use: ToolUse, known: ToolFormat, special: Mapping[str, int]) -> SamplingParams:
-    """The settings of an answer that may call tools. Raises ApiError for what cannot be held to.
+def settings_with_tools(
+    params: SamplingParams, use: ToolUse, template: str, special: Mapping[str, int]
+) -> tuple[SamplingParams, ToolFormat]:
+    """The settings of an answer that may call tools, and the form in which the model of this chat template calls them.
 
-    `known` is the form in which the model writes calls, `special` the special tokens by their texts.
+    `special` are the special tokens by their texts. Raises PromptError where no form is known, ApiError for what cannot
+    be held to.
     """
+    known = _form_of(template, params.grammar)
+    return _with_tools(params, use, known, special), known
+
+
+def _with_tools(params: SamplingParams, use: ToolUse, known: ToolFormat, special: Mapping[str, int]) -> SamplingParams:
     params = replace(params, shown_tokens=marks_shown(known, special))
     if not (use.must_call or use.strict):
         return params
@@ -85,8 +93,7 @@ def with_tools(params: SamplingParams, use: ToolUse, known: ToolFormat, special:
     return replace(params, grammar=replace(grammar, field="tools"))
 
 
-def form_of(template: str, grammar: GrammarSpec | None) -> ToolFormat:
-    """The form in which the model of this chat template writes calls. Raises PromptError where none is known."""
+def _form_of(template: str, grammar: GrammarSpec | None) -> ToolFormat:
     if grammar is not None:
         problem = f"{grammar.field} says what the answer must look like, and tools are given too"
         raise PromptError(problem, detail="send one of them, or tool_choice none", field="tools")

@@ -13,10 +13,18 @@ from starling.engine.generation.sampling_params import SamplingParams
 from starling.serving.api.api_errors import ApiError, bad_field
 from starling.serving.api.fields import Fields
 from starling.serving.api.messages import TEMPLATE_FIELDS, read_messages, read_template_variables
-from starling.serving.api.sampling_fields import MOST_LOGPROBS, SAMPLING_FIELDS, read_deadline, read_sampling
+from starling.serving.api.sampling_fields import (
+    MOST_LOGPROBS,
+    SAMPLING_FIELDS,
+    read_cache_salt,
+    read_deadline,
+    read_sampling,
+)
+from starling.serving.api.tool_fields import TOOL_FIELDS, ToolUse, read_tools
 from starling.serving.batch.input_source import LONGEST_LINE, Source
 
-_OWN = SAMPLING_FIELDS | {"id", "prompt", "messages", "template", "logprobs", "n"} | TEMPLATE_FIELDS
+_OWN = SAMPLING_FIELDS | {"id", "prompt", "messages", "template", "logprobs", "n", "cache_salt"}
+_OWN |= TEMPLATE_FIELDS | TOOL_FIELDS
 _OPENAI = frozenset({"custom_id", "method", "url", "body"})
 #: What a body in OpenAI's format may say besides.
 _BODY = _OWN | {"model", "stream", "top_logprobs", "user", "metadata", "store"}
@@ -42,6 +50,10 @@ class Entry:
     template: str | None
     #: What goes to the template as it is.
     variables: dict[str, Any]
+    #: The tools that a chat's answer may call.
+    tools: ToolUse | None
+    #: Known prefixes are shared among entries of the same salt alone.
+    cache_salt: str
     #: Whether it came in OpenAI's batch format, and gets its answer in that.
     openai: bool
 
@@ -103,7 +115,9 @@ class EntryReader:
         defaults = dict(self.defaults)
         params = read_sampling(fields, defaults, max_tokens=defaults.pop("max_tokens"), logprobs=logprobs)
         template, variables = fields.optional("template", str), read_template_variables(fields)
-        said = [prompt, messages, template, *([variables] if variables else [])]
+        tools = _tools(fields, chat)
+        said: list[Any] = [prompt, messages, template, *([variables] if variables else [])]
+        said += [] if tools is None else [[list(tools.tools), sorted(tools.names), tools.must_call, tools.parallel]]
         meaning = json.dumps([self.salt, *said, str(params)], ensure_ascii=True)
         return Entry(
             id=id_,
@@ -115,8 +129,17 @@ class EntryReader:
             messages=messages,
             template=template,
             variables=variables,
+            tools=tools,
+            cache_salt=read_cache_salt(fields),
             openai=openai,
         )
+
+
+def _tools(fields: Fields, chat: bool) -> ToolUse | None:
+    given = sorted(TOOL_FIELDS & fields.values.keys())
+    if given and not chat:
+        raise bad_field(given[0], f"{given[0]} is about chats: give messages in place of a prompt")
+    return read_tools(fields)
 
 
 def _object(line: bytes | str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from starling.engine.generation.results import GenerationResult
 from starling.serving.api.replies import usage_of
+from starling.serving.api.tool_replies import ToolReader
 from starling.serving.batch.input_lines import Entry
 
 
@@ -14,16 +15,23 @@ def record_id(entry: Entry) -> str | int:
     return f"batch_req_{entry.fingerprint}" if entry.openai else entry.id
 
 
-def result_record(entry: Entry, result: GenerationResult) -> dict[str, Any]:
-    """A finished generation, in the form in which the entry came."""
+def result_record(entry: Entry, result: GenerationResult, reader: ToolReader | None = None) -> dict[str, Any]:
+    """A finished generation, in the form in which the entry came; `reader` finds the calls of tools in it."""
+    calls: list[dict[str, Any]] = []
+    text, reason = result.text, str(result.finish_reason)
+    if reader is not None:
+        text, calls = reader.whole(result.text)
+        reason = reader.finish_reason(reason)
     if entry.openai:
-        return _openai_record(entry, 200, _openai_body(entry, result))
+        return _openai_record(entry, 200, _openai_body(entry, result, text, calls, reason))
     record: dict[str, Any] = {
         "id": record_id(entry),
-        "text": result.text,
-        "finish_reason": result.finish_reason,
+        "text": text,
+        "finish_reason": reason,
         "usage": usage_of(result.timings).document(),
     }
+    if calls:
+        record["tool_calls"] = calls
     if result.logprobs is not None:
         record["logprobs"] = [
             {"token": item.token, "logprob": item.logprob, "top": [list(pair) for pair in item.top]}
@@ -44,11 +52,14 @@ def _openai_record(entry: Entry, status: int, body: dict[str, Any]) -> dict[str,
     return {"id": record_id(entry), "custom_id": entry.id, "response": response, "error": None}
 
 
-def _openai_body(entry: Entry, result: GenerationResult) -> dict[str, Any]:
-    ended: dict[str, Any] = {"index": 0, "finish_reason": result.finish_reason, "logprobs": None}
+def _openai_body(
+    entry: Entry, result: GenerationResult, text: str, calls: list[dict[str, Any]], reason: str
+) -> dict[str, Any]:
+    ended: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
     if entry.messages is None:
-        choice = ended | {"text": result.text}
+        choice = ended | {"text": text}
     else:
-        choice = ended | {"message": {"role": "assistant", "content": result.text}}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        choice = ended | {"message": message | ({"content": text or None, "tool_calls": calls} if calls else {})}
     kind = "text_completion" if entry.messages is None else "chat.completion"
     return {"object": kind, "choices": [choice], "usage": usage_of(result.timings).document()}

@@ -10,7 +10,11 @@ from starling.engine.batching.request import RequestHandle
 from starling.engine.engine import Engine
 from starling.engine.errors import DeadlineExceeded, PromptError, RequestFailed, SamplingError
 from starling.engine.generation.results import GenerationChunk
+from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
+from starling.serving.api.api_errors import ApiError
+from starling.serving.api.tool_fields import settings_with_tools
+from starling.serving.api.tool_replies import ToolReader
 from starling.serving.batch.input_lines import BadLine, Entry
 from starling.serving.batch.result_lines import failure_record, result_record
 
@@ -53,8 +57,8 @@ class _Run:
     def __init__(self, engine: Engine, loop: ServingLoop, on_bad_line: Callable[[BadLine], None]) -> None:
         self._engine, self._loop, self._on_bad_line = engine, loop, on_bad_line
         self._ended: SimpleQueue[int] = SimpleQueue()
-        #: By line number.
-        self._running: dict[int, tuple[Entry, RequestHandle]] = {}
+        #: By line number; the third reads the calls of tools in the answer.
+        self._running: dict[int, tuple[Entry, RequestHandle, ToolReader | None]] = {}
 
     def records(self, entries: Iterator[Entry], most: int) -> Iterator[list[Record]]:
         more = True
@@ -79,21 +83,36 @@ class _Run:
         try:
             is_chat = entry.messages is not None
             prompt = self._prompt(entry)
+            params, reader = self._with_tools(entry)
             handle = self._loop.submit(
-                prompt, entry.params, deadline_s=entry.deadline_s, reply=is_chat, on_chunk=on_chunk
+                prompt,
+                params,
+                deadline_s=entry.deadline_s,
+                reply=is_chat,
+                on_chunk=on_chunk,
+                cache_salt=entry.cache_salt,
             )
-        except (PromptError, SamplingError) as error:  # what only a loaded model can tell
+        except (PromptError, SamplingError, ApiError) as error:  # what only a loaded model can tell
             self._on_bad_line(BadLine(f"line {entry.line}: {error}"))
             return
-        self._running[entry.line] = (entry, handle)
+        self._running[entry.line] = (entry, handle, reader)
+
+    def _with_tools(self, entry: Entry) -> tuple[SamplingParams, ToolReader | None]:
+        template = None if entry.tools is None else self._engine.chat_templates.source(entry.template)
+        if entry.tools is None or template is None:
+            return entry.params, None
+        special = self._engine.tokenizer.special_ids_by_text
+        params, known = settings_with_tools(entry.params, entry.tools, template, special)
+        return params, ToolReader(known, entry.tools)
 
     def _prompt(self, entry: Entry) -> str | list[int]:
         if entry.messages is None:
             return entry.prompt
-        return self._engine.apply_chat_template(entry.messages, entry.template, variables=entry.variables)
+        tools = None if entry.tools is None else entry.tools.tools
+        return self._engine.apply_chat_template(entry.messages, entry.template, variables=entry.variables, tools=tools)
 
-    def _record(self, entry: Entry, handle: RequestHandle) -> Record:
+    def _record(self, entry: Entry, handle: RequestHandle, reader: ToolReader | None) -> Record:
         try:
-            return entry, result_record(entry, handle.result())
+            return entry, result_record(entry, handle.result(), reader)
         except (RequestFailed, DeadlineExceeded) as error:
             return entry, failure_record(entry, str(error))

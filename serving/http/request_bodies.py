@@ -16,6 +16,7 @@ from starling.serving.api.sampling_fields import (
     IGNORED_FIELDS,
     MOST_LOGPROBS,
     SAMPLING_FIELDS,
+    read_cache_salt,
     read_deadline,
     read_sampling,
 )
@@ -60,8 +61,6 @@ CHAT_FIELDS |= UNSUPPORTED_CHAT.keys()
 MOST_CHOICES = 128
 #: Of either sign.
 MOST_PRIORITY = 2**31 - 1
-#: Characters of a cache_salt.
-LONGEST_SALT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +172,7 @@ def completion_request(document: Mapping[str, Any], limits: Limits) -> ApiReques
         reward_model=_reward_model(fields, limits, stream=stream),
         echo=echo,
         ignored=ignored,
-        cache_salt=_cache_salt(fields),
+        cache_salt=read_cache_salt(fields),
         priority=_priority(fields),
         prompt_logprobs=scored,
     )
@@ -204,7 +203,7 @@ def chat_request(document: Mapping[str, Any], limits: Limits) -> ApiRequest:
         variables=read_template_variables(fields),
         tools=read_tools(fields),
         ignored=ignored,
-        cache_salt=_cache_salt(fields),
+        cache_salt=read_cache_salt(fields),
         priority=_priority(fields),
         prompt_logprobs=scored,
     )
@@ -221,14 +220,6 @@ def read_model(fields: Fields, limits: Limits) -> str:
             code="model_not_found",
         )
     return model
-
-
-def _cache_salt(fields: Fields) -> str:
-    salt = fields.get("cache_salt", str, "")
-    if len(salt) > LONGEST_SALT:
-        problem = f"cache_salt has {len(salt)} characters: give at most {LONGEST_SALT}"
-        raise bad_field("cache_salt", problem, "invalid_value")
-    return salt
 
 
 def _priority(fields: Fields) -> int:

@@ -15,7 +15,7 @@ from starling.engine.serving_loop import ServingLoop
 from starling.serving.api.api_errors import ApiError, bad_field, from_engine, shutting_down
 from starling.serving.api.prompt_echo import PromptEcho, prompt_echo
 from starling.serving.api.token_texts import TokenTexts
-from starling.serving.api.tool_fields import form_of, with_tools
+from starling.serving.api.tool_fields import settings_with_tools
 from starling.serving.http.request_bodies import ApiRequest, Limits
 from starling.serving.metrics.prometheus import PrometheusMetrics
 
@@ -130,8 +130,8 @@ class Service:
         template = self.engine.chat_templates.source(request.template)
         if template is None:  # as encoding will say
             return request
-        known = form_of(template, request.params.grammar)
-        params = with_tools(request.params, request.tools, known, self.engine.tokenizer.special_ids_by_text)
+        special = self.engine.tokenizer.special_ids_by_text
+        params, known = settings_with_tools(request.params, request.tools, template, special)
         return replace(request, params=params, tool_format=known)
 
     def _submit(self, request: ApiRequest, ids: list[int], request_id: str, handles: list[RequestHandle]) -> None:

@@ -239,7 +239,7 @@ GOOD: dict[str, list[Any]] = {
     "stream_options": [{"include_usage": True}],
     "chat_template_kwargs": [{}, {"enable_thinking": False, "list": [1, 2.5, None, {"a": "<s>"}]}],
     "reasoning_effort": ["low"],
-    "cache_salt": ["", "tenant 7", "x" * requests.LONGEST_SALT],
+    "cache_salt": ["", "tenant 7", "x" * sampling_fields.LONGEST_SALT],
     "response_format": [
         {"type": "text"},
         {"type": "json_object"},
@@ -267,7 +267,7 @@ BAD: dict[str, list[Any]] = {
     "guided_regex": ["(", ""],
     "guided_grammar": ["start: (", ""],
     "stream_options": [{"include_usage": "yes"}],
-    "cache_salt": ["x" * (requests.LONGEST_SALT + 1)],
+    "cache_salt": ["x" * (sampling_fields.LONGEST_SALT + 1)],
     "reward_model": ["nobody"],
     "chat_template_kwargs": [{"messages": []}, {"eos_token": "x"}, {"two words": 1}, {"a": "x" * 70000}],
 }
