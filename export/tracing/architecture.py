@@ -13,6 +13,12 @@ from starling.engine.errors import UnsupportedModelError, UserError
 MOST_POSITIONS = 2**17
 #: What the comparison with PyTorch takes at least.
 LEAST_POSITIONS = 64
+#: What a decoder's configuration has, and what a model is that lacks it.
+_FIELDS = {
+    "num_attention_heads": "models without attention (state spaces, recurrence) are not supported",
+    "max_position_embeddings": "positions by a bias for the distance (ALiBi) or by recurrence are not supported",
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers"), "only decoder language models are supported"),
+}
 
 
 def positions_of(config: PreTrainedConfig, wanted: int | None = None) -> int:
@@ -40,8 +46,6 @@ def check_supported(config: PreTrainedConfig) -> None:
     Raises:
         UnsupportedModelError: the configuration lacks a decoder's fields.
     """
-    for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+    for field, what in _FIELDS.items():
         if not isinstance(getattr(config, field, None), int):
-            raise UnsupportedModelError(
-                f"{config.model_type}: its configuration has no {field}; only decoders with attention are supported"
-            )
+            raise UnsupportedModelError(f"{config.model_type}: its configuration has no {field}: {what}")

@@ -11,7 +11,11 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from starling.engine.bundle.manifest import OUTPUT_OF, Architecture
@@ -337,7 +341,7 @@ def _explain(error: BaseException, name: str) -> StarlingError:
         if isinstance(cause, StarlingError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, DataDependentOutputException):
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         return UnsupportedModelError(
             f"{name}: its code decides by what is in its tensors ({error}), which no graph can"
         )

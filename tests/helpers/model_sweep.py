@@ -29,7 +29,7 @@ from starling.engine.errors import StarlingError, one_line
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 
-SECONDS = 120
+SECONDS = 200
 TOKENS = 40  # well beyond the sliding window of the tiny configurations
 TOLERANCE = 1e-3
 LARGEST_PARAMETERS = 400e6

@@ -76,9 +76,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 32},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "head_dim": 32},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "zaya": {"num_experts_per_tok": 1},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), DEFAULT_ROPE)},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 9},
     "deepseek_v2": LOW_RANK | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     **dict.fromkeys(
@@ -128,6 +131,6 @@ def _sizes(base: PreTrainedConfig, left_out: frozenset[str]) -> dict[str, Any]:
     for name in PER_LAYER:
         if name not in left_out | computed and (kinds := list(dict.fromkeys(getattr(base, name, None) or ()))):
             known[name] = (kinds * 3)[:3] if len(kinds) < 3 else kinds[:3]
-    if getattr(base, "rope_parameters", None):
-        known["rope_parameters"] = base.rope_parameters
+    if rope := getattr(base, "rope_parameters", None):
+        known["rope_parameters"] = rope | DEFAULT_ROPE if rope.get("rope_theta", 1.0) is None else rope
     return known
