@@ -6,6 +6,7 @@ of `speculation`: the target chooses each token itself, and a draft only says ho
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from time import perf_counter
 
@@ -15,7 +16,10 @@ from starling.engine.backends.backend import Backend, RowPart
 from starling.engine.batching.prefix_store import PrefixStore
 from starling.engine.batching.request import Request
 from starling.engine.batching.step_costs import LEAST_GAIN, NEWEST, OUTLIER, StepCosts
+from starling.engine.errors import BackendError
 from starling.engine.generation.prompts import common_prefix
+
+LOGGER = logging.getLogger(__name__)
 
 #: Tokens of a draft at most.
 MOST = 8
@@ -58,10 +62,16 @@ class DraftModel:
             self._held[row] = list(prompt[: self.prefixes.load(request)])
 
     def follow(self, request: Request, written: int) -> None:
-        """The target's row holds so many tokens of the prompt: so does this one's from now on."""
+        """The target's row holds so many tokens of the prompt: so does this one's from now on, if it does not fail."""
         held, prompt = self._held[request.row], request.sequence.prompt
-        if len(held) < written:
+        if len(held) >= written:
+            return
+        try:
             self.backend.prefill(request.row, np.array(prompt[len(held) : written], np.int64), len(held))
+        except BackendError as error:
+            LOGGER.warning("the draft model has failed with a prompt, whose request goes on: %s", error)
+            self.forget()
+        else:
             held.extend(prompt[len(held) : written])
 
     def end(self, request: Request) -> None:

@@ -9,8 +9,8 @@ from starling.engine.backends.backend import Backend
 from starling.engine.batching.draft_model import DraftModel
 from starling.engine.batching.prefill_pacing import PromptsFirst
 from starling.engine.batching.prefix_store import PrefixStore
-from starling.engine.batching.request import PromptGroup, Request
-from starling.engine.batching.scheduler import Handout, Scheduler
+from starling.engine.batching.request import Handout, PromptGroup, Request
+from starling.engine.batching.scheduler import Scheduler
 from starling.engine.batching.serving_stats import ServingCounters
 from starling.engine.errors import UserError
 from starling.engine.generation.results import GenerationChunk, GenerationResult

@@ -163,3 +163,7 @@ class RequestHandle(Iterator[GenerationChunk]):
     def _raise_failure(self, chunk: GenerationChunk) -> None:
         if chunk.finish_reason == "failed" and self._request.error is not None:
             raise self._request.error
+
+
+#: A request, and what its reader gets.
+Handout = tuple[Request, GenerationChunk]

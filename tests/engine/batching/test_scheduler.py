@@ -361,7 +361,7 @@ def test_what_cannot_be_prefilled_by_its_deadline_ends_before_it_runs(served: Se
     while not running.sequence.tokens:
         served.scheduler.serve_step()
     hopeless, handle = served.submit(LONG, 2)
-    hopeless.deadline = perf_counter() + served.scheduler._pace.least_s(len(LONG)) / 2
+    hopeless.deadline = perf_counter() + served.scheduler._prefills._pace.least_s(len(LONG)) / 2
     possible, _ = served.submit(LONG, 2)
     possible.deadline = perf_counter() + 60
     served.scheduler.serve_step()
