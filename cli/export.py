@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _TENSORRT = "tensorrt"
 _BLOCK_OPTIONS = ("symmetric", "accuracy_level")
 _QDQ_OPTIONS = ("quantize_head", "keep_precision")
-_ACTIVATION_OPTIONS = ("calibration", "calibration_tokens", "smoothing", "accept_quality")
+_CALIBRATION_OPTIONS = ("calibration", "calibration_tokens")
+_ACTIVATION_OPTIONS = ("smoothing", "accept_quality")
 
 
 @click.command()
@@ -69,7 +70,12 @@ _ACTIVATION_OPTIONS = ("calibration", "calibration_tokens", "smoothing", "accept
     help="Do not quantize these projections, e.g. '*.down_proj.weight'; repeatable; 'none' keeps none.  "
     "[default: w8a8 and fp8: those that cost most, as few as needed]",
 )
-@click.option("--calibration", type=click.Path(path_type=Path), help="Text (or .jsonl of texts) for w8a8 and fp8.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Text (or .jsonl of texts) for int4 of dialect ort, w8a8 and fp8; 'none': int4 is rounded without.  "
+    "[default: a built-in text; none for random weights]",
+)
 @click.option("--calibration-tokens", type=click.IntRange(64), help="How much of it is used.  [default: 4096]")
 @click.option("--smoothing", type=float, help="SmoothQuant's alpha for w8a8 and fp8, 0 for none.  [default: 0.8]")
 @click.option("--accept-quality", is_flag=True, help="Write a w8a8 or fp8 bundle however far it is from PyTorch.")
@@ -93,7 +99,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
       starling export demo smollm2
       starling export demo smollm2-int8 --quant int8
       starling export berkeley-nest/Starling-LM-7B-alpha starling-7b --dtype fp16
-      starling export ./my-finetune mine-int4 --quant int4 --block-size 64
+      starling export ./my-finetune mine-int4 --quant int4 --calibration my-chats.jsonl
       starling export demo smollm2-w8a8 --dialect tensorrt --dtype fp16 --quant w8a8
       starling export random:starling-7b perf --dtype fp16
     """
@@ -117,7 +123,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
         from starling.export.checkpoints.model_source import open_checkpoint
         from starling.export.checkpoints.scoring_models import for_task
         from starling.export.exporter import ExportOptions, export_bundle
-        from starling.export.quantization.prepare_qdq import DEFAULT_TOKENS, Calibration
+        from starling.export.quantization.calibration_choice import DEFAULT_TOKENS, Calibration
 
         how = ExportOptions(
             dialect=options["dialect"],
@@ -150,6 +156,8 @@ def _check_settings(out: Path, options: dict[str, Any]) -> BlockQuantization | Q
         refuse_options(_QDQ_OPTIONS, "is about quantized weights: add --quant")
     if scheme not in ACTIVATION_SCHEMES:
         refuse_options(_ACTIVATION_OPTIONS, "is about quantized activations: add --quant w8a8 or fp8")
+        if scheme != "int4" or dialect == _TENSORRT:
+            refuse_options(_CALIBRATION_OPTIONS, "is for --quant int4 of dialect ort, w8a8 and fp8")
     elif dialect != _TENSORRT:
         raise UserError(f"--quant {scheme} is for --dialect tensorrt; dialect {dialect} quantizes weights only")
     if dialect == _TENSORRT:
@@ -171,10 +179,21 @@ def _check_settings(out: Path, options: dict[str, Any]) -> BlockQuantization | Q
 
         check_scheme(scheme, dialect)
     if options["calibration"] is not None:
-        from starling.export.check.sample_texts import read_texts
-
-        read_texts(options["calibration"])
+        _check_calibration(options)
     return quantization
+
+
+def _check_calibration(options: dict[str, Any]) -> None:
+    from starling.export.check.sample_texts import read_texts
+    from starling.export.quantization.calibration_choice import Calibration
+
+    calibration = Calibration(options["calibration"])
+    if not calibration.is_off:
+        read_texts(options["calibration"])
+    elif options["quant"] in ACTIVATION_SCHEMES:
+        calibration.require(options["quant"])
+    else:
+        refuse_options(["calibration_tokens"], "is about calibration, which --calibration none leaves out")
 
 
 def _quantization(options: dict[str, Any]) -> BlockQuantization | QdqQuantization | None:

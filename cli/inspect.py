@@ -87,6 +87,8 @@ def _rows(bundle: Bundle, positions: int, verified: bool) -> list[tuple[str, str
     arch, cache, weights = bundle.architecture, bundle.kv_cache, bundle.weights
     window = f", sliding window {arch.sliding_window}" if arch.sliding_window else ""
     total = sum(record.bytes for record in bundle.files.values())
+    in_blocks = bundle.quantization.bits_per_weight if bundle.quantization else None
+    bits = "" if in_blocks is None else f", {in_blocks:.2f} bits a weight in blocks"
     return [
         ("bundle", f"{bundle.folder} ({human_bytes(total)})"),
         ("source", f"{bundle.source.get('name')} ({bundle.source.get('kind')})"),
@@ -100,7 +102,8 @@ def _rows(bundle: Bundle, positions: int, verified: bool) -> list[tuple[str, str
         ("dialect", bundle.dialect),
         ("precision", precision(bundle)),
         *(("kept", name) for name in (bundle.quantization.kept if bundle.quantization else ())),
-        ("weights", f"{human_bytes(weights.bytes)}, {human_bytes(weights.bytes_per_token)} read per token"),
+        *(("calibrated", line) for line in _calibration_lines(bundle)),
+        ("weights", f"{human_bytes(weights.bytes)}, {human_bytes(weights.bytes_per_token)} read per token{bits}"),
         (
             "KV cache",
             f"{cache.dtype}, {cache.bytes_per_token:,} bytes a token, {human_bytes(cache.bytes_per_token * positions)} "
@@ -145,6 +148,14 @@ def precision(bundle: Bundle) -> str:
     smoothing = f", smoothing {how.smoothing:g}" if how.smoothing else ""
     kept = f", {len(how.kept)} projections kept in {bundle.dtype}" if how.kept else ""
     return f"{how.scheme} {what} (weights {grain}{smoothing}{kept}), {bundle.dtype}"
+
+
+def _calibration_lines(bundle: Bundle) -> list[str]:
+    """What weights or activations were calibrated on; nothing where they were not."""
+    how = bundle.quantization
+    if how is None or how.text is None:
+        return []
+    return [f"on {how.tokens:,} tokens of " + ("the built-in text" if how.text == "built in" else how.text)]
 
 
 def parity_line(parity: Any) -> str:

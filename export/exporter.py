@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,12 +26,21 @@ from starling.export.checkpoints.checkpoint import Checkpoint, Shapes, TensorSou
 from starling.export.dialects import get_dialect
 from starling.export.dialects.dialect import Companion
 from starling.export.graphs.projections import write_projections
+from starling.export.quantization.block_plan import BlockPlan, plan_blocks
 from starling.export.quantization.blocks import BlockQuantization
-from starling.export.quantization.prepare_qdq import Calibration, prepare
+from starling.export.quantization.calibration_choice import Calibration
+from starling.export.quantization.prepare_blocks import CalibratedBlocks, calibrated_blocks, wants_calibration
+from starling.export.quantization.prepare_qdq import prepare
 from starling.export.quantization.qdq_settings import QdqQuantization, check_scheme
 from starling.export.tracing.architecture import LEAST_POSITIONS, architecture_json
 from starling.export.tracing.tracer import TORCH_DTYPES, Trace, trace
-from starling.export.weights.weight_file import WrittenFile, bytes_per_token, planned_bytes, write_weights
+from starling.export.weights.weight_file import (
+    WrittenFile,
+    bits_per_weight,
+    bytes_per_token,
+    planned_bytes,
+    write_weights,
+)
 
 GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
 _SPARE_BYTES = 64 * 2**20  # graphs, tokenizer, JSON
@@ -130,15 +140,18 @@ def _write_model(
     if isinstance(how, QdqQuantization):
         prepared = prepare(graph, arch, checkpoint, folder, how, options.calibration, progress)
         tensors = prepared.weights.tensors
-    blocks = how if isinstance(how, BlockQuantization) else None
-    write_projections(graph, prepared.weights.plan if prepared else blocks)
+    plan = plan_blocks(graph.graph, how) if isinstance(how, BlockQuantization) else None
+    write_projections(graph, prepared.weights.plan if prepared else plan)
     total = planned_bytes(graph)
     check_space(folder, (total if options.weights else 0) + _SPARE_BYTES)
-    progress.phase("writing weights")
-    data = write_weights(graph, tensors, folder / WEIGHT_FILE, blocks, progress.bytes)
+    with _calibrated(graph, arch, checkpoint, folder, plan, options, progress) as calibrated:
+        progress.phase("writing weights")
+        data = write_weights(graph, tensors, folder / WEIGHT_FILE, plan, calibrated.store, progress.bytes)
     _clean(graph)
     ir.save(graph, folder / GRAPH_FILE)
-    companions = _write_companions(dialect.companions(graph, blocks, all_logits=options.all_logits), folder)
+    companions = _write_companions(
+        dialect.companions(graph, None if plan is None else plan.how, all_logits=options.all_logits), folder
+    )
     for name, document in dialect.settings(arch, checkpoint).items():
         write_json(folder / name, document)
     manifest = _manifest(checkpoint, arch, options, graph, total) | companions
@@ -147,9 +160,30 @@ def _write_model(
     if prepared is not None:
         manifest["quantization"] = prepared.report
         manifest["notes"] += prepared.notes
+    if plan is not None:
+        manifest["quantization"] |= {
+            "bits_per_weight": bits_per_weight(graph, tensors),
+            "calibration": calibrated.report,
+        }
+        manifest["notes"] += calibrated.notes
     manifest["files"] = _files(folder, {WEIGHT_FILE: data})
     write_json(folder / "bundle.json", manifest)
     return manifest, arch
+
+
+def _calibrated(
+    graph: ir.Model,
+    arch: Architecture,
+    checkpoint: Checkpoint,
+    folder: Path,
+    plan: BlockPlan | None,
+    options: ExportOptions,
+    progress: Progress,
+) -> AbstractContextManager[CalibratedBlocks]:
+    """What calibration makes of the weights in blocks; nothing where there is none."""
+    if plan is None or not wants_calibration(checkpoint, plan, options.calibration, weights=options.weights):
+        return nullcontext(CalibratedBlocks(None, None, ()))
+    return calibrated_blocks(graph, arch, checkpoint, folder, plan, options.calibration, progress)
 
 
 def _write_companions(companions: list[Companion], folder: Path) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class Quantization:
 
     `block_size` weights along the input axis share a scale (None: all of an output channel); `accuracy_level` is
     MatMulNBits' own. `smoothing` is SmoothQuant's alpha; `kept` names projections that stay in the bundle's dtype.
+    `bits_per_weight` is the mean over all weights in blocks, scales and zero points among them. `text`, `tokens`: what
+    it was calibrated on, and how much of it.
     """
 
     scheme: str
@@ -68,6 +70,9 @@ class Quantization:
     accuracy_level: int | None
     smoothing: float | None = None
     kept: tuple[str, ...] = ()
+    bits_per_weight: float | None = None
+    text: str | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +376,7 @@ def _pooling(fields: JsonFields, task: Task) -> Pooling:
 
 
 def _quantization(fields: JsonFields) -> Quantization:
+    calibration = fields.inside("calibration") if fields.value.get("calibration") is not None else None
     return Quantization(
         fields.get("scheme", str),
         fields.optional("block_size", int),
@@ -378,6 +384,9 @@ def _quantization(fields: JsonFields) -> Quantization:
         fields.optional("accuracy_level", int),
         fields.optional("smoothing", float),
         tuple(fields.optional("kept", list) or ()),
+        fields.optional("bits_per_weight", float),
+        calibration.get("text", str) if calibration is not None else None,
+        calibration.get("tokens", int) if calibration is not None else None,
     )
 
 

@@ -30,11 +30,11 @@ def cuda_graph(model: ir.Model, how: BlockQuantization | None) -> ir.Model | Non
         return None
     twin = model.clone()
     graph = twin.graph
-    if how is not None and how.is_symmetric:
-        for node in list(graph):
-            if node.op_type == "MatMulNBits":
-                _drop_zero_points(node)
-                _pad_rows(graph, node)
+    for node in [node for node in graph if node.op_type == "MatMulNBits"]:
+        assert how is not None
+        if how.at(node.attributes["bits"].as_int()).is_symmetric:
+            _drop_zero_points(node)
+            _pad_rows(graph, node)
     _advance_lengths(graph, _check_choice(graph))
     common_passes.RemoveUnusedNodesPass()(twin)
     return twin

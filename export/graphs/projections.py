@@ -15,19 +15,19 @@ from starling.export.graphs.rewrites import (
     score_heads,
     take_over,
 )
-from starling.export.quantization.blocks import BlockQuantization
+from starling.export.quantization.block_plan import BlockPlan
 from starling.export.quantization.qdq_projections import QdqPlan, QdqWriter
 from starling.export.weights.weight_plan import Blocks, Rows, new_weight, rows_of
 
 
-def write_projections(model: ir.Model, quantization: BlockQuantization | QdqPlan | None) -> None:
+def write_projections(model: ir.Model, quantization: BlockPlan | QdqPlan | None) -> None:
     """Replace every `starling::Linear` and `starling::Embedding` of the graph in place.
 
     Full precision: MatMul with the weight stored [in, out]; a weight shared with the embedding stays [vocab, hidden]
     for both. In blocks: MatMulNBits and GatherBlockQuantized over the same bytes where the two are tied. By a plan:
     DequantizeLinear in front of the projections that it does not keep.
     """
-    if isinstance(quantization, BlockQuantization):
+    if isinstance(quantization, BlockPlan):
         _write_blocks(model.graph, quantization)
         model.opset_imports.setdefault(MICROSOFT, 1)
     else:
@@ -38,17 +38,17 @@ def write_projections(model: ir.Model, quantization: BlockQuantization | QdqPlan
         initializers.pop(name)
 
 
-def _write_blocks(graph: ir.Graph, how: BlockQuantization) -> None:
+def _write_blocks(graph: ir.Graph, plan: BlockPlan) -> None:
     whole = routers(graph) | score_heads(graph)
     for node in list(graph):
         if node in whole:
             _replace(graph, node, _linear(graph, node))
         elif is_linear(node):
-            _replace(graph, node, _quantized_linear(graph, node, how))
+            _replace(graph, node, _quantized_linear(graph, node, plan))
         elif is_embedding(node):
-            _replace(graph, node, _quantized_embedding(graph, node, how))
+            _replace(graph, node, _quantized_embedding(graph, node, plan))
         elif is_experts(node):
-            _replace(graph, node, write_experts(graph, node, how))
+            _replace(graph, node, write_experts(graph, node, plan.how))
 
 
 def _write_products(graph: ir.Graph, plan: QdqPlan | None) -> None:
@@ -113,29 +113,45 @@ def _embedding(graph: ir.Graph, node: ir.Node) -> ir.Value:
 
 
 def _block_weights(
-    graph: ir.Graph, weight: ir.Value, how: BlockQuantization, *, flat: bool
+    graph: ir.Graph, node: ir.Node, weight: ir.Value, plan: BlockPlan, *, flat: bool
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Data, scales and zero points of a quantized weight.
+    """Data, scales and zero points of a quantized weight, for `node`.
 
     MatMulNBits sees the data as [rows, blocks, bytes], GatherBlockQuantized (`flat`) the same bytes as [rows, bytes].
     """
     assert weight.shape is not None
     assert weight.dtype is not None
     rows, columns = (int(d) for d in weight.shape)  # type: ignore[arg-type]
-    blocks, width = how.blocks(columns), how.block_size * how.bits // 8
     source, uint8 = rows_of(weight), ir.DataType.UINT8
+    how = plan.of(source.names)
+    blocks, width = how.blocks(columns), how.block_size * how.bits // 8
     data_shape = (rows, blocks * width) if flat else (rows, blocks, width)
     suffix = "_rows" if flat else ""
     data = new_weight(graph, f"{weight.name}_q{how.bits}{suffix}", uint8, data_shape, Blocks(source, "data"))
-    scales = new_weight(graph, f"{weight.name}_scales", weight.dtype, (rows, blocks), Blocks(source, "scales"))
+    # Two bytes hold them; at 4 bits a weight four bytes for 32 of them would be a tenth of all.
+    stored = ir.DataType.FLOAT16 if plan.how.bits == 4 and weight.dtype == ir.DataType.FLOAT else weight.dtype
+    scales = new_weight(graph, f"{weight.name}_scales", stored, (rows, blocks), Blocks(source, "scales"))
     zero_shape = (rows, -(-blocks * how.bits // 8))
     zeros = new_weight(graph, f"{weight.name}_zero_points", uint8, zero_shape, Blocks(source, "zero_points"))
-    return data, scales, zeros
+    return data, _cast(graph, node, scales, weight.dtype), zeros
 
 
-def _quantized_linear(graph: ir.Graph, node: ir.Node, how: BlockQuantization) -> ir.Value:
+def _cast(graph: ir.Graph, before: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """`value` in another type; runtimes do that once, when they load the graph."""
+    if value.dtype == dtype:
+        return value
+    known = next((use.node.outputs[0] for use in value.uses() if use.node.op_type == "Cast"), None)
+    if known is not None:
+        return known
+    cast = insert(graph, before, ir.node("Cast", [value], attributes={"to": dtype}))
+    cast.type, cast.shape = ir.TensorType(dtype), value.shape
+    return cast
+
+
+def _quantized_linear(graph: ir.Graph, node: ir.Node, plan: BlockPlan) -> ir.Value:
     x, weight, bias, rows, columns = _parts(node)
-    inputs: list[ir.Value | None] = [x, *_block_weights(graph, weight, how, flat=False)]
+    how = plan.of(rows_of(weight).names)
+    inputs: list[ir.Value | None] = [x, *_block_weights(graph, node, weight, plan, flat=False)]
     if bias is not None:
         inputs += [None, bias]
     attributes = {
@@ -148,10 +164,11 @@ def _quantized_linear(graph: ir.Graph, node: ir.Node, how: BlockQuantization) ->
     return insert(graph, node, ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT))
 
 
-def _quantized_embedding(graph: ir.Graph, node: ir.Node, how: BlockQuantization) -> ir.Value:
+def _quantized_embedding(graph: ir.Graph, node: ir.Node, plan: BlockPlan) -> ir.Value:
     ids, table = node.inputs
     assert table is not None
-    data, scales, zeros = _block_weights(graph, table, how, flat=True)
+    how = plan.of(rows_of(table).names)
+    data, scales, zeros = _block_weights(graph, node, table, plan, flat=True)
     attributes = {"bits": how.bits, "block_size": how.block_size, "gather_axis": 0, "quantize_axis": 1}
     inputs = [data, ids, scales, zeros]
     gather = ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain=MICROSOFT)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starling.engine.errors import UserError
+from starling.export.quantization.block_search import search_grid
 
 if TYPE_CHECKING:  # the settings are looked at before PyTorch is loaded
     from torch import Tensor
@@ -52,6 +53,10 @@ class BlockQuantization:
         """Blocks in a row; the last may be shorter."""
         return -(-columns // self.block_size)
 
+    def at(self, bits: int) -> BlockQuantization:
+        """The same with so many bits: of an int4 bundle, what is kept in 8 bits is as in an int8 bundle."""
+        return self if bits == self.bits else replace(self, scheme=f"int{bits}", symmetric=None)
+
     def to_json(self) -> dict[str, Any]:
         """The `quantization` object of bundle.json."""
         return {
@@ -62,18 +67,80 @@ class BlockQuantization:
         }
 
 
-def quantize_rows(rows: Tensor, how: BlockQuantization) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize rows [n, columns] of any float type.
+class QuantizedRows(NamedTuple):
+    """Rows in blocks: weight = (data - zero_point) * scale.
 
-    Returns uint8 data [n, blocks, block_size * bits / 8] (low nibble first), float32 scales [n, blocks] and uint8 zero
-    points [n, ceil(blocks * bits / 8)]; weight = (data - zero_point) * scale. Scales are values of float16, so that a
-    kernel may keep them in two bytes.
+    `data` uint8 [n, blocks, block_size * bits / 8], low nibble first; `scales` float32 [n, blocks]; `zeros` uint8
+    [n, ceil(blocks * bits / 8)].
+    """
+
+    data: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+def quantize_rows(rows: Tensor, how: BlockQuantization, importance: Tensor | None = None) -> QuantizedRows:
+    """Round rows [n, columns] of any float type.
+
+    4 bits: with the scales of least squared error, in which a column counts by its `importance` [columns] (None: all
+    the same). Scales are values of float16, so that they can be kept in two bytes.
     """
     import torch
 
     n, columns = rows.shape
     padded = torch.nn.functional.pad(rows.float(), (0, how.blocks(columns) * how.block_size - columns))
     blocks = padded.view(n, how.blocks(columns), how.block_size)
+    if how.bits == 4:
+        scale, zero = _searched(blocks, how, importance)
+    else:
+        scale, zero = _whole_range(blocks, how)
+    data = (blocks / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, 2**how.bits - 1)
+    return pack_blocks(data.flatten(1).to(torch.uint8), scale, zero, how)
+
+
+def pack_blocks(codes: Tensor, scales: Tensor, zeros: Tensor, how: BlockQuantization) -> QuantizedRows:
+    """Whole numbers uint8 [n, columns] as they are stored, with scales and zero points [n, blocks] of any type.
+
+    A last block that is shorter is filled with its zero point.
+    """
+    import torch
+
+    missing = how.blocks(codes.shape[1]) * how.block_size - codes.shape[1]
+    whole = [codes, zeros[:, -1:].to(torch.uint8).expand(-1, missing)]
+    data = torch.cat(whole, dim=1).view(len(codes), -1, how.block_size)
+    zeros = zeros.to(torch.uint8)
+    if how.bits == 4:
+        data, zeros = _pack_nibbles(data), _pack_nibbles(zeros)
+    return QuantizedRows(data, scales, zeros)
+
+
+def dequantize(found: QuantizedRows, how: BlockQuantization, columns: int) -> Tensor:
+    """The weights float32 [n, columns] that the numbers stand for."""
+    data, zeros = found.data, found.zeros
+    if how.bits == 4:
+        data, zeros = _unpack_nibbles(data), _unpack_nibbles(zeros)[:, : found.scales.shape[1]]
+    values = data.float().sub_(zeros.float()[..., None]).mul_(found.scales[..., None])
+    return values.flatten(1)[:, :columns]
+
+
+def _searched(blocks: Tensor, how: BlockQuantization, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scales and zero points [n, blocks], block after block, so that what is worked on stays in the cache."""
+    import torch
+
+    count, size = blocks.shape[1:]
+    weigh = torch.ones(count * size, device=blocks.device) if importance is None else importance
+    weigh = torch.nn.functional.pad(weigh, (0, count * size - len(weigh))).view(count, size, 1)
+    found = [
+        search_grid(blocks[:, i].T.contiguous(), weigh[i], how.bits, symmetric=how.is_symmetric) for i in range(count)
+    ]
+    scales, zeros = zip(*found, strict=True)
+    return torch.stack(scales, dim=1), torch.stack(zeros, dim=1)
+
+
+def _whole_range(blocks: Tensor, how: BlockQuantization) -> tuple[Tensor, Tensor]:
+    """Scales and zero points [n, blocks] with which nothing is cut off; the scale of zeros is 1."""
+    import torch
+
     top = 2**how.bits - 1
     if how.is_symmetric:
         middle = 2 ** (how.bits - 1)
@@ -83,11 +150,7 @@ def quantize_rows(rows: Tensor, how: BlockQuantization) -> tuple[Tensor, Tensor,
         low, high = blocks.amin(dim=2).clamp_(max=0), blocks.amax(dim=2).clamp_(min=0)
         scale = _float16_above((high - low) / top)
         zero = torch.where(scale > 0, -low / scale, 0).round_().clamp_(0, top)
-    safe = torch.where(scale > 0, scale, 1.0)
-    data = (blocks / safe[..., None]).round_().add_(zero[..., None]).clamp_(0, top).to(torch.uint8)
-    if how.bits == 4:
-        return _pack_nibbles(data), safe, _pack_nibbles(zero.to(torch.uint8))
-    return data, safe, zero.to(torch.uint8)
+    return torch.where(scale > 0, scale, 1.0), zero
 
 
 def _float16_above(scale: Tensor) -> Tensor:
@@ -105,3 +168,9 @@ def _pack_nibbles(values: Tensor) -> Tensor:
 
     even = torch.nn.functional.pad(values, (0, values.shape[-1] % 2))
     return even[..., 0::2] | (even[..., 1::2] << 4)
+
+
+def _unpack_nibbles(values: Tensor) -> Tensor:
+    import torch
+
+    return torch.stack((values & 15, values >> 4), dim=-1).flatten(-2)

@@ -13,6 +13,7 @@ from starling.export.check.sample_texts import CALIBRATION, TextEncoder, TokenRo
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.graphs.rewrites import is_linear
 from starling.export.quantization.calibration import input_absmax
+from starling.export.quantization.calibration_choice import Calibration
 from starling.export.quantization.precision_choice import choose_kept, judged_rows
 from starling.export.quantization.qdq_plan import (
     PreparedWeights,
@@ -31,15 +32,6 @@ from starling.export.weights.weight_plan import rows_of
 _TARGET = 0.7 * MAX_MEAN_KL
 #: Beyond, trying each projection takes hours on a CPU; --keep-precision says it by hand.
 _MOST_PARAMETERS = 2_000_000_000
-DEFAULT_TOKENS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """The text that activations are calibrated on: a file (None: the built-in text), and how much of it."""
-
-    file: Path | None = None
-    tokens: int = DEFAULT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +61,7 @@ def prepare(
     if how.activations is None:
         weights = plan_weights(how, kept, checkpoint.tensors)
         return _prepared(weights, how, _in_order(model, kept, how), None, _block_notes(model, how, kept))
+    calibration.require(how.scheme)
     rows = calibration_rows(
         calibration.file or CALIBRATION,
         TextEncoder(folder, arch.vocab_size),
@@ -89,8 +82,7 @@ def prepare(
                 chosen = choose_kept(simulation, groups, judged_rows(rows), _TARGET)
             kept |= names_of(chosen)
             weights = plan_activations(groups, how, kept, checkpoint.tensors, absmax)
-    name = "built in" if calibration.file is None else calibration.file.name
-    return _prepared(weights, how, _in_order(model, kept, how), _told(name, rows), notes)
+    return _prepared(weights, how, _in_order(model, kept, how), _told(calibration.name, rows), notes)
 
 
 def _told(name: str, rows: TokenRows) -> dict[str, Any]:

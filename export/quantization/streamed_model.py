@@ -38,7 +38,14 @@ class StreamedModel:
 
     def watch(self, name: str, look: Callable[[Tensor], None]) -> None:
         """Show `look` the input [rows, length, columns] of the module called `name`, each time it runs."""
-        self.model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: look(inputs[0]))
+        self.before(name, lambda _, x, *__: look(x))
+
+    def before(self, name: str, act: Callable[..., None]) -> None:
+        """Call `act` with the module called `name` and its inputs, each time before it runs.
+
+        Its parameters are there, and `act` may change them: the module runs with what they are then.
+        """
+        self.model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: act(module, *inputs))
 
     def run(self, ids: Tensor) -> Tensor:
         """The last hidden state [rows, length, hidden] after `ids` int64 [rows, length]; what lm_head would read."""

@@ -15,7 +15,9 @@ from torch import Tensor
 from starling.engine.errors import UnsupportedModelError
 from starling.engine.progress import Advance
 from starling.export.checkpoints.checkpoint import TensorSource
-from starling.export.quantization.blocks import BlockQuantization, quantize_rows
+from starling.export.quantization.block_plan import BlockPlan
+from starling.export.quantization.block_store import BlockStore
+from starling.export.quantization.blocks import BlockQuantization, QuantizedRows, quantize_rows
 from starling.export.quantization.qdq_scheme import FP8, INT4, INT8, Grid, pack_int4, quantize_weight, weight_scales
 from starling.export.weights.weight_plan import (
     Blocks,
@@ -64,22 +66,46 @@ def bytes_per_token(model: ir.Model) -> int:
     read: dict[Weight, int] = {}
     for value in model.graph.initializers.values():
         weight = weight_of(value)
-        looked_up = all(use.node.op_type in ("Gather", "GatherBlockQuantized") for use in value.uses())
+        looked_up = all(node.op_type in ("Gather", "GatherBlockQuantized") for node in _readers(value))
         if weight is not None and not isinstance(weight, Table) and not looked_up:
             read[weight] = int(_size(value) * _share(value))
     return sum(read.values())
 
 
+def bits_per_weight(model: ir.Model, tensors: TensorSource) -> float:
+    """Bits of a weight in blocks, scales and zero points among them; the mean over all such weights."""
+    stored, weights = 0, 0
+    for weight, value in _distinct(model).items():
+        if isinstance(weight, Blocks | ExpertBlocks):
+            stored += _size(value)
+            names = weight.rows.names if isinstance(weight, Blocks) else (weight.rows.name,)
+            weights += sum(math.prod(tensors.shape(name)) for name in names) if weight.piece == "data" else 0
+    return round(8 * stored / max(weights, 1), 3)
+
+
 def _share(value: ir.Value) -> float:
     """The share of a weight that one token reads: of experts the chosen ones, else all of it."""
-    users = [use.node for use in value.uses() if use.node.op_type in ("MoE", "QMoE")]
+    users = [node for node in _readers(value) if node.op_type in ("MoE", "QMoE")]
     return users[0].attributes["k"].as_int() / int(_shape(value).numpy()[0]) if users else 1.0
 
 
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """What reads a weight, be it in another type."""
+    nodes = [use.node for use in value.uses()]
+    return [reader for node in nodes for reader in (_readers(node.outputs[0]) if node.op_type == "Cast" else [node])]
+
+
 def write_weights(
-    model: ir.Model, tensors: TensorSource, file: Path, how: BlockQuantization | None, progress: Advance | None = None
+    model: ir.Model,
+    tensors: TensorSource,
+    file: Path,
+    plan: BlockPlan | None,
+    store: BlockStore | None = None,
+    progress: Advance | None = None,
 ) -> WrittenFile:
     """Write every planned weight to `file` and point the graph's initializers at it.
+
+    What is to be in blocks, as `plan` says, is taken from `store`, and rounded where that does not have it.
 
     Memory taken: the largest stored tensor and one chunk. `progress(bytes_done, bytes_total)` is called as it goes.
     Where `tensors` gives shapes alone (on PyTorch's meta device), the file has its size and holes in their place.
@@ -94,17 +120,18 @@ def write_weights(
     with file.open("wb") as out:
         writer = _Writer(out, total, progress)
         for rows in _quantized_rows(distinct):
-            assert how is not None
+            assert plan is not None
             dtype = _TORCH[_dtype(distinct[Blocks(rows, "scales")])]
-            _write_blocks(writer, tensors, rows, how, dtype, places)
+            _write_blocks(writer, _block_pieces(tensors, rows, plan.of(rows.names), store), rows, dtype, places)
         for weight, value in distinct.items():
             if isinstance(weight, QdqRows) and weight.piece == "data":
                 scales = distinct[QdqRows(weight.rows, "scales", weight.block)]
                 _write_qdq(writer, tensors, weight, _GRIDS[_dtype(value)], _TORCH[_dtype(scales)], places)
             if isinstance(weight, ExpertBlocks) and weight.piece == "data":
-                assert how is not None
+                assert plan is not None
                 dtype = _TORCH[_dtype(distinct[ExpertBlocks(weight.rows, "scales")])]
-                _write_expert_blocks(writer, tensors, weight.rows, how, dtype, places)
+                experts = _expert_pieces(tensors, weight.rows, plan.how, store)
+                _write_expert_blocks(writer, experts, weight.rows, dtype, places)
             if isinstance(weight, ExpertRows):
                 places[weight] = _write_experts(writer, tensors, weight, _TORCH[_dtype(value)])
             if not isinstance(weight, Rows | Table):
@@ -218,27 +245,38 @@ def _narrow(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return narrowed
 
 
+def _block_pieces(
+    tensors: TensorSource, rows: Rows, how: BlockQuantization, store: BlockStore | None
+) -> Iterator[tuple[str, QuantizedRows]]:
+    """(tensor, some of its rows), as they come."""
+    for name in rows.names:
+        known = None if store is None else store.take(name)
+        if known is not None:
+            yield name, known
+            continue
+        for _, piece in _chunks(tensors, name):
+            yield name, quantize_rows(piece, how)
+
+
 def _write_blocks(
     writer: _Writer,
-    tensors: TensorSource,
+    quantized: Iterator[tuple[str, QuantizedRows]],
     rows: Rows,
-    how: BlockQuantization,
     dtype: torch.dtype,
     places: dict[Weight, tuple[int, int]],
 ) -> None:
-    """Quantize and write the data as the rows come; scales and zero points are small and follow."""
-    missing = -sum(tensors.shape(name)[0] for name in rows.names) % ROW_MULTIPLE
-    start = writer.begin()
-    scales, zeros = [], []
-    for name in rows.names:
-        for _, piece in _chunks(tensors, name):
-            data, scale, zero = quantize_rows(piece, how)
-            writer.write(data)
-            scales.append(_narrow(scale, dtype, name))
-            zeros.append(zero)
+    """Write the data as the rows come; scales and zero points are small and follow."""
+    start, count, row_bytes = writer.begin(), 0, 0
+    small: dict[str, list[Tensor]] = {"scales": [], "zero_points": []}
+    for name, piece in quantized:
+        writer.write(piece.data)
+        count, row_bytes = count + len(piece.data), piece.data[0].nbytes
+        small["scales"].append(_narrow(piece.scales, dtype, name))
+        small["zero_points"].append(piece.zeros)
+    missing = -count % ROW_MULTIPLE
     places[Blocks(rows, "data")] = (start, writer.position - start)
-    writer.pad(missing * data[0].nbytes)
-    for piece_name, pieces in (("scales", scales), ("zero_points", zeros)):
+    writer.pad(missing * row_bytes)
+    for piece_name, pieces in small.items():
         start = writer.begin()
         writer.write(torch.cat(pieces))
         places[Blocks(rows, piece_name)] = (start, writer.position - start)
@@ -249,10 +287,24 @@ def _experts(tensors: TensorSource, rows: ExpertRows) -> Iterator[Tensor]:
     """Each expert's matrix [rows, columns] (or bias [rows]) as it is stored."""
     for expert in range(tensors.shape(rows.name)[0]):
         matrix = tensors.rows(rows.name, expert, expert + 1)[0]
-        matrix = matrix.T if rows.transposed else matrix
-        if rows.interleave:
-            matrix = torch.stack(matrix.chunk(2), dim=1).flatten(0, 1)
-        yield matrix.contiguous()
+        yield _in_turns(matrix.T if rows.transposed else matrix, rows).contiguous()
+
+
+def _in_turns(matrix: Tensor, rows: ExpertRows) -> Tensor:
+    """Its first and second half of rows in turns, where they are stored so."""
+    return torch.stack(matrix.chunk(2), dim=1).flatten(0, 1) if rows.interleave else matrix
+
+
+def _expert_pieces(
+    tensors: TensorSource, rows: ExpertRows, how: BlockQuantization, store: BlockStore | None
+) -> Iterator[QuantizedRows]:
+    """Each expert's matrix."""
+    for expert, matrix in enumerate(_experts(tensors, rows)):
+        known = None if store is None else store.take(rows.name, expert)
+        if known is None:
+            yield quantize_rows(matrix, how)
+        else:
+            yield QuantizedRows(*(_in_turns(piece, rows) for piece in known))
 
 
 def _write_experts(writer: _Writer, tensors: TensorSource, rows: ExpertRows, dtype: torch.dtype) -> tuple[int, int]:
@@ -264,25 +316,23 @@ def _write_experts(writer: _Writer, tensors: TensorSource, rows: ExpertRows, dty
 
 def _write_expert_blocks(
     writer: _Writer,
-    tensors: TensorSource,
+    quantized: Iterator[QuantizedRows],
     rows: ExpertRows,
-    how: BlockQuantization,
     dtype: torch.dtype,
     places: dict[Weight, tuple[int, int]],
 ) -> None:
-    """Quantize and write one expert after the other; scales and zero points are small and follow."""
+    """Write one expert after the other; scales and zero points are small and follow."""
     start = writer.begin()
     small: dict[str, list[Tensor]] = {"scales": [], "zero_points": []}
-    for matrix in _experts(tensors, rows):
-        data, scales, zeros = quantize_rows(matrix, how)
-        writer.write(data)
-        small["scales"].append(_narrow(scales, dtype, rows.name))
-        small["zero_points"].append(zeros)
+    for piece in quantized:
+        writer.write(piece.data)
+        small["scales"].append(_narrow(piece.scales, dtype, rows.name))
+        small["zero_points"].append(piece.zeros)
     places[ExpertBlocks(rows, "data")] = (start, writer.position - start)
-    for piece, parts in small.items():
+    for piece_name, parts in small.items():
         start = writer.begin()
         writer.write(torch.stack(parts))
-        places[ExpertBlocks(rows, piece)] = (start, writer.position - start)
+        places[ExpertBlocks(rows, piece_name)] = (start, writer.position - start)
 
 
 def _write_qdq(

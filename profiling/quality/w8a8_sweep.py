@@ -24,8 +24,8 @@ from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.dialects import get_dialect
 from starling.export.quantization.calibration import input_absmax
+from starling.export.quantization.calibration_choice import DEFAULT_TOKENS
 from starling.export.quantization.precision_choice import judged_rows, rank_groups
-from starling.export.quantization.prepare_qdq import DEFAULT_TOKENS
 from starling.export.quantization.qdq_plan import (
     PreparedWeights,
     kept_by_pattern,

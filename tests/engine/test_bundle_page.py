@@ -12,11 +12,13 @@ from document_blocks import ROOT
 from starling.engine.backends.tensorrt import plan_record
 from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineRecord, Profile, ShapeRange
 from starling.engine.bundle.manifest import FORMAT_VERSION, FileRecord, TensorSpec
+from starling.export.check.sample_texts import CALIBRATION
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.scoring_models import for_task
 from starling.export.dialects import DIALECTS
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization.blocks import BlockQuantization
+from starling.export.quantization.calibration_choice import Calibration
 from starling.export.quantization.qdq_settings import QdqQuantization
 
 pytestmark = pytest.mark.slow
@@ -82,7 +84,9 @@ def manifests(
     folder = tmp_path_factory.mktemp("page")
     int8 = ExportOptions(dtype="fp16", quantization=BlockQuantization("int8"), check=False)
     w8a8 = ExportOptions(dialect="tensorrt", dtype="fp16", quantization=QdqQuantization("w8a8", keep=()), check=False)
-    made = [export_bundle(tiny_checkpoint, folder / name, how) for name, how in (("int8", int8), ("w8a8", w8a8))]
+    int4 = ExportOptions(quantization=BlockQuantization("int4"), calibration=Calibration(CALIBRATION, 256), check=False)
+    wanted = {"int8": int8, "w8a8": w8a8, "int4": int4}
+    made = [export_bundle(tiny_checkpoint, folder / name, how) for name, how in wanted.items()]
     return [json.loads((tiny_bundle / "bundle.json").read_text(encoding="utf-8")), *made]
 
 

@@ -149,7 +149,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_bundle_names_the_text_it_was_calibrated_on(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     from starling.export.exporter import ExportOptions, export_bundle
-    from starling.export.quantization.prepare_qdq import Calibration
+    from starling.export.quantization.calibration_choice import Calibration
     from starling.export.quantization.qdq_settings import QdqQuantization
 
     mine = tmp_path / "mine.txt"

@@ -22,7 +22,7 @@ from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.graphs.projections import write_projections
-from starling.export.quantization.prepare_qdq import Calibration
+from starling.export.quantization.calibration_choice import Calibration
 from starling.export.quantization.qdq_projections import InputPlan, QdqPlan
 from starling.export.quantization.qdq_scheme import (
     FP8,

@@ -15,8 +15,8 @@ from starling.export.check.parity import Parity
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
+from starling.export.quantization.calibration_choice import Calibration
 from starling.export.quantization.precision_choice import choose_kept, rank_groups
-from starling.export.quantization.prepare_qdq import Calibration
 from starling.export.quantization.qdq_scheme import MAX_MEAN_KL
 from starling.export.quantization.qdq_settings import QdqQuantization
 
@@ -120,7 +120,10 @@ def test_the_command_line_shows_what_was_done(tmp_path: Path) -> None:
         (("--quant", "w8a8"), "--quant w8a8 is for --dialect tensorrt; dialect ort quantizes weights only"),
         ((*TENSORRT, "int8", "--symmetric"), "--symmetric is for --dialect ort"),
         ((*TENSORRT, "int8", "--smoothing", "0.5"), "--smoothing is about quantized activations"),
-        ((*TENSORRT, "int4", "--calibration", "x.txt"), "--calibration is about quantized activations"),
+        (
+            (*TENSORRT, "int4", "--calibration", "x.txt"),
+            "--calibration is for --quant int4 of dialect ort",
+        ),
         ((*TENSORRT, "w8a8", "--smoothing", "2"), "smoothing 2 is not between 0 (none) and 1"),
         ((*TENSORRT, "w8a8", "--block-size", "64"), "w8a8 has one scale per output channel"),
         (("--quant", "int8", "--quantize-head"), "--quantize-head is for --dialect tensorrt"),

@@ -9,14 +9,16 @@ import pytest
 from command_line import starling_command, succeed
 
 from starling.engine.bundle.manifest import Bundle
+from starling.export.check.sample_texts import CALIBRATION
 
 KILLS = 2
 
 
 @pytest.mark.slow
-def test_a_killed_export_costs_no_bundle(tmp_path: Path, rounds: int) -> None:
+@pytest.mark.parametrize("settings", [(), ("--quant", "int4", "--calibration", CALIBRATION)], ids=["fp32", "int4"])
+def test_a_killed_export_costs_no_bundle(settings: tuple[str | Path, ...], tmp_path: Path, rounds: int) -> None:
     out, moments = tmp_path / "out", random.Random(rounds)
-    export = ("export", "random:starling-tiny", out)
+    export = ("export", "random:starling-tiny", out, *settings)
     succeed(*export)
     begin = time.monotonic()
     succeed(*export, "--force")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,8 @@ def fill_bundle(kit: Kit, name: str, model: Any) -> Bundle:
     layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
     (folder / LAYOUT).unlink()
     manifest = kit.manifest(name)
-    values = _Values(model.state_dict(), manifest["quantization"], manifest["architecture"]["head_dim"])
+    in_8_bits = {_members(w["name"])[0] for w in layout["weights"] if w["name"].endswith(("_q8", "_q8_rows"))}
+    values = _Values(model.state_dict(), manifest["quantization"], manifest["architecture"]["head_dim"], in_8_bits)
     file = folder / WEIGHT_FILE
     _write(file, layout, values)
     _record(folder, manifest, file)
@@ -146,6 +147,7 @@ class _Values:
     state: dict[str, torch.Tensor]
     quantization: dict[str, Any] | None
     head_dim: int
+    in_8_bits: Set[tuple[str, ...]]
     _quantized: tuple[tuple[str, ...], dict[str, torch.Tensor]] | None = None
 
     def bytes(self, weight: dict[str, Any]) -> npt.NDArray[np.uint8]:
@@ -175,7 +177,7 @@ class _Values:
             how = BlockQuantization(
                 self.quantization["scheme"], self.quantization["block_size"], self.quantization["symmetric"]
             )
-            pieces = quantize_rows(self._rows(members), how)
+            pieces = quantize_rows(self._rows(members), how.at(8) if members in self.in_8_bits else how)
             self._quantized = members, dict(zip(("data", "scales", "zero_points"), pieces, strict=True))
         return self._quantized[1]
 

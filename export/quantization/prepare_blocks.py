@@ -1,0 +1,98 @@
+"""From a graph that is to be in blocks to its quantized weights: calibrate, or leave it to rounding."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx_ir as ir
+
+from starling.engine.bundle.manifest import Architecture
+from starling.engine.progress import Progress
+from starling.export.check.sample_texts import CALIBRATION, TextEncoder, TokenRows, calibration_rows
+from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.quantization.block_calibration import LEAST_EXPERT_TOKENS, BlockCalibration
+from starling.export.quantization.block_plan import BlockPlan
+from starling.export.quantization.block_store import BlockStore
+from starling.export.quantization.blocks import BlockQuantization
+from starling.export.quantization.calibration_choice import Calibration
+from starling.export.quantization.gptq import DAMPING
+from starling.export.weights.weight_plan import Blocks, ExpertBlocks, weight_of
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedBlocks:
+    """What calibration quantized (None: nothing), what bundle.json says of it, and what the user sees."""
+
+    store: BlockStore | None
+    report: dict[str, Any] | None
+    notes: tuple[str, ...]
+
+
+def wants_calibration(checkpoint: Checkpoint, plan: BlockPlan, calibration: Calibration, *, weights: bool) -> bool:
+    """Whether there is something that calibration makes better: 8 bits are rounded, and so are random weights.
+
+    The latter only where no text is given.
+    """
+    random = checkpoint.kind == "random" and calibration.file is None
+    return plan.how.bits == 4 and weights and not random and not calibration.is_off
+
+
+@contextmanager
+def calibrated_blocks(
+    model: ir.Model,
+    arch: Architecture,
+    checkpoint: Checkpoint,
+    folder: Path,
+    plan: BlockPlan,
+    calibration: Calibration,
+    progress: Progress,
+) -> Iterator[CalibratedBlocks]:
+    """Quantize what `plan` gives 4 bits in the `model` with the weights planned; on disk while the block runs.
+
+    `folder` holds the tokenizer, and gets a temporary folder.
+
+    Raises:
+        UserError: the calibration text cannot be used.
+    """
+    file = calibration.file or CALIBRATION
+    rows = calibration_rows(file, TextEncoder(folder, arch.vocab_size), calibration.tokens, arch.max_positions)
+    progress.phase(f"quantizing on {rows.tokens} tokens")
+    with TemporaryDirectory(dir=folder) as scratch:
+        store = BlockStore(Path(scratch))
+        run = BlockCalibration(rows, _wanted(model.graph, plan), store)
+        run.run(checkpoint.config, checkpoint.tensors, progress.bytes)
+        yield CalibratedBlocks(store, _report(calibration.name, file, rows), tuple(_notes(run.rounded_experts)))
+
+
+def _wanted(graph: ir.Graph, plan: BlockPlan) -> dict[str, BlockQuantization]:
+    """How each of the checkpoint's tensors that goes into blocks is quantized."""
+    found: dict[str, BlockQuantization] = {}
+    for value in graph.initializers.values():
+        weight = weight_of(value)
+        if isinstance(weight, Blocks):
+            found |= dict.fromkeys(weight.rows.names, plan.of(weight.rows.names))
+        elif isinstance(weight, ExpertBlocks):
+            found[weight.rows.name] = plan.how
+    return found
+
+
+def _report(name: str, file: Path, rows: TokenRows) -> dict[str, Any]:
+    return {
+        "text": name,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "tokens": rows.tokens,
+        "rows": len(rows.lengths),
+        "damping": DAMPING,
+    }
+
+
+def _notes(rounded_experts: int) -> Iterator[str]:
+    if rounded_experts:
+        yield (
+            f"{rounded_experts} experts were rounded alone: fewer than {LEAST_EXPERT_TOKENS} tokens of the calibration "
+            "were sent to each (--calibration-tokens, --calibration FILE)"
+        )
