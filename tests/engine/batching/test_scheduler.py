@@ -107,8 +107,9 @@ def test_requests_that_join_and_leave_answer_as_alone(served: Served) -> None:
 
 
 def test_a_long_prompt_is_prefilled_between_the_steps_of_the_others(served: Served) -> None:
-    expected = served.alone(tokens=30), served.alone(LONG, 5)
-    running, handle = served.submit(tokens=30)
+    most = len(LONG)  # pieces may be of 2 tokens where the machine is busy
+    expected = served.alone(tokens=most), served.alone(LONG, 5)
+    running, handle = served.submit(tokens=most)
     while not running.sequence.tokens:
         served.scheduler.serve_step()
     long, long_handle = served.submit(LONG, 5)
