@@ -68,8 +68,16 @@ class BlockCalibration:
         self._store.put(name, compensate(weight, self._feedback, how))
 
     def _texts(self, x: Tensor) -> Iterator[Tensor]:
-        """The text of each row of x [rows, length, columns]."""
-        return (row[:length] for row, length in zip(x, self._rows.lengths, strict=True))
+        """The text of each row of x [rows, length, columns]; axes of one, or rows in one, are as good.
+
+        What comes in an order of its own counts whole, padding too.
+        """
+        columns = x.shape[-1]
+        if x.numel() != self._is_text.numel() * columns:
+            yield x.reshape(-1, columns)
+            return
+        for row, length in zip(x.reshape(*self._is_text.shape, columns), self._rows.lengths, strict=True):
+            yield row[:length]
 
     def _experts(self, name: str, module: nn.Module, x: Tensor, chosen: Tensor, *_: Tensor) -> None:
         """Each expert of a layer on the tokens x [tokens, hidden] that were sent to it: `chosen` [tokens, k]."""

@@ -6,7 +6,8 @@ D_j |(E U)_j|^2, and (E U)_j is the error of rounding weight j plus what the col
 (Chee et al., 2023), which gives GPTQ's numbers without an inverse of H.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +70,20 @@ def error_feedback(inputs: Iterable[Tensor], width: int, damping: float = DAMPIN
 def compensate(rows: Tensor, feedback: ErrorFeedback, how: BlockQuantization) -> QuantizedRows:
     """Quantize rows float32 [n, in], which become the weights that the numbers stand for."""
     step = max(1, _CHUNK_ELEMENTS // rows.shape[1])
-    pieces = [_compensate(rows[start : start + step], feedback, how) for start in range(0, len(rows), step)]
+    with _one_thread():
+        pieces = [_compensate(rows[start : start + step], feedback, how) for start in range(0, len(rows), step)]
     return QuantizedRows(*map(torch.cat, zip(*pieces, strict=True)))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A column at a time is little work: on a busy machine threads would wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _compensate(rows: Tensor, feedback: ErrorFeedback, how: BlockQuantization) -> QuantizedRows:
