@@ -19,10 +19,11 @@ uint16_t half_bits(float value) {
   const int exponent = static_cast<int>(magnitude >> 23) - 127;
   const uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;
   const int dropped = exponent >= -14 ? 13 : 13 + (-14 - exponent);  // subnormal float16: fewer digits
-  require((bits >> 31) == 0 && exponent <= 15 && dropped < 24 && (mantissa & ((1u << dropped) - 1)) == 0,
-          "a scale is not a positive float16: export the model again");
-  const uint32_t kept = mantissa >> dropped;
-  return static_cast<uint16_t>(exponent >= -14 ? (static_cast<uint32_t>(exponent + 15) << 10) | (kept & 0x3ffu) : kept);
+  require(exponent <= 15 && dropped < 24 && (mantissa & ((1u << dropped) - 1)) == 0,
+          "a scale is not a float16: export the model again");
+  const uint32_t kept = mantissa >> dropped, sign = (bits >> 16) & 0x8000u;
+  const uint32_t half = exponent >= -14 ? (static_cast<uint32_t>(exponent + 15) << 10) | (kept & 0x3ffu) : kept;
+  return static_cast<uint16_t>(half | sign);
 }
 
 // What the graph has of the weights.
