@@ -33,8 +33,8 @@ def generate(
 
     Their prompts are prefilled one after the other, and then they decode together. With `one_prompt` they have the same
     one, which is prefilled once where the backend copies rows. `speculation` needs a backend that verifies, and by
-    "draft-model" a `draft`. Ctrl-C ends
-    every row with a last chunk ("interrupted") in place of the exception. Raises what a row failed with.
+    "draft-model" a `draft`. Ctrl-C ends every row with a last chunk ("interrupted") in place of the exception. Raises
+    what a row failed with.
     """
     counters = ServingCounters(len(sequences), 0)
     copies = PrefixStore.of(backend, 0) if one_prompt else None

@@ -21,8 +21,6 @@ FIRST_TRIED = 8
 RELAXED = 0.01
 #: A quiet step is measured again after so many that were not.
 STALE = 64
-
-
 #: Of a quiet step, what a drafted token is taken to cost before any was verified.
 FIRST_SLOPE = 1 / 16
 #: Tokens of a second with drafts, as many times as without, from which on they are verified: below that the estimate's

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Self
+from typing import NoReturn, Self
 
-from starling.engine.backends.backend import check_room
+from starling.engine.backends.backend import RowPart, check_room
 from starling.engine.backends.cuda.cuda_device import address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
+from starling.engine.errors import BackendError
 
 #: One step that runs and one after it: a third would only be thrown away when a row ends.
 DEPTH = 2
@@ -66,6 +67,8 @@ class LaunchingBackend:
     max_batch: int
     model_seconds: float
     _launched: LaunchedSteps
+    #: `mix` is not to be had.
+    most_mixed = 0
     #: Positions of each row that are written when all that was launched has run.
     _lengths: list[int]
 
@@ -89,6 +92,10 @@ class LaunchingBackend:
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin
         return chosen
+
+    def mix(self, parts: Sequence[RowPart], kept: Sequence[int]) -> NoReturn:
+        """Refuse: these graphs take equally many tokens of each row."""
+        raise BackendError("this backend takes equally many tokens of each row")
 
     def row_copies(self, blocks: int) -> None:
         """Rows on a device are not copied."""

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ import numpy.typing as npt
 from starling.engine.backends.backend import (
     MOST_VERIFIED,
     DeviceChoice,
-    RowPart,
     Tokens,
     check_room,
     check_scored,
@@ -117,7 +116,6 @@ class OrtCudaBackend(LaunchingBackend):
         self.kernels: str | None = None
         self.kernels_note: str | None = None
         self.verified_rows = 1 if max_seq > 1 else 0
-        self.most_mixed = 0
         self._ort = ort
         self._steps: dict[int, _Step] = {}
         self._row_bindings: dict[int, Any] = {}
@@ -262,10 +260,6 @@ class OrtCudaBackend(LaunchingBackend):
         chosen = self._launched.oldest()
         self.model_seconds += perf_counter() - begin
         return DeviceOutput(chosen, self._logits, self._batch.logits)
-
-    def mix(self, parts: Sequence[RowPart], kept: Sequence[int]) -> NoReturn:
-        """Not here."""
-        raise BackendError("this backend takes equally many tokens of each row")
 
     def check_verifies(self) -> None:
         """Every graph for CUDA verifies."""

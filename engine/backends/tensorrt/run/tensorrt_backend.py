@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from starling.engine.backends.backend import DeviceChoice, RowPart, Tokens, check_room
+from starling.engine.backends.backend import DeviceChoice, Tokens, check_room
 from starling.engine.backends.cuda.cuda_device import Device, address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
@@ -58,7 +58,7 @@ class TensorRTBackend(LaunchingBackend):
         self.model_seconds = 0.0
         self.note: str | None = None
         self.kernels: str | None = None
-        self.verified_rows = self.most_scored = self.most_mixed = 0
+        self.verified_rows = self.most_scored = 0
         self.kernels_note: str | None = None
         with ExitStack() as closing:
             self._memory = memory = DeviceMemory(device)
@@ -123,10 +123,6 @@ class TensorRTBackend(LaunchingBackend):
             "TensorRT engines give the last token's logits only, so no draft can be verified: "
             "speculate with a bundle of --dialect ort and --backend onnxruntime"
         )
-
-    def mix(self, parts: Sequence[RowPart], kept: Sequence[int]) -> NoReturn:
-        """Not here."""
-        raise BackendError("this backend takes equally many tokens of each row")
 
     def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> NoReturn:
         """Raise BackendError, as `check_verifies` does."""
