@@ -42,7 +42,7 @@ def compute_in_float32(graph: ir.Graph, weights: set[ir.Value], cache: set[ir.Va
     for node in graph:
         for value in node.outputs:
             if value.dtype in HALVES and value not in cache and not _is_stored(node, weights):
-                value.dtype = ir.DataType.FLOAT
+                value.type = ir.TensorType(ir.DataType.FLOAT)  # a clone's values share their types with the original's
 
 
 def _is_stored(node: ir.Node, weights: set[ir.Value]) -> bool:
