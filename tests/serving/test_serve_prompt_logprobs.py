@@ -1,6 +1,5 @@
 """vLLM's `prompt_logprobs` with the real client: tables of a prompt's tokens, against PyTorch."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ import openai
 import pytest
 import torch
 from http_server import MODEL, Server, serving
+from scores_over_http import CHAT, TEXT, complete, post, pytorch
 
 from starling.engine.text.tokenizer import Tokenizer
-from starling.export.check.torch_reference import load_reference, reference_logits
+from starling.export.check.torch_reference import load_reference
 from starling.export.checkpoints.checkpoint import Checkpoint
-
-TEXT = "The largest city in Japan is 東京 𓀀, and ünïcode is everywhere."
-CHAT = [{"role": "user", "content": "a"}]
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +36,6 @@ def tokenizer(tiny_bundle: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Path, tiny_checkpoint: Checkpoint) -> torch.nn.Module:
     return load_reference(tiny_checkpoint.config, tiny_checkpoint.tensors)
-
-
-def pytorch(model: torch.nn.Module, ids: list[int]) -> npt.NDArray[np.float64]:
-    """[len(ids), vocab]: log-probabilities after each token, by PyTorch."""
-    return torch.log_softmax(reference_logits(model, ids).double(), -1).numpy()
-
-
-def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    status, _, content = server.request("POST", path, body)
-    return status, json.loads(content)
-
-
-def complete(server: Server, **body: Any) -> dict[str, Any]:
-    status, document = post(server, "/v1/completions", {"model": MODEL, "temperature": 0, **body})
-    assert status == 200, document
-    return document
 
 
 def check_ranked(found: list[Any], ids: list[int], expected: npt.NDArray[np.float64]) -> None:

@@ -5,28 +5,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import openai
 import pytest
 import torch
 from http_server import MODEL, Server, serving
+from scores_over_http import CHAT, TEXT, complete, post, pytorch
 from starlette.testclient import TestClient
 
 from starling.engine.engine import Engine
 from starling.engine.serving_loop import ServingLoop
 from starling.engine.text.detokenizer import REPLACEMENT
 from starling.engine.text.tokenizer import Tokenizer
-from starling.export.check.torch_reference import load_reference, reference_logits
+from starling.export.check.torch_reference import load_reference
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.serving.http.app import make_app
 from starling.serving.http.request_bodies import API_DEFAULTS, Limits
 from starling.serving.http.served import Served
 from starling.serving.http.service import Service
 
-TEXT = "The largest city in Japan is 東京 𓀀, and ünïcode is everywhere."
 SPACE = "▁"
-CHAT = [{"role": "user", "content": "a"}]
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +45,6 @@ def tokenizer(tiny_bundle: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Checkpoint) -> torch.nn.Module:
     return load_reference(tiny_checkpoint.config, tiny_checkpoint.tensors)
-
-
-def pytorch(model: torch.nn.Module, ids: list[int]) -> npt.NDArray[np.float64]:
-    """[len(ids), vocab]: log-probabilities after each token, by PyTorch."""
-    return torch.log_softmax(reference_logits(model, ids).double(), -1).numpy()
-
-
-def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    status, _, content = server.request("POST", path, body)
-    return status, json.loads(content)
-
-
-def complete(server: Server, **body: Any) -> dict[str, Any]:
-    status, document = post(server, "/v1/completions", {"model": MODEL, "temperature": 0, **body})
-    assert status == 200, document
-    return document
 
 
 def test_a_text_is_scored_without_an_answer(
