@@ -27,6 +27,7 @@ from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
 from starling.profiling.distribution import distribution
 from starling.profiling.exact_prompts import prompt_tokens
+from starling.profiling.programs import failing_in_one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +185,8 @@ def report(bundle: Path, options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print the document with every round instead.")
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure many streams against one on a serving loop, and what running streams feel of a long prompt."""
-    try:
+    with failing_in_one_line():
         document = report(bundle, options)
-    except StarlingError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from error
     click.echo(json.dumps(document, indent=2) if as_json else "\n".join(_lines(document)))
 
 

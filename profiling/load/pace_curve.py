@@ -7,7 +7,6 @@ quiet ones, and the prompt's time to first token.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -16,12 +15,12 @@ from typing import Any
 import click
 
 from starling.engine.engine import Engine
-from starling.engine.errors import StarlingError
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.serving_loop import ServingLoop
 from starling.profiling.exact_prompts import prompt_tokens
 from starling.profiling.load.in_process import Interference, measure_interference
 from starling.profiling.machine.environment import describe_environment
+from starling.profiling.programs import failing_in_one_line, write_document
 from starling.profiling.reports.profile_document import bundle_document
 
 SLOWDOWNS = (1.2, 1.5, 2.0, 3.0)
@@ -81,23 +80,21 @@ def points(found: dict[float, list[Interference]]) -> list[dict[str, Any]]:
 def command(bundle: Path, streams: int, long_prompt: int, rounds: int, threads: int | None, **options: Any) -> None:
     """Measure inter-token latency of running streams against a long prompt's time to first token."""
     slowdowns = tuple(options["slowdown"])
-    try:
-        with Engine(bundle, max_seq=long_prompt + 1024, max_batch=streams, threads=threads) as engine:
-            found = measure(engine, long_prompt, rounds, slowdowns)
-            document = {
-                "format": "starling-pace-curve",
-                "format_version": 1,
-                "environment": asdict(describe_environment()),
-                "bundle": bundle_document(engine.bundle),
-                "run": {"prompt_tokens": long_prompt, "rounds": rounds, "threads": threads},
-                "points": points(found),
-                "rounds": {str(slowdown): [asdict(each) for each in theirs] for slowdown, theirs in found.items()},
-            }
-    except StarlingError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from error
-    if options["output"] is not None:
-        options["output"].write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    with (
+        failing_in_one_line(),
+        Engine(bundle, max_seq=long_prompt + 1024, max_batch=streams, threads=threads) as engine,
+    ):
+        found = measure(engine, long_prompt, rounds, slowdowns)
+        document = {
+            "format": "starling-pace-curve",
+            "format_version": 1,
+            "environment": asdict(describe_environment()),
+            "bundle": bundle_document(engine.bundle),
+            "run": {"prompt_tokens": long_prompt, "rounds": rounds, "threads": threads},
+            "points": points(found),
+            "rounds": {str(slowdown): [asdict(each) for each in theirs] for slowdown, theirs in found.items()},
+        }
+    write_document(document, options["output"])
     for point in points(found):
         click.echo(
             "{streams} stream(s), slowdown {slowdown}: ITL p95 {quiet_p95_ms:.1f} -> {prefill_p95_ms:.1f} ms, "

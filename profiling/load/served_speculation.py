@@ -7,7 +7,6 @@ The gain is the ratio of all tokens per second.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +18,13 @@ import click
 
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
-from starling.engine.errors import StarlingError
 from starling.engine.generation.results import GenerationResult
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.names import Speculation
 from starling.engine.serving_loop import ServingLoop
 from starling.profiling.load.speculation_gain import KINDS, METHOD, prompt_ids, read_texts
 from starling.profiling.machine.environment import describe_environment
+from starling.profiling.programs import failing_in_one_line, write_document
 from starling.profiling.reports.profile_document import bundle_document
 
 
@@ -100,29 +99,24 @@ def command(
 ) -> None:
     """Measure what speculation brings to several streams. Exit code 1 where tokens are not the same."""
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    try:
-        with Engine(bundle, max_batch=streams, threads=threads, draft=draft) as engine:
-            engine.backend.check_verifies()
-            gains = [measure(engine, kind, params, rounds) for kind in KINDS]
-            document: dict[str, Any] = {
-                "format": "starling-served-speculation",
-                "format_version": 1,
-                "environment": asdict(describe_environment()),
-                "bundle": bundle_document(engine.bundle),
-                "run": {
-                    "streams": streams,
-                    "new_tokens": new_tokens,
-                    "rounds": rounds,
-                    "speculation": _method(engine),
-                    "draft": None if draft is None else bundle_document(Bundle.open(draft)),
-                },
-                "gains": [asdict(gain) for gain in gains],
-            }
-    except StarlingError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from error
-    if output is not None:
-        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    with failing_in_one_line(), Engine(bundle, max_batch=streams, threads=threads, draft=draft) as engine:
+        engine.backend.check_verifies()
+        gains = [measure(engine, kind, params, rounds) for kind in KINDS]
+        document: dict[str, Any] = {
+            "format": "starling-served-speculation",
+            "format_version": 1,
+            "environment": asdict(describe_environment()),
+            "bundle": bundle_document(engine.bundle),
+            "run": {
+                "streams": streams,
+                "new_tokens": new_tokens,
+                "rounds": rounds,
+                "speculation": _method(engine),
+                "draft": None if draft is None else bundle_document(Bundle.open(draft)),
+            },
+            "gains": [asdict(gain) for gain in gains],
+        }
+    write_document(document, output)
     for gain in gains:
         click.echo(
             f"{gain.kind}: {gain.prompts} prompts, {streams} streams, "

@@ -9,7 +9,6 @@ nearly as likely may change places: such answers are counted, and the place of t
 
 from __future__ import annotations
 
-import json
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -25,11 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from starling.engine.engine import Engine
-from starling.engine.errors import StarlingError, UserError
+from starling.engine.errors import UserError
 from starling.engine.generation.results import GenerationResult
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.names import Speculation
 from starling.profiling.machine.environment import describe_environment
+from starling.profiling.programs import failing_in_one_line, write_document
 from starling.profiling.reports.profile_document import bundle_document
 
 METHOD: Speculation = "prompt-lookup"
@@ -241,17 +241,13 @@ def command(
 
     Exit code 1 where an answer's tokens are not the same.
     """
-    try:
+    with failing_in_one_line():
         if output is not None and not output.absolute().parent.is_dir():  # found out now rather than after minutes
             raise UserError(f"{output.parent} is no folder; choose another --output")
         params = SamplingParams(max_tokens=new_tokens, temperature=temperature, seed=7 if temperature else None)
         with Engine(bundle, threads=threads, speculation=METHOD) as engine:
             document = report(engine, params, rounds, measure(engine, read_texts(), params, rounds, _show))
-    except StarlingError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from error
-    if output is not None:
-        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_document(document, output)
     console = Console()
     for table in tables(document):  # off a terminal rich assumes 80 columns and would fold the names
         Console(width=None if console.is_terminal else 120).print(table)

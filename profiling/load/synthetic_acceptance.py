@@ -7,7 +7,6 @@ the draft takes as long as `--cost` says, in parts of a decode step. The verifyi
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +23,12 @@ from starling.engine.batching.generation_stream import generate
 from starling.engine.batching.request import Request
 from starling.engine.batching.step_costs import StepCosts
 from starling.engine.engine import Engine
-from starling.engine.errors import StarlingError
 from starling.engine.generation.results import GenerationResult
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.names import Speculation
 from starling.profiling.exact_prompts import prompt_tokens
 from starling.profiling.machine.environment import describe_environment
+from starling.profiling.programs import failing_in_one_line, write_document
 from starling.profiling.reports.profile_document import bundle_document
 
 PROMPT_TOKENS = 128
@@ -155,29 +154,25 @@ def command(
     output: Path | None,
 ) -> None:
     """Measure what drafts gain at given acceptances. Exit code 1 where tokens are not the same."""
-    try:
-        with Engine(bundle, max_batch=max(streams), max_seq=PROMPT_TOKENS + new_tokens, threads=threads) as engine:
-            engine.backend.check_verifies()
-            gains = [
-                gain
-                for count in streams
-                for gain in measure(
-                    engine, count, acceptance, length=length, cost=cost, tokens=new_tokens, rounds=rounds
-                )
-            ]
-            document = {
-                "format": "starling-synthetic-acceptance",
-                "format_version": 1,
-                "environment": asdict(describe_environment()),
-                "bundle": bundle_document(engine.bundle),
-                "run": {"length": length, "cost": cost, "new_tokens": new_tokens, "rounds": rounds},
-                "gains": [asdict(gain) for gain in gains],
-            }
-    except StarlingError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from error
-    if output is not None:
-        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    with (
+        failing_in_one_line(),
+        Engine(bundle, max_batch=max(streams), max_seq=PROMPT_TOKENS + new_tokens, threads=threads) as engine,
+    ):
+        engine.backend.check_verifies()
+        gains = [
+            gain
+            for count in streams
+            for gain in measure(engine, count, acceptance, length=length, cost=cost, tokens=new_tokens, rounds=rounds)
+        ]
+        document = {
+            "format": "starling-synthetic-acceptance",
+            "format_version": 1,
+            "environment": asdict(describe_environment()),
+            "bundle": bundle_document(engine.bundle),
+            "run": {"length": length, "cost": cost, "new_tokens": new_tokens, "rounds": rounds},
+            "gains": [asdict(gain) for gain in gains],
+        }
+    write_document(document, output)
     for gain in gains:
         click.echo(
             f"{gain.streams} stream(s), {gain.acceptance:.0%} of drafted tokens right, drafts of {length} that cost "

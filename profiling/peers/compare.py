@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,7 +13,7 @@ from rich.console import Console
 
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.divergence import Quality
-from starling.engine.errors import StarlingError, UserError
+from starling.engine.errors import UserError
 from starling.engine.host import default_threads
 from starling.engine.text.tokenizer import Tokenizer
 from starling.profiling.exact_prompts import prompt_tokens
@@ -26,6 +24,7 @@ from starling.profiling.peers.measure import Run, measure
 from starling.profiling.peers.peer_divergence import measure_divergence, reference_of
 from starling.profiling.peers.peers_file import read_peers
 from starling.profiling.peers.summary import Summary, summarize, tables
+from starling.profiling.programs import failing_in_one_line, write_document
 
 #: A load average above this before we start means that somebody else is measured along.
 BUSY_LOAD = 0.5
@@ -98,17 +97,14 @@ def main(
       python -m starling.profiling.peers.install peers
       python -m starling.profiling.peers.compare smollm2 smollm2-int8 smollm2-int4 --peers peers --output peers.json
     """
-    try:
+    with failing_in_one_line():
         # Found out now rather than after minutes of measuring.
         if output is not None and not output.absolute().parent.is_dir():
             raise UserError(f"{output.parent} is no folder; choose another --output")
         ours = [Bundle.open(bundle) for bundle in bundles]
         document = compare(ours, read_peers(folder), only, Plan(**plan), bundle_in_peer=bundle_in_peer)
-    except StarlingError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    write_document(document, output)
     if output is not None:
-        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         output.with_suffix(".svg").write_text(comparison_chart(document), encoding="utf-8")
 
 
