@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias, TypeVar
@@ -22,6 +23,8 @@ _TEXTS = frozenset({"prompt", "messages", "suffix", "prediction", "tools", "func
 #: How alike the name of an unknown field is to a known one's where it is taken for that, misspelt (difflib's ratio).
 #: `max_token` has 0.95, `max_new_tokens` 0.83, `repeat_penalty` 0.88, `top_a` 0.8 and `request_id` at most 0.6.
 LIKE_A_KNOWN = 0.75
+
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 #: Fields that are taken only with a value that changes nothing: those values, and what to do without the others.
 Unsupported: TypeAlias = Mapping[str, tuple[tuple[object, ...], str]]
@@ -78,12 +81,13 @@ class Fields:
     ) -> tuple[str, ...]:
         """Refuse fields of other names: all, or those at least so alike to one known here or elsewhere. Returns others.
 
-        Likeness is difflib's ratio: a slip (`max_token`) has more than LIKE_A_KNOWN.
+        A name with half a surrogate pair (a cut emoji) is no text and is always refused. Likeness is difflib's ratio: a
+        slip (`max_token`) has more than LIKE_A_KNOWN.
         """
         others = tuple(name for name in self.values if name not in known)
         for name in others:
             short = name[:60]  # a name may be as long as the body
-            if least == 0 or did_you_mean(short, {*known, *elsewhere}, least=least):
+            if _HALF_A_PAIR.search(name) or least == 0 or did_you_mean(short, {*known, *elsewhere}, least=least):
                 near = did_you_mean(short, known)
                 raise bad_field(short, f"there is no parameter {short!r} here{near}: leave it out", "unknown_parameter")
         return others

@@ -131,10 +131,10 @@ def test_fields_that_change_nothing_are_accepted(server: Server) -> None:
 
 
 def test_fields_that_nobody_knows_are_named_in_a_header(server: Server) -> None:
-    unknown = {"request_id": "x", "vllm_xargs": {"a": 1}, "half \ud800 of\r\na pair": 1, "é" * 100: 1}
+    unknown = {"request_id": "x", "vllm_xargs": {"a": 1}, "two\r\nlines": 1, "é" * 100: 1}
     status, headers, _ = server.request("POST", "/v1/completions", BASE | unknown)
     assert status == 200
-    assert headers["x-starling-ignored"] == "request_id, vllm_xargs, half???of??a?pair, " + "?" * 64
+    assert headers["x-starling-ignored"] == "request_id, vllm_xargs, two??lines, " + "?" * 64
     status, headers, _ = server.request("POST", "/v1/chat/completions", CHAT | {"stream": True, "request_id": "x"})
     assert (status, headers["x-starling-ignored"]) == (200, "request_id")
     nameless = server.request("POST", "/v1/completions", BASE | {"vllm_xargs": 1, "": 1})
@@ -143,6 +143,14 @@ def test_fields_that_nobody_knows_are_named_in_a_header(server: Server) -> None:
     assert server.request("POST", "/v1/completions", BASE | many)[1]["x-starling-ignored"].endswith("zz15zz, 14 more")
     assert "x-starling-ignored" not in server.request("POST", "/v1/completions", BASE)[1]
     assert any("ignored=" in line and "vllm_xargs" in line for line in server.log)
+
+
+@pytest.mark.parametrize("name", ["half \ud800 of a pair", "\udc00", "x" * 100 + "\ud83d"])
+def test_a_field_whose_name_is_no_text_is_refused(server: Server, name: str) -> None:
+    status, _, body = server.request("POST", "/v1/completions", BASE | {name: 1})
+    error = json.loads(body)["error"]
+    assert (status, error["code"]) == (400, "unknown_parameter")
+    assert error["param"] == name[:60].replace("\ud800", "?").replace("\udc00", "?")
 
 
 def test_a_strict_server_refuses_them(tiny_bundle: Path) -> None:
