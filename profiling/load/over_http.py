@@ -1,10 +1,13 @@
 """Requests of mixed length with disconnects, bad fields, deadlines and a full queue against `starling serve`.
 
+Some share the begin of their prompt, some ask for several choices.
+
     starling serve BUNDLE --max-batch 4 --max-queue 4 &
     python -m starling.profiling.load.over_http --http 127.0.0.1:8000 --pid PID
 
 Every request must end in an answer, the client's own disconnect, or a refusal that says why; afterwards rows,
-metrics and memory must come out even. The clients are the standard library's.
+metrics and memory must come out even. With `--alone` each whole answer is asked for again with nothing beside it, and
+must have the same texts. The clients are the standard library's.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from starling.profiling.load.server_state import TIMEOUT_S, counted, metric_samp
 
 #: How often each kind comes, per 40 requests.
 KINDS = {"whole": 10, "streamed": 10, "disconnected": 7, "abandoned": 3, "refused": 6, "late": 3, "too long": 1}
-#: Outcomes of requests that the server took in; what is "abandoned" before an answer may have been taken in or not.
-ACCEPTED = ("whole", "streamed", "disconnected", "late")
+#: Outcomes of requests that the server took in, beside those that came to their end; what is "abandoned" before an
+#: answer may have been taken in or not.
+CUT_SHORT = ("disconnected", "late")
 #: Fields that are refused, and the one that the refusal must name.
 BAD_FIELDS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"temperature": -1}, "temperature"),
@@ -37,6 +41,8 @@ BAD_FIELDS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"model": "another"}, "model"),
 )
 TOO_LONG_WORDS = 20_000
+#: The begin of every third prompt, so that rows are made of known prefixes.
+SHARED_PREFIX = "You are a helpful assistant. Answer in one short sentence. " * 12
 #: Batches that the requests come in, with a look at the memory after each.
 ROUNDS = 10
 #: A client that is gone may not have been noticed yet.
@@ -49,9 +55,22 @@ class ServeLoad:
     def __init__(self, http: str, seed: int) -> None:
         self._http, self._seed, self._model = http, seed, _served_model(http)
         self._kinds = [kind for kind, count in KINDS.items() for _ in range(count)]
+        #: The texts of the requests that came to their end, by number: one for each choice.
+        self.texts: dict[int, list[str]] = {}
 
     def run(self, number: int) -> str:
         """Send one request; its outcome. Raises RuntimeError where it ends in neither an answer nor a clear refusal."""
+        outcome, body = self._send(number)
+        if outcome in ("whole", "streamed"):
+            self.texts[number] = _texts(body)
+        return outcome
+
+    def differ_alone(self) -> list[int]:
+        """Ask again for all that came to its end, one after the other: the numbers of those whose texts differ."""
+        return [number for number, texts in self.texts.items() if _texts(self._send(number)[1]) != texts]
+
+    def _send(self, number: int) -> tuple[str, str]:
+        """The outcome of a request and its answer's body, "" where it was not read."""
         chance = random.Random(self._seed * 1_000_003 + number)
         kind = chance.choice(self._kinds)
         path, fields = _request(chance, kind, self._model)
@@ -64,7 +83,7 @@ class ServeLoad:
             connection.request("POST", path, json.dumps(fields), {"Content-Type": "application/json"})
             if kind == "abandoned":
                 time.sleep(chance.random() * 0.2)
-                return kind
+                return kind, ""
             return _outcome(kind, wrong, connection.getresponse(), chance)
         finally:
             connection.close()
@@ -82,6 +101,7 @@ def _request(chance: random.Random, kind: str, model: str) -> tuple[str, dict[st
     """Path and body of one request, with nothing wrong but its length where it is to be too long."""
     words = TOO_LONG_WORDS if kind == "too long" else chance.randint(1, 120)
     text, chat = " ".join(["word"] * words), chance.random() < 0.5
+    text = SHARED_PREFIX + text if chance.random() < 1 / 3 else text
     fields: dict[str, Any] = {
         "model": model,
         "max_tokens": chance.randint(1, 32),
@@ -89,6 +109,8 @@ def _request(chance: random.Random, kind: str, model: str) -> tuple[str, dict[st
         "seed": chance.randint(0, 99),
         "stream": kind == "disconnected" or kind == "streamed" or (kind != "whole" and chance.random() < 0.5),
     }
+    if kind in ("whole", "streamed") and chance.random() < 0.2:
+        fields["n"] = chance.randint(2, 3)
     if kind in ("disconnected", "abandoned", "late"):
         fields |= {"max_tokens": 200, "ignore_eos": True}
     if kind == "late":
@@ -98,19 +120,19 @@ def _request(chance: random.Random, kind: str, model: str) -> tuple[str, dict[st
     return "/v1/completions", {**fields, "prompt": text}
 
 
-def _outcome(kind: str, wrong: str, answer: HTTPResponse, chance: random.Random) -> str:
-    """Read an answer; what became of a request of this kind. `wrong` is the field that it must refuse."""
+def _outcome(kind: str, wrong: str, answer: HTTPResponse, chance: random.Random) -> tuple[str, str]:
+    """Read an answer; what became of a request of this kind, and the body. `wrong` is the field that it must refuse."""
     if answer.status == 200 and kind == "disconnected":
         answer.read1(chance.randint(1, 2000))
         time.sleep(chance.random() * 0.1)
-        return kind
+        return kind, ""
     body = answer.read().decode()
     if answer.status == 200:
-        return _of_answer(kind, body)
+        return _of_answer(kind, body), body
     error = json.loads(body)["error"]
     if answer.status == 429 and error["code"] == "queue_full" and answer.headers["Retry-After"]:
         time.sleep(float(answer.headers["Retry-After"]))  # as a client should
-        return "busy"
+        return "busy", body
     expected = {
         "refused": (400, None),
         "late": (504, "deadline_exceeded"),
@@ -122,7 +144,7 @@ def _outcome(kind: str, wrong: str, answer: HTTPResponse, chance: random.Random)
         status = 404
     if answer.status != status or not named:
         raise RuntimeError(f"a request that is {kind} ({wrong or 'nothing wrong'}): {answer.status} {body[:400]!r}")
-    return kind
+    return kind, body
 
 
 def _of_answer(kind: str, body: str) -> str:
@@ -137,6 +159,17 @@ def _of_answer(kind: str, body: str) -> str:
         if kind == "late" and last["error"]["code"] == "deadline_exceeded":
             return "late"
     raise RuntimeError(f"a request that is {kind}: {body[-400:]!r}")
+
+
+def _texts(body: str) -> list[str]:
+    """The text of every choice of an answer, whole or streamed."""
+    events = body.removesuffix("data: [DONE]\n\n").strip().split("\n\n")
+    parts: dict[int, str] = {}
+    for event in events:
+        for choice in json.loads(event.removeprefix("data: "))["choices"]:
+            said = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+            parts[choice["index"]] = parts.get(choice["index"], "") + (said.get("content") or "")
+    return [parts[index] for index in sorted(parts)]
 
 
 def idle(http: str) -> None:
@@ -158,7 +191,9 @@ def ended_by_reason(http: str) -> dict[str, float]:
     }
 
 
-def measure(http: str, *, requests: int, concurrency: int, seed: int, pid: int | None) -> dict[str, Any]:
+def measure(
+    http: str, *, requests: int, concurrency: int, seed: int, pid: int | None, alone: bool = False
+) -> dict[str, Any]:
     """Run the load; the whole report. `even` says whether everything came out as it must."""
     load, outcomes, memory = ServeLoad(http, seed), Counter[str](), list[float]()
     idle(http)
@@ -174,13 +209,16 @@ def measure(http: str, *, requests: int, concurrency: int, seed: int, pid: int |
     time.sleep(SETTLE_S)
     idle(http)
     totals = {name: value - before[name] for name, value in counted(http).items()}
-    accepted = sum(outcomes[kind] for kind in ACCEPTED)
+    # The server counts each choice of a request.
+    accepted = sum(map(len, load.texts.values())) + sum(outcomes[kind] for kind in CUT_SHORT)
     even = (
         accepted <= totals["ended"] <= accepted + outcomes["abandoned"]
         and totals["observed"] == totals["ended"]
         and totals["observed_tokens"] == totals["tokens"]
         and outcomes.total() == requests
     )
+    reasons = ended_by_reason(http)
+    differ = load.differ_alone() if alone else []
     return {
         "requests": requests,
         "concurrency": concurrency,
@@ -188,9 +226,11 @@ def measure(http: str, *, requests: int, concurrency: int, seed: int, pid: int |
         "seconds": round(seconds, 1),
         "outcomes": dict(outcomes),
         "metrics": totals,
-        "ended_by_reason": ended_by_reason(http),
+        "ended_by_reason": reasons,
         "rss_mb": memory,
-        "even": even,
+        "asked_alone": len(load.texts) if alone else 0,
+        "differ_alone": differ,
+        "even": even and not differ,
     }
 
 
@@ -202,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--concurrency", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--alone", action="store_true", help="ask again for whole answers, alone: the same texts")
     document = measure(**vars(parser.parse_args(arguments)))
     print(json.dumps(document))
     return 0 if document["even"] else 1

@@ -17,7 +17,7 @@ def test_mixed_requests_all_end_and_leave_rows_and_metrics_even(
     options = ("--max-batch", "2", "--max-queue", "2", "--max-seq", "512")
     with serving(tiny_bundle, *options) as server:
         status = serve_load.main(
-            ["--http", f"127.0.0.1:{server.port}", "--pid", str(server.process.pid), "--requests", "60"]
+            ["--http", f"127.0.0.1:{server.port}", "--pid", str(server.process.pid), "--requests", "60", "--alone"]
         )
         report = json.loads(capsys.readouterr().out)
         assert (status, report["even"]) == (0, True), report
@@ -25,6 +25,8 @@ def test_mixed_requests_all_end_and_leave_rows_and_metrics_even(
         assert sum(outcomes.values()) == 60
         assert {"whole", "streamed", "disconnected", "refused", "busy"} <= set(outcomes)
         assert sum(report["ended_by_reason"].values()) == report["metrics"]["ended"]
+        assert report["asked_alone"] == outcomes["whole"] + outcomes["streamed"]
+        assert report["differ_alone"] == []
         assert len(report["rss_mb"]) == serve_load.ROUNDS + 1
         assert server.metric("vllm:num_requests_running") == server.metric("vllm:num_requests_waiting") == 0
         assert server.end() == 0
