@@ -345,6 +345,8 @@ def _explain(error: BaseException, name: str) -> StarlingError:
         return UnsupportedModelError(
             f"{name}: its code decides by what is in its tensors ({error}), which no graph can"
         )
+    while error.__cause__ is not None:  # the deepest says what is missing, those above it what to ask PyTorch for
+        error = error.__cause__
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UnsupportedModelError(f"{name}: it could not be traced ({reason[:200]}); run with --debug for more")
 

@@ -9,6 +9,7 @@ import torch
 from families import Family, logits_by_position, random_folder
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
 from starling.engine.backends.open_backend import open_backend
 from starling.engine.bundle.manifest import Bundle
@@ -339,3 +340,18 @@ def test_what_cannot_be_lowered_is_refused_by_name(
     with pytest.raises(UnsupportedModelError, match=named):
         export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", ExportOptions(check=False))
     assert not (tmp_path / "bundle").exists()
+
+
+class _InverseErrorFunction(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.erfinv(x)
+
+
+def test_an_operator_that_onnx_lacks_is_named(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ACT2FN, "erfinv", _InverseErrorFunction)
+    folder = random_folder(Family("erfinv", "llama", {"hidden_act": "erfinv"}), tiny_checkpoint, tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match=r"traced \(No ONNX function found for .*erf_?inv") as refused:
+        export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", ExportOptions(check=False))
+    assert str(refused.value).isprintable()
