@@ -16,6 +16,7 @@ from starling.cli.shared.options import (
     bundle_argument,
     check_backend,
     json_option,
+    kv_dtype_option,
     max_batch_option,
     refuse_options,
     renamed_option,
@@ -27,6 +28,7 @@ from starling.engine.names import LOGITS_DTYPES
 
 if TYPE_CHECKING:
     from starling.engine.bundle.manifest import Bundle
+    from starling.engine.names import DType
     from starling.profiling.quality.evaluation import Evaluation
     from starling.profiling.quality.stored_logits import StoredLogits
 
@@ -49,6 +51,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--text-tokens", "--max-tokens", type=click.IntRange(2), help="How much of the text is read.  [default: all]"
 )
 @backend_options
+@kv_dtype_option
 @click.option("--save-logits", type=_FILE, help="Keep this bundle's logits (.npz), as a reference for others.")
 @click.option("--logits-dtype", type=Choice(LOGITS_DTYPES), default="float16", show_default=True, help="Their type.")
 @click.option("--output", type=_FILE, help="Write the JSON document here too.")
@@ -62,6 +65,7 @@ def command(
     logits_dtype: str,
     output: Path | None,
     as_json: bool,
+    kv_dtype: DType | None,
     **settings: Any,
 ) -> None:
     """Measure perplexity on a text; with a reference also KL divergence, top-1 agreement and the largest difference.
@@ -84,11 +88,14 @@ def command(
     for file in (save_logits, output):
         if file is not None and not file.absolute().parent.is_dir():  # found out now rather than after minutes
             raise UserError(f"{file.parent} is no folder: choose another place for {file.name}")
+    from starling.engine.bundle.kv_dtype import with_kv_dtype
     from starling.engine.bundle.manifest import Bundle
     from starling.profiling.quality.evaluation import Options, evaluate
     from starling.profiling.quality.evaluation_text import built_in_text, read_text
 
     opened, options = Bundle.open(bundle).require("generate"), Options(**settings)
+    if kv_dtype is not None:
+        opened = with_kv_dtype(opened, kv_dtype)
     with progress_on_stderr() as progress:
         progress.phase("evaluating")
         evaluation = evaluate(

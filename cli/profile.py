@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from starling.cli.shared.completion import BundlePath
-from starling.cli.shared.options import backend_options, check_backend, given_options, json_option, speculation_option
+from starling.cli.shared.options import (
+    backend_options,
+    check_backend,
+    given_options,
+    json_option,
+    kv_dtype_option,
+    speculation_option,
+)
 from starling.cli.shared.output import note, print_json, screen_width
 from starling.cli.shared.progress_bar import progress_on_stderr
 from starling.engine.errors import UserError
@@ -57,6 +64,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--warmup", type=int, default=1, show_default=True, help="Runs before them that do not count.")
 @click.option("--max-seq", type=int, help="Positions of the KV cache.  [default: as many as the longest run needs]")
 @backend_options
+@kv_dtype_option
 @speculation_option
 @click.option("--operators", is_flag=True, help="Time every operator too, grouped by the part of the layer.")
 @click.option("--cold-start/--no-cold-start", default=True, show_default=True, help="Time a fresh process too.")

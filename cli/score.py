@@ -12,11 +12,11 @@ import click
 
 from starling.cli.shared.options import (
     bundle_argument,
-    engine_options,
     engine_settings,
     json_option,
     max_batch_option,
     refuse_options,
+    scoring_options,
 )
 from starling.cli.shared.output import note, print_json, read_text
 from starling.engine.errors import UserError
@@ -44,7 +44,7 @@ _KINDS = ("text", "messages", "ids")
 )
 @click.option("--activation", is_flag=True, help="Probabilities in place of raw scores.")
 @max_batch_option(8, "Texts that one run takes at most.")
-@engine_options
+@scoring_options
 @json_option
 def command(
     bundle: Path,

@@ -19,6 +19,7 @@ from starling.engine.backends.pooling_backend import PoolingBackend, Vectors
 from starling.engine.batching.draft_model import DraftModel
 from starling.engine.batching.generation_stream import GenerationStream, generate
 from starling.engine.batching.speculation import checked_speculation
+from starling.engine.bundle.kv_dtype import with_kv_dtype
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.chat_session import ChatSession
 from starling.engine.draft_bundle import open_draft
@@ -29,7 +30,7 @@ from starling.engine.generation.prompts import Prompt, checked_ids, common_prefi
 from starling.engine.generation.results import GenerationInterrupted, GenerationResult
 from starling.engine.generation.sampling_params import SamplingOverrides, SamplingParams
 from starling.engine.generation.sequence import GenerationSequence, make_sequence
-from starling.engine.names import DEFAULT_MAX_SEQ, Speculation
+from starling.engine.names import DEFAULT_MAX_SEQ, DType, Speculation
 from starling.engine.pooling.text_pooler import TextInput, TextPooler
 from starling.engine.text.grammar_compiler import Grammars
 from starling.engine.text.grammar_state import GrammarState
@@ -59,6 +60,7 @@ class Engine:
         max_seq: int | None = None,
         max_batch: int = 1,
         threads: int | None = None,
+        kv_dtype: DType | None = None,
         verify: bool = False,
         speculation: str | None = None,
         draft: str | Path | Bundle | None = None,
@@ -68,14 +70,18 @@ class Engine:
         One that scores or embeds texts takes up to `max_batch` of them in a run, of `max_seq` tokens at most (default:
         the model's), and keeps no cache.
 
-        `backend` is one of `starling.engine.names.BACKENDS`, `engine` names one of the bundle's TensorRT
-        engines; `verify` hashes the weights too; for `speculation` see the property. `draft` is the bundle of a smaller
+        `backend` is one of `starling.engine.names.BACKENDS`, `engine` names one of the bundle's TensorRT engines;
+        `kv_dtype` ("fp32", "fp16", "bf16") is another type for the KV cache than the bundle's own, as `with_kv_dtype`
+        says; `verify` hashes the weights too; for `speculation` see the property. `draft` is the bundle of a smaller
         model of the same tokenizer, which drafts for it, with a KV cache of its own on the same `backend`. Raises
         BundleError, BackendError, PlanError where no TensorRT engine fits, PromptError where `max_seq` is beyond the
-        model's positions, or UserError where `draft` has another vocabulary or fewer positions.
+        model's positions, or UserError where `draft` has another vocabulary or fewer positions, or the cache cannot
+        have that type.
         """
         begin = perf_counter()
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
+        if kv_dtype is not None:
+            self.bundle = with_kv_dtype(self.bundle, kv_dtype)
         self.max_seq = _checked_max_seq(self.bundle, max_seq)
         self.max_batch = max_batch
         self._backend: Backend | None = None

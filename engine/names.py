@@ -30,6 +30,8 @@ ACTIVATION_SCHEMES = ("w8a8", "fp8")
 DType = Literal["fp32", "fp16", "bf16"]
 #: Types in which a bundle computes.
 DTYPES: tuple[DType, ...] = get_args(DType)
+#: What NumPy and the manifest call them.
+ARRAY_DTYPES: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 #: Types in which logits are kept in a file.
 LOGITS_DTYPES = ("float16", "float32")
 

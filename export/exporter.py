@@ -15,7 +15,7 @@ from starling import __version__
 from starling.engine.backends.onnxruntime.onnxruntime_backend import check_runs_on_cpu
 from starling.engine.bundle.manifest import FIRST_VERSION, FORMAT, FORMAT_VERSION, Architecture, Bundle, Pooling
 from starling.engine.errors import BackendError, UserError
-from starling.engine.names import DTYPES
+from starling.engine.names import ARRAY_DTYPES, DTYPES
 from starling.engine.progress import Progress, Silent
 from starling.export.bundle_folder import check_space, file_entry, new_bundle_folder, write_json, write_tokenizer
 from starling.export.check.bundle_quality import CUT_LAYERS, fits, keep_logits, load_compared, measure, require_quality
@@ -45,7 +45,6 @@ from starling.export.weights.weight_file import (
 GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
 _SPARE_BYTES = 64 * 2**20  # graphs, tokenizer, JSON
 _NO_BF16 = "logits were not compared with PyTorch's: nothing here runs bfloat16 on the CPU"
-_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +231,7 @@ def _manifest(
             "outputs": _tensor_specs(graph.graph.outputs),
         },
         "kv_cache": {
-            "dtype": _DTYPE_NAMES[options.dtype],
+            "dtype": ARRAY_DTYPES[options.dtype],
             "bytes_per_token": 2 * arch.layers * arch.kv_heads * arch.head_dim * width,
         },
         "weights": {"bytes": weight_bytes, "bytes_per_token": bytes_per_token(graph)},

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from starling.cli.shared.completion import BundlePath, complete_engine
 from starling.cli.shared.output import note
 from starling.engine.errors import UserError, did_you_mean
-from starling.engine.names import BACKENDS, GPU_BACKENDS, SPECULATIONS
+from starling.engine.names import BACKENDS, DTYPES, GPU_BACKENDS, SPECULATIONS
 
 if TYPE_CHECKING:
     from starling.engine.generation.sampling_params import SamplingParams
@@ -99,6 +99,12 @@ _BACKEND = [
         "--threads", type=click.IntRange(1), help="Threads, where a CPU runs it.  [default: the physical cores]"
     ),
 ]
+kv_dtype_option = click.option(
+    "--kv-dtype",
+    type=Choice(DTYPES),
+    help="Type of keys and values in the cache, where the CPU kernels run it: fp16 and bf16 take half of fp32's memory "
+    "and time to read.  [default: the bundle's]",
+)
 _VERIFY = [click.option("--verify", is_flag=True, help="Check the weights' SHA-256 first (seconds per GB).")]
 _MAX_SEQ = [
     click.option(
@@ -191,7 +197,8 @@ prefix_cache_option = click.option(
 _REQUESTS = max_batch_option(4, "Requests that run together: rows of the KV cache.", "--slots")
 
 backend_options = _stack(_BACKEND)
-engine_options = _stack([*_MAX_SEQ, *_BACKEND, *_VERIFY])
+engine_options = _stack([*_MAX_SEQ, *_BACKEND, kv_dtype_option, *_VERIFY])
+scoring_options = _stack([*_MAX_SEQ, *_BACKEND, *_VERIFY])
 max_seq_option = _MAX_SEQ[0]
 verify_option = _VERIFY[0]
 speculation_option = _SPECULATION[0]
@@ -209,7 +216,7 @@ offline_options = _stack([_REQUESTS, _PREFILL_CHUNK, prefix_cache_option])
 #: Names of the options in `_SAMPLING`, which are those of `SamplingParams`.
 SAMPLING_NAMES = tuple(str(option.name) for option in click.command()(sampling_options(lambda: None)).params)
 _DRAWING_NAMES = ("top_k", "top_p", "min_p", "seed")
-_ENGINE_NAMES = ("max_seq", "backend", "engine", "threads", "verify")
+_ENGINE_NAMES = ("max_seq", "backend", "engine", "threads", "kv_dtype", "verify")
 
 
 def given_options(names: Iterable[str]) -> list[str]:
@@ -255,7 +262,7 @@ def speculation_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 def engine_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments for Engine of a command's options. Raises UserError as `check_backend` does."""
     check_backend(values)
-    return {name: values[name] for name in _ENGINE_NAMES}
+    return {name: values[name] for name in _ENGINE_NAMES if name in values}
 
 
 def check_backend(values: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ def open_served(stack: ExitStack, folder: Path, settings: dict[str, Any], option
         if reward is not None:
             raise UserError(f"--reward-model stands beside a model that generates text, which {folder} does not")
         refuse_options(
-            ["max_prompt", "prefill_chunk", "prefix_cache", "isolate"],
+            ["max_prompt", "prefill_chunk", "prefix_cache", "isolate", "kv_dtype"],
             "is about generating text, which this bundle does not",
         )
         return Served(None, _scoring(stack, main, settings, options, names))

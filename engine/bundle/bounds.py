@@ -19,7 +19,7 @@ MOST_OF_ARCHITECTURE = {
 }
 #: Rows or columns of a projection.
 MOST_OF_A_PRODUCT = 2**26
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def check_sizes(top: JsonFields) -> None:
@@ -52,6 +52,6 @@ def _check_cache(top: JsonFields, arch: dict[str, Any], cache: dict[str, Any], p
             raise top.bad(f"graph.inputs: {name}", spec["shape"], sizes)
         if spec["dtype"] != dtype:
             raise top.bad(f"graph.inputs: {name}", spec["dtype"], f"{dtype}, as kv_cache says")
-    expected = len(wanted) * heads * head_dim * _BYTES[dtype]
+    expected = len(wanted) * heads * head_dim * ITEM_BYTES[dtype]
     if cache["bytes_per_token"] != expected:
         raise top.bad("kv_cache.bytes_per_token", cache["bytes_per_token"], f"{expected}, as the architecture says")

@@ -34,12 +34,12 @@ class ColdStart:
     first_token_s: float
 
 
-def measure_cold_start(
-    bundle: Path, *, prompt_tokens: int, max_seq: int, backend: str, engine: str | None, threads: int | None
-) -> ColdStart:
-    """Start a process and wait for its first token. Raises BackendError where it fails."""
+def measure_cold_start(bundle: Path, *, prompt_tokens: int, max_seq: int, **options: str | int | None) -> ColdStart:
+    """Start a process and wait for its first token; `options` are further arguments of Engine.
+
+    Raises BackendError where it fails.
+    """
     settings = {"prompt_tokens": prompt_tokens, "max_seq": max_seq}
-    options = {"backend": backend, "engine": engine, "threads": threads}
     command = [
         sys.executable,
         "-m",

@@ -9,10 +9,12 @@ from pathlib import Path
 from starling.engine.backends.backend import Backend
 from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
 from starling.engine.backends.onnxruntime.onnxruntime_backend import why_not_on_cuda
+from starling.engine.bundle.kv_dtype import with_kv_dtype
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import UserError
 from starling.engine.host import default_threads
+from starling.engine.names import DType
 from starling.engine.progress import Progress, Silent
 from starling.profiling.latency.cold_start import ColdStart, measure_cold_start
 from starling.profiling.latency.nvtx_ranges import RangedBackend
@@ -35,6 +37,7 @@ class Options:
     backend: str = "auto"
     engine: str | None = None
     threads: int | None = None
+    kv_dtype: DType | None = None
     max_seq: int | None = None
     cold_start: bool = True
     operators: bool = False
@@ -89,6 +92,8 @@ def measure(
 
     Raises UserError for settings beyond the model's positions, BackendError where it cannot be run.
     """
+    if options.kv_dtype is not None:
+        bundle = with_kv_dtype(bundle, options.kv_dtype)
     positions = sweep.positions(bundle, options.max_seq)
     environment, steps = describe_environment(), _Steps(sweep, options, progress or Silent())
     _require_memory(bundle, sweep, options.backend, positions, environment.machine["memory_available_bytes"])
@@ -161,6 +166,7 @@ def _cold_start(bundle: Bundle, sweep: Sweep, options: Options, positions: int, 
         backend=options.backend,
         engine=options.engine,
         threads=options.threads,
+        kv_dtype=options.kv_dtype,
     )
 
 

@@ -68,6 +68,7 @@ def bundle_document(bundle: Bundle) -> dict[str, Any]:
         "layers": bundle.architecture.layers,
         "weights_bytes": bundle.weights.bytes,
         "weights_bytes_per_token": bundle.weights.bytes_per_token,
+        "kv_dtype": bundle.kv_cache.dtype,
         "kv_cache_bytes_per_token": bundle.kv_cache.bytes_per_token,
         "weights_sha256": _weights_sha256(bundle),
     }

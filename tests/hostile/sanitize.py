@@ -23,7 +23,7 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
 }
 CASES = "2000"
-# Their tests without an engine or an export: those start processes whose memory is bounded, which the sanitizers exceed.
+# Their tests without an engine or an export, which start processes whose memory is bounded: the sanitizers exceed it.
 KERNEL_TESTS = ("tests/engine/test_kernels.py", "tests/engine/test_half_kernels.py")
 
 

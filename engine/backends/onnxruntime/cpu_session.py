@@ -7,8 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from starling.engine.backends.onnxruntime.cache_graph import graph_with_cache
 from starling.engine.backends.onnxruntime.huge_pages import huge_pages
-from starling.engine.backends.onnxruntime.step_buffers import first_line
+from starling.engine.backends.onnxruntime.step_buffers import ONNX_TYPES, first_line
+from starling.engine.bundle.kv_dtype import exported_kv_dtype, has_other_kv_dtype
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.installation import install_command
@@ -46,7 +48,15 @@ def open_cpu_session(bundle: Bundle, threads: int, profile_prefix: Path | None =
     ort = import_onnxruntime()
     kernels, note = cpu_kernels(bundle)
     path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)
-    session = _open_session(ort, path, _options(ort, bundle, threads, kernels, profile_prefix))
+    options = _options(ort, bundle, threads, kernels, profile_prefix)
+    graph: str | bytes = str(path)
+    if has_other_kv_dtype(bundle):
+        if kernels is None:
+            kind = exported_kv_dtype(bundle)
+            raise BackendError(f"{bundle.folder}: its KV cache stays {kind} {note}: leave kv_dtype out")
+        graph = graph_with_cache(path, ONNX_TYPES[bundle.kv_cache.dtype])
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
+    session = _open_session(ort, path, graph, options)
     return CpuSession(ort, session, path, None if kernels is None else kernels.instruction_set_of(bundle.dtype), note)
 
 
@@ -81,9 +91,9 @@ def _options(ort: Any, bundle: Bundle, threads: int, kernels: KernelLibrary | No
     return options
 
 
-def _open_session(ort: Any, graph: Path, options: Any) -> Any:
+def _open_session(ort: Any, path: Path, graph: str | bytes, options: Any) -> Any:
     try:
         with huge_pages():
-            return ort.InferenceSession(str(graph), options, providers=[CPU])
+            return ort.InferenceSession(graph, options, providers=[CPU])
     except Exception as error:
-        raise BackendError(f"ONNX Runtime cannot load {graph}: {first_line(error)}") from error
+        raise BackendError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
