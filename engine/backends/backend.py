@@ -20,7 +20,7 @@ CUDA = "CUDAExecutionProvider"
 PREFILL_CHUNK = 256
 #: Positions of a block of `RowCopies`: whole blocks of a prefix are known, and copied.
 PREFIX_BLOCK = 32
-#: Tokens of a row that `Backend.verify` takes at most: the newest one and a draft after it; and of all rows together.
+#: Tokens of a row that one run verifies at most: the newest one and a draft after it; and of all rows together.
 MOST_VERIFIED = 17
 MOST_VERIFIED_TOGETHER = 64
 #: Memory of the logits of one run of `Backend.score`, as float32.
@@ -158,19 +158,18 @@ class Backend(Protocol):
         """One step of the first k rows: token i of `tokens` [k] is written at `positions`[i] of row i."""
         ...
 
-    #: Rows that `verify` takes together: 0 where it is not to be had.
+    #: Rows whose drafts are verified together: one by `verify`, several by `mix`; 0 where none is.
     verified_rows: int
 
     def check_verifies(self) -> None:
         """Raise BackendError, with the reason, where `verify` is not to be had."""
         ...
 
-    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> StepOutput:
-        """Write k rows' `tokens` [k, n] at `starts`[i]..+n of row first + i, and choose a token after each of them.
+    def verify(self, row: int, tokens: Sequence[int], start: int) -> StepOutput:
+        """Write `tokens` [n] at positions start..start+n of row `row`, and choose a token after each of them.
 
-        The output has k * n rows: row i * n + j is what follows tokens 0..j of row first + i. n is at most
-        MOST_VERIFIED, k * n at most MOST_VERIFIED_TOGETHER, k at most `verified_rows`. Raises BackendError as
-        `check_verifies` does, and for more than that.
+        For a backend that cannot `mix`. The output has n rows, at most MOST_VERIFIED: row j is what follows tokens
+        0..j. Raises BackendError as `check_verifies` does, and for more than that.
         """
         ...
 

@@ -304,7 +304,7 @@ class Scheduler:
         try:
             for grammar in rows.grammars:
                 grammar.begin_mask()
-            output = self._backend.verify(request.row, [tokens], [rows.positions[request.row]])
+            output = self._backend.verify(request.row, tokens, rows.positions[request.row])
             chosen = output.tokens()
             logits = output.logits() if rows.needs_logits else None
         except Exception as error:

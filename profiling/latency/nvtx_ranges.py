@@ -73,10 +73,10 @@ class RangedBackend:
         """As the backend's."""
         self._backend.check_verifies()
 
-    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> StepOutput:
+    def verify(self, row: int, tokens: Sequence[int], start: int) -> StepOutput:
         """As the backend's."""
-        with self._annotate(f"verify {len(tokens)} rows of {len(tokens[0])} tokens", domain=DOMAIN, color="green"):
-            return self._backend.verify(first, tokens, starts)
+        with self._annotate(f"verify {len(tokens)} tokens", domain=DOMAIN, color="green"):
+            return self._backend.verify(row, tokens, start)
 
     def row_copies(self, blocks: int) -> RowCopies | None:
         """As the backend's."""

@@ -38,7 +38,7 @@ def test_a_launched_kernel_is_in_a_fat_binary_that_is_kept(
         backend.prefill(rows - 1, np.arange(1, 2049), 0)
         backend.prefill(0, np.arange(1, 41), 0)
         backend.decode([5] * rows, [40] * rows)
-        backend.verify(0, [[1, 2, 3, 4]], [41])
+        backend.verify(0, [1, 2, 3, 4], 41)
     launched = {match[1] for what in found if (match := re.match(r"(?:captured )?kernel (\S+)", what))}
     start = start_of_provider()
     places = {kernel: address - start for kernel, address in kernels().items()}

@@ -120,7 +120,7 @@ def test_a_row_count_is_captured_once_at_opening_and_nothing_illegal_is_asked_me
         assert backend.captured_rows == list(range(1, rows + 1))
         backend.prefill(0, PROMPT, 0)
         backend.decode([5], [len(PROMPT)])
-        backend.verify(0, [[1, 2, 3, 4]], [len(PROMPT) + 1])
+        backend.verify(0, [1, 2, 3, 4], len(PROMPT) + 1)
     assert opening["capture"] == rows
     assert not [what for what in opening if "illegal" in what]
 

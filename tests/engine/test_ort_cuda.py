@@ -217,8 +217,10 @@ def test_what_lies_outside_the_cache_is_refused(bundle: Bundle, position: int, r
         backend.prefill(row, np.array([1]), position)
     with pytest.raises(BackendError, match="outside the KV cache"):
         backend.decode([1] * (row + 1), [position] * (row + 1))
-    with pytest.raises(BackendError, match="2 rows"):
-        backend.verify(0, [[1], [2]], [0, 0])
+    with pytest.raises(BackendError, match="outside the KV cache"):
+        backend.verify(row, [1], position)
+    with pytest.raises(BackendError, match="18 tokens are to be verified in one step: give 1 to 17"):
+        backend.verify(0, [1] * 18, 0)
     with pytest.raises(BackendError, match="outside the KV cache"):
         backend.score(row, np.array([1]), position)
     with pytest.raises(BackendError, match=f"are to be scored in one run: give 1 to {POSITIONS}"):

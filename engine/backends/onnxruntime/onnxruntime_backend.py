@@ -80,7 +80,7 @@ class _Step:
 
 @dataclass(slots=True, eq=False)
 class _Verification:
-    """All that verifying so many tokens of some rows needs, made once."""
+    """All that verifying so many tokens of a row needs, made once."""
 
     binding: Any
     output: OrtOutput
@@ -126,7 +126,7 @@ class OrtBackend:
         self._logits = logits_kind(self._session)
         # A page of it takes memory when it is written to.
         self._outputs = StepOutputs(bundle, self._most_kept, self._logits)
-        self._verifications: dict[tuple[int, int, int], _Verification] = {}
+        self._verifications: dict[tuple[int, int], _Verification] = {}
         self._row_bindings: dict[int, Any] = {}
         self._steps: dict[int, _Step] = {}
         self._row_output = self._outputs.output(1)
@@ -190,13 +190,12 @@ class OrtBackend:
         self._run(binding)
         return outputs.output(count)
 
-    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> StepOutput:
-        """Write `tokens` [k, n] at `starts`[i]..+n of row first + i; the output has k * n rows."""
+    def verify(self, row: int, tokens: Sequence[int], start: int) -> StepOutput:
+        """Write `tokens` [n] at start..start+n of row `row`; the output has n rows."""
         self.check_verifies()
-        rows, length = len(tokens), len(tokens[0])
-        check_room(self, first + rows - 1, max(starts) + length - 1)
-        found = self._verifications.get((first, rows, length)) or self._new_verification(first, rows, length)
-        self._inputs.write_rows(tokens, starts)
+        check_room(self, row, start + len(tokens) - 1)
+        found = self._verifications.get((row, len(tokens))) or self._new_verification(row, len(tokens))
+        self._inputs.write_chunk(tokens, start)
         self._run(found.binding)
         return found.output
 
@@ -289,16 +288,12 @@ class OrtBackend:
         step = self._steps[rows] = _Step(binding, self._inputs.step_writer(rows), self._outputs.output(rows))
         return step
 
-    def _new_verification(self, first: int, rows: int, length: int) -> _Verification:
-        if not 1 <= length <= MOST_VERIFIED or rows > self.verified_rows or rows * length > MOST_VERIFIED_TOGETHER:
-            raise BackendError(
-                f"{length} tokens are to be verified in one step of {rows} row(s): give 1 to {MOST_VERIFIED} for each "
-                f"of up to {self.verified_rows}, {MOST_VERIFIED_TOGETHER} in all"
-            )
-        binding = self._bind(first, rows, kept=length)
-        self._inputs.bind(binding, rows, length)
-        made = _Verification(binding, self._outputs.output(rows * length))
-        self._verifications[first, rows, length] = made
+    def _new_verification(self, row: int, length: int) -> _Verification:
+        if not 1 <= length <= MOST_VERIFIED:
+            raise BackendError(f"{length} tokens are to be verified in one step: give 1 to {MOST_VERIFIED}")
+        binding = self._bind(row, 1, kept=length)
+        self._inputs.bind(binding, 1, length)
+        made = self._verifications[row, length] = _Verification(binding, self._outputs.output(length))
         return made
 
     def _row_binding(self, row: int, length: int) -> Any:

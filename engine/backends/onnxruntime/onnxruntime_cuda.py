@@ -264,22 +264,19 @@ class OrtCudaBackend(LaunchingBackend):
     def check_verifies(self) -> None:
         """Every graph for CUDA verifies."""
 
-    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> DeviceOutput:
-        """Write `tokens` [1, n] at `starts`[0]..+n of row `first`; the output has n rows."""
-        rows, length = len(tokens), len(tokens[0])
-        check_room(self, first + rows - 1, starts[0] + length - 1)
-        if rows != 1 or not 1 <= length <= MOST_VERIFIED:
-            raise BackendError(
-                f"{length} tokens are to be verified in one step of {rows} rows: ONNX Runtime takes up to "
-                f"{MOST_VERIFIED} tokens of one row"
-            )
+    def verify(self, row: int, tokens: Sequence[int], start: int) -> DeviceOutput:
+        """Write `tokens` [n] at start..start+n of row `row`; the output has n rows."""
+        length = len(tokens)
+        check_room(self, row, start + length - 1)
+        if not 1 <= length <= MOST_VERIFIED:
+            raise BackendError(f"{length} tokens are to be verified in one step: give 1 to {MOST_VERIFIED}")
         begin = perf_counter()
         self.drop()
-        self._prompt[:length] = tokens[0]
+        self._prompt[:length] = tokens
 
         def run() -> None:
             self._memory.copy(self._chunk.ids, address_of(self._prompt), length * TOKEN_BYTES)
-            self._run_row(first, self._chunk, length, length, starts[0] + length)
+            self._run_row(row, self._chunk, length, length, start + length)
 
         self._launched.launch(run, length, self._chunk.next_tokens)
         chosen = self._launched.oldest()

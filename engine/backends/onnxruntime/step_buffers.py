@@ -145,22 +145,12 @@ class StepInputs:
         self._ids[: len(tokens)] = tokens
         self._place_chunk(start, start + len(tokens))
 
-    def write_rows(self, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
-        """Several rows: `tokens` [k, n] go to positions starts[i]..+n of each."""
-        length = len(tokens[0])
-        self._ids[: len(tokens) * length].reshape(len(tokens), length)[:] = tokens
-        self._place_rows(starts, length)
-
     def step_writer(self, rows: int) -> StepWriter:
         """The function that writes one decode step of `rows` rows, and says where its tokens go."""
         raise NotImplementedError
 
     def _place_chunk(self, start: int, end: int) -> None:
         """Say that one row's new tokens go to positions start..end."""
-        raise NotImplementedError
-
-    def _place_rows(self, starts: Sequence[int], length: int) -> None:
-        """Say that `length` new tokens of each row go to starts[i] and on: where a graph can verify drafts."""
         raise NotImplementedError
 
 
@@ -181,10 +171,6 @@ class OrtInputs(StepInputs):
     def _place_chunk(self, start: int, end: int) -> None:
         self._lengths[0] = end - 1
         self._total.host[0] = end
-
-    def _place_rows(self, starts: Sequence[int], length: int) -> None:
-        self._lengths[: len(starts)] = [start + length - 1 for start in starts]
-        self._total.host[0] = max(starts) + length
 
     def step_writer(self, rows: int) -> StepWriter:
         """It writes through memoryviews: after a run of the model the caches are cold, and NumPy's paths are long."""

@@ -197,5 +197,5 @@ def _greedy(backend: Any, *, launched: bool) -> list[list[int]]:
 def _is_verified(backend: Any, tokens: list[int]) -> bool:
     """Whether several tokens in one step choose what one step each has chosen."""
     draft, start = tokens[_VERIFIED], _prompt_length(0) + (_VERIFIED.start or 0)
-    chosen = backend.verify(0, [draft], [start]).tokens()
+    chosen = backend.verify(0, draft, start).tokens()
     return list(chosen) == tokens[_VERIFIED.start + 1 : _VERIFIED.stop + 1]

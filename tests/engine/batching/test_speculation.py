@@ -343,7 +343,7 @@ def test_verifying_gives_what_decoding_one_by_one_gives(backend: OrtBackend, cou
     tokens = ids(10 + count)
     for row in range(2):
         backend.prefill(row, np.array(tokens[:10]), 0)
-    verified = backend.verify(1, [tokens[10:]], [10])
+    verified = backend.verify(1, tokens[10:], 10)
     choices, logits = verified.tokens(), verified.logits().copy()
     assert logits.shape == (count, backend.vocab_size)
     for at in range(count):
@@ -352,28 +352,12 @@ def test_verifying_gives_what_decoding_one_by_one_gives(backend: OrtBackend, cou
         assert [choices[at]] == decoded.tokens()
 
 
-def test_verifying_several_rows_gives_what_each_gives(backend: OrtBackend) -> None:
-    if backend.verified_rows < 2:
-        pytest.skip("ONNX Runtime's own attention verifies one row")
-    rows, starts = [ids(20), ids(26)[::-1]], [14, 20]
-    tokens = [row[start : start + 6] for row, start in zip(rows, starts, strict=True)]
-    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        backend.prefill(number, np.array(row[:start]), 0)
-    together = backend.verify(0, tokens, starts).logits().copy()
-    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        backend.prefill(number, np.array(row[:start]), 0)
-        alone = backend.verify(number, [tokens[number]], [start])
-        np.testing.assert_allclose(together[6 * number : 6 * number + 6], alone.logits(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(BackendError, match=r"tokens are to be verified in one step of 3 row\(s\)|outside the KV cache"):
-        backend.verify(0, [*tokens, tokens[0]], [*starts, 3])
-
-
 def test_what_a_wrong_draft_wrote_is_overwritten(backend: OrtBackend) -> None:
     tokens = ids(12)
     backend.prefill(0, np.array(tokens[:10]), 0)
     wanted = backend.decode(tokens[10:11], [10]).logits().copy()
     backend.prefill(0, np.array(tokens[:10]), 0)
-    backend.verify(0, [[9, 8, 7, 6]], [10])
+    backend.verify(0, [9, 8, 7, 6], 10)
     np.testing.assert_array_equal(backend.decode(tokens[10:11], [10]).logits(), wanted)
 
 
@@ -382,7 +366,7 @@ def test_nothing_is_allocated_or_bound_per_verification(backend: OrtBackend) -> 
 
     def verify_100() -> None:
         for start in range(50):
-            backend.verify(0, [draft], [start]).tokens()
+            backend.verify(0, draft, start).tokens()
 
     verify_100()
     made, traced = dict(backend._verifications), []
@@ -397,9 +381,9 @@ def test_nothing_is_allocated_or_bound_per_verification(backend: OrtBackend) -> 
 
 def test_verifying_outside_the_cache_or_too_much_at_once_is_refused(backend: OrtBackend) -> None:
     with pytest.raises(BackendError, match="position 64 of row 0 lies outside the KV cache"):
-        backend.verify(0, [ids(5)], [60])
+        backend.verify(0, ids(5), 60)
     with pytest.raises(BackendError, match=f"{MOST_VERIFIED + 1} tokens are to be verified in one step"):
-        backend.verify(0, [ids(MOST_VERIFIED + 1)], [0])
+        backend.verify(0, ids(MOST_VERIFIED + 1), 0)
 
 
 def test_a_mixed_run_gives_what_each_row_gives(backend: OrtBackend) -> None:

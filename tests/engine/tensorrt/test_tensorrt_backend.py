@@ -173,7 +173,7 @@ def test_no_step_is_launched_after_the_end_of_the_cache(gpu: Opened) -> None:
 
 
 def test_drafts_are_refused(gpu: Opened) -> None:
-    for attempt in (gpu.backend.check_verifies, lambda: gpu.backend.verify(0, [[5, 6]], [3])):
+    for attempt in (gpu.backend.check_verifies, lambda: gpu.backend.verify(0, [5, 6], 3)):
         with pytest.raises(BackendError, match="no draft can be verified: speculate with a bundle of --dialect ort"):
             attempt()
 

@@ -124,7 +124,7 @@ class TensorRTBackend(LaunchingBackend):
             "speculate with a bundle of --dialect ort and --backend onnxruntime"
         )
 
-    def verify(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> NoReturn:
+    def verify(self, row: int, tokens: Sequence[int], start: int) -> NoReturn:
         """Raise BackendError, as `check_verifies` does."""
         self.check_verifies()
 
