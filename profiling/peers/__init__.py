@@ -16,6 +16,8 @@ the runtime go to stderr). All times are milliseconds.
         -> {"load_ms": float, "versions": {package: version}}
     {"op": "run", "prompt": [int], "new_tokens": int}                     greedy, goes on after end tokens
         -> {"setup_ms": float, "ttft_ms": float, "itl_ms": [float], "tokens": [int], "peak_rss_bytes": int | null}
+    {"op": "streams", "prompts": [[int]], "new_tokens": int}              the same for several prompts at once
+        -> {"streams": [{"arrivals_ms": [float], "tokens": [int]}]}       where the worker batches; since the request
     {"op": "logits", "tokens": [[int]], "context": int, "file": PATH}     written to the file, see stored_logits.py
         -> {"shape": [rows, window - context, vocab]}
     {"op": "cpu"}                                                         CPU time that the process has used so far

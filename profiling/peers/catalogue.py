@@ -68,6 +68,11 @@ def _transformers(precision: str, dtype: str, name: str | None = None, **setting
     return Recipe(name or precision, precision, settings={"library": "transformers", "dtype": dtype, **settings})
 
 
+#: llama-server with the bindings, from the same source. It needs neither its web page, which would be fetched, nor TLS.
+_LLAMA_CPP = (
+    "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_SERVER=ON -DLLAMA_TOOLS_INSTALL=ON -DLLAMA_BUILD_UI=OFF "
+    "-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DCMAKE_INSTALL_RPATH=$ORIGIN/../lib"
+)
 _AS_STORED = {"use_extra_bufts": False}
 _OPTIMUM_ONNX = {"library": "optimum-onnx"}
 #: OpenVINO computes an fp32 model in bfloat16 where the processor can, by default.
@@ -106,7 +111,7 @@ CPU_PEERS = (
             Recipe("Q4_0 as stored", "int4", {"type": "MOSTLY_Q4_0"}, _AS_STORED, model="Q4_0"),
             Recipe("Q4_K_M as stored", "int4", {"type": "MOSTLY_Q4_K_M"}, _AS_STORED, model="Q4_K_M"),
         ),
-        build={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF"},  # text only: a third of the compilation less
+        build={"CMAKE_ARGS": _LLAMA_CPP},
         needs_gguf=True,
     ),
     Peer(

@@ -20,14 +20,16 @@ def prepare_environment(peer: Peer, folder: Path, log: Path) -> bool:
 
     Raises StarlingError, with the last line of pip's output, where the installation fails.
     """
-    wanted = "\n".join(peer.requirements) + "\n"
+    wanted = "\n".join([*peer.requirements, *(f"{name}={value}" for name, value in peer.build.items())]) + "\n"
     stamp = folder / STAMP
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return False
     if not python_of(folder).exists():
         run_logged([sys.executable, "-m", "venv", str(folder)], log)
-    pip = [str(python_of(folder)), "-m", "pip", "install", "--disable-pip-version-check", *peer.requirements]
-    run_logged(pip, log, peer.build)
+    pip = [str(python_of(folder)), "-m", "pip", "install", "--disable-pip-version-check"]
+    # pip's cache knows a wheel that it built by its version, not by how it was built; nor would it build a second time.
+    fresh = ["--no-cache-dir", "--force-reinstall"] if peer.build else []
+    run_logged([*pip, *fresh, *peer.requirements], log, peer.build)
     stamp.write_text(wanted, encoding="utf-8")
     return True
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -22,8 +23,9 @@ from starling.profiling.peers.peers_file import write_peers
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--model", default="demo", help="Checkpoint, as `starling export` takes it.")
 @click.option("--peers", "chosen", help="Only these, by commas.  [default: all of the device]")
+@click.option("--precisions", help="Only models of these, as int8,int4.  [default: all]")
 @click.option("--device", default="cpu", type=click.Choice(list(PEERS)), help="Which list of peers.")
-def main(folder: Path, model: str, chosen: str | None, device: Device) -> None:
+def main(folder: Path, model: str, chosen: str | None, precisions: str | None, device: Device) -> None:
     """Set up the peers in FOLDER: an environment for each, and its models at each precision.
 
     What is there already is left alone, so a setup that was stopped goes on. A peer that fails is named and left out;
@@ -36,7 +38,7 @@ def main(folder: Path, model: str, chosen: str | None, device: Device) -> None:
       python -m starling.profiling.peers.install peers-gpu --device cuda
     """
     try:
-        failures = set_up(folder.absolute(), model, choose(device, chosen), device)
+        failures = set_up(folder.absolute(), model, choose(device, chosen, precisions), device)
     except StarlingError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -45,16 +47,26 @@ def main(folder: Path, model: str, chosen: str | None, device: Device) -> None:
     sys.exit(1 if failures else 0)
 
 
-def choose(device: Device, names: str | None) -> list[Peer]:
-    """The peers of a device, all or those named. Raises UserError for a name that is not among them."""
+def choose(device: Device, names: str | None, precisions: str | None = None) -> list[Peer]:
+    """The peers of a device, all or those named, with all recipes or those of some precisions.
+
+    Raises UserError for a name or a precision that is not among them.
+    """
     known = {peer.name: peer for peer in PEERS[device]}
-    if names is None:
-        return list(known.values())
-    wanted = list(dict.fromkeys(names.split(",")))
+    peers = [known[name] for name in _named(names, known, f"no peer on {device}")]
+    if precisions is None:
+        return peers
+    there = list(dict.fromkeys(recipe.precision for peer in peers for recipe in peer.recipes))
+    wanted = _named(precisions, there, "no precision of these peers")
+    return [replace(peer, recipes=tuple(one for one in peer.recipes if one.precision in wanted)) for peer in peers]
+
+
+def _named(names: str | None, known: Collection[str], mistake: str) -> list[str]:
+    wanted = list(known) if names is None else list(dict.fromkeys(names.split(",")))
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise UserError(f"{unknown[0]!r} is no peer on {device}; there are {', '.join(known)}")
-    return [known[name] for name in wanted]
+        raise UserError(f"{unknown[0]!r} is {mistake}; there are {', '.join(known)}")
+    return wanted
 
 
 def set_up(folder: Path, model: str, peers: Sequence[Peer], device: Device) -> list[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from starling.engine.errors import BackendError
 from starling.profiling.peers.worker_process import WorkerProcess
+
+Turn = TypeVar("Turn")
 
 #: Thread pools go on spinning for some 50 ms after a run; the next contender starts when they have gone to sleep.
 SETTLE_S = 0.25
@@ -63,7 +65,7 @@ def measure(
     return runs
 
 
-def turns(workers: Sequence[WorkerProcess], repeat: int) -> Sequence[WorkerProcess]:
+def turns(workers: Sequence[Turn], repeat: int) -> Sequence[Turn]:
     """The order of one repeat: A B C, then C B A, so that slow drifts of the machine cancel out."""
     return workers[::-1] if repeat % 2 else workers
 

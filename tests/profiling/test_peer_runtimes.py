@@ -157,6 +157,10 @@ class TestSetup:
         assert [peer.name for peer in choose("cuda", None)] == ["transformers", "genai-cuda"]
         with pytest.raises(UserError, match=r"'vllm' is no peer on cpu; there are genai, llama\.cpp"):
             choose("cpu", "vllm")
+        (peer,) = choose("cpu", "openvino", "int8,int4")
+        assert [recipe.name for recipe in peer.recipes] == ["int8", "int4"]
+        with pytest.raises(UserError, match=r"'int3' is no precision of these peers; there are fp32, fp16, bf16, int8"):
+            choose("cpu", "openvino", "int3")
 
     def test_a_peer_that_fails_is_one_line_and_the_folder_lists_what_is_ready(self, tmp_path: Path) -> None:
         peer = Peer("broken", "hf_worker", None, (str(tmp_path / "no-such.whl"),), ())
@@ -175,6 +179,13 @@ class TestSetup:
         assert not prepare_environment(peer, folder, log)
         with pytest.raises(StarlingError, match="exit code 1"):
             prepare_environment(Peer("p", "hf_worker", None, ("pip", "/no/such.whl"), ()), folder, log)
+
+    def test_an_environment_that_is_to_be_built_otherwise_is_made_again(self, tmp_path: Path) -> None:
+        folder, log = tmp_path / "env", tmp_path / "log"
+        for flags in ("-DA=1", "-DA=2"):
+            peer = Peer("p", "hf_worker", None, ("pip",), (), build={"CMAKE_ARGS": flags})
+            assert prepare_environment(peer, folder, log)
+            assert not prepare_environment(peer, folder, log)
 
 
 @dataclass(frozen=True, slots=True)

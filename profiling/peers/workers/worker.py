@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 #: Called with each token as soon as it is known.
 Arrived = Callable[[int], None]
@@ -53,6 +53,15 @@ class Worker(Protocol):
         ...
 
 
+@runtime_checkable
+class Batching(Protocol):
+    """What the module of a runtime offers that answers several prompts together, with `Worker.open`."""
+
+    def answer_all(self, prompts: list[list[int]], new_tokens: int, arrived: Callable[[int, int], None]) -> None:
+        """Give `new_tokens` greedy tokens to each prompt, all at once: `arrived` with the prompt's number and each."""
+        ...
+
+
 def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
     """The reply to one request."""
     operation = request.pop("op")
@@ -62,6 +71,8 @@ def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
         return {"load_ms": _ms_since(start), "versions": {"python": sys.version.split()[0], **versions}}
     if operation == "run":
         return run(worker, **request)
+    if operation == "streams" and isinstance(worker, Batching):
+        return {"streams": run_together(worker, **request)}
     if operation == "logits":
         return write_logits(worker, **request)
     if operation == "cpu":
@@ -90,6 +101,19 @@ def run(worker: Worker, prompt: list[int], new_tokens: int) -> dict[str, Any]:
         "tokens": tokens,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def run_together(worker: Batching, prompts: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:
+    """Time the answers to all prompts by the arrival of their tokens."""
+    streams: list[dict[str, Any]] = [{"arrivals_ms": [], "tokens": []} for _ in prompts]
+    start = time.perf_counter()
+
+    def arrived(number: int, token: int) -> None:
+        streams[number]["arrivals_ms"].append(_ms_since(start))
+        streams[number]["tokens"].append(token)
+
+    worker.answer_all(prompts, new_tokens, arrived)
+    return streams
 
 
 def write_logits(worker: Worker, tokens: list[list[int]], context: int, file: str) -> dict[str, Any]:
