@@ -28,6 +28,7 @@ RUNTIMES = ("tensorrt-rtx", "tensorrt")
     "--max-seq", type=click.IntRange(1), help="Positions of the KV cache, at most.  [default: 2048 or the model's]"
 )
 @renamed_option("--engine", "--name", help="Name of the new engine.  [default: runtime, version and targets]")
+@click.option("--greedy", is_flag=True, help="Without the drawing of tokens, which each step pays for; the host draws.")
 @click.option("--verify", is_flag=True, help="Check the weights' SHA-256 first (seconds per GB).")
 @click.option("--force", is_flag=True, help="Replace the engine of that name.")
 @json_option

@@ -50,7 +50,7 @@ def read_nodes(file: Path) -> list[Node]:
     try:
         model = memoryview(file.read_bytes())
         return [
-            _node(content)
+            node_of(content)
             for in_model, _, graph in fields(model)
             if in_model == GRAPH
             for number, _, content in fields(graph)
@@ -60,7 +60,8 @@ def read_nodes(file: Path) -> list[Node]:
         raise BundleError(f"{file} is not an ONNX file ({error}); export the model again") from error
 
 
-def _node(message: memoryview) -> Node:
+def node_of(message: memoryview) -> Node:
+    """A NodeProto. Raises ValueError where the bytes are not protobuf."""
     texts: dict[int, list[str]] = {INPUT: [], OUTPUT: [], NAME: [], OPERATOR: []}
     for number, _, content in fields(message):
         if number in texts:

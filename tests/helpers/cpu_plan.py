@@ -21,6 +21,8 @@ import pytest
 from host_device import HostDevice
 
 from starling.engine.backends.cuda.cuda_device import ALIGNMENT, host_view
+from starling.engine.backends.cuda.step_tensors import CHOICE_INPUTS
+from starling.engine.backends.tensorrt.build.graph_edits import drop_draws
 from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineRecord, Profile, ShapeRange
 from starling.engine.backends.tensorrt.run import open_tensorrt as opening
 from starling.engine.backends.tensorrt.run.select_engine import Wanted
@@ -206,12 +208,13 @@ def _profile(bundle: Bundle, name: str, most_tokens: int) -> Profile:
     return Profile(name, ranges)
 
 
-def record_of(bundle: Bundle) -> EngineRecord:
+def record_of(bundle: Bundle, *, greedy: bool = False) -> EngineRecord:
     """An engine of ROWS rows and POSITIONS positions, prefill in chunks of CHUNK; its plan is 64 bytes of nothing."""
     folder = bundle.folder / "engines"
     folder.mkdir(exist_ok=True)
     (folder / "small.plan").write_bytes(PLAN)
     names = [tensor.name for tensor in bundle.graph.inputs if tensor.name.startswith("past_key_values.")]
+    inputs = tuple(tensor for tensor in bundle.graph.inputs if not (greedy and tensor.name in CHOICE_INPUTS))
     return EngineRecord(
         folder=folder,
         name="small",
@@ -224,7 +227,7 @@ def record_of(bundle: Bundle) -> EngineRecord:
         max_prefill=CHUNK,
         max_seq=POSITIONS,
         profiles=(_profile(bundle, "prefill", CHUNK), _profile(bundle, "decode", 1)),
-        inputs=bundle.graph.inputs,
+        inputs=inputs,
         outputs=bundle.graph.outputs,
         aliases=tuple((name, name.replace("past_key_values.", "present.")) for name in names),
         layers={},
@@ -243,10 +246,15 @@ class Opened(NamedTuple):
     engine: CpuEngine
 
 
-def cpu_engine(bundle: Bundle, device: HostDevice) -> CpuEngine:
-    """With a layer for each node of the bundle's graph that computes anything."""
+def cpu_engine(bundle: Bundle, device: HostDevice, *, greedy: bool = False) -> CpuEngine:
+    """With a layer for each node of the bundle's graph that computes anything; `greedy`: of a plan that draws none."""
     layers = [node.name for node in read_nodes(bundle.graph_path) if node.operator != "Constant"]
-    return CpuEngine(device, record_of(bundle), bundle.folder / "model_reference.onnx", layers)
+    graph = bundle.folder / "model_reference.onnx"
+    if greedy:
+        edited = drop_draws(graph.read_bytes())
+        graph = graph.with_name("model_reference_greedy.onnx")
+        graph.write_bytes(edited)
+    return CpuEngine(device, record_of(bundle, greedy=greedy), graph, layers)
 
 
 def stand_in(patch: pytest.MonkeyPatch, engine: CpuEngine) -> None:

@@ -14,6 +14,8 @@ from starling.engine.errors import BackendError
 #: One step that runs and one after it: a third would only be thrown away when a row ends.
 DEPTH = 2
 TOKEN_BYTES = 8
+#: Row counts whose decode steps an opening prepares; one that is met later is prepared then.
+MOST_ROWS_WARM = 16
 
 
 class LaunchedSteps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from starling.engine.backends.cuda.cuda_device import ALIGNMENT
 from starling.engine.backends.cuda.device_memory import DeviceMemory
@@ -58,10 +58,19 @@ class StepTensors:
     """What a step of up to `rows` rows of `length` tokens reads and writes beside the cache, by name."""
 
     def __init__(
-        self, memory: DeviceMemory, bundle: Bundle, logits_dtype: str, *, rows: int, length: int, positions: int
+        self,
+        memory: DeviceMemory,
+        bundle: Bundle,
+        logits_dtype: str,
+        *,
+        names: Container[str],
+        rows: int,
+        length: int,
+        positions: int,
     ) -> None:
+        """Those of `names` that are beside the cache: a plan that draws no tokens has no inputs for that."""
         self._positions = positions
-        self.row_bytes = {
+        every = {
             INPUT_IDS: 8 * length,
             PAST_LENGTHS: 8,
             TEMPERATURE: 4,
@@ -72,6 +81,7 @@ class StepTensors:
             NEXT_TOKENS: 8,
             NEXT_LENGTHS: 8,
         }
+        self.row_bytes = {name: size for name, size in every.items() if name in names}
         self.addresses = {name: memory.allocate(rows * size) for name, size in self.row_bytes.items()}
 
     def row(self, name: str, row: int) -> int:
@@ -80,7 +90,7 @@ class StepTensors:
 
     def input_shapes(self, rows: int, length: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the inputs in a step of `rows` rows of `length` tokens."""
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             INPUT_IDS: (rows, length),
             PAST_LENGTHS: (rows,),
             TEMPERATURE: (rows,),
@@ -88,3 +98,4 @@ class StepTensors:
             TOP_P: (rows,),
             NOISE: (rows, self._positions),
         }
+        return {name: shape for name, shape in shapes.items() if name in self.addresses}

@@ -29,7 +29,7 @@ from starling.engine.backends.cuda.cuda_device import CudaDevice, Device, addres
 from starling.engine.backends.cuda.cuda_runtime import CudaRuntime
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
-from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps, LaunchingBackend
+from starling.engine.backends.cuda.launched_steps import MOST_ROWS_WARM, TOKEN_BYTES, LaunchedSteps, LaunchingBackend
 from starling.engine.backends.cuda.step_tensors import ITEM_BYTES, KVCache
 from starling.engine.backends.onnxruntime.cuda_session import (
     KERNELS_SWITCH,
@@ -54,7 +54,6 @@ PREFILL_CHUNK = 2048
 LENGTH_BYTES = 4
 _POSITIONS_MULTIPLE = 64  # every row of the cache then begins at an aligned address
 _UNCAPTURED = -1
-_MOST_ROWS_WARM = 16  # a row count that is met later is captured then
 _RUNS_TO_CAPTURE = 3  # ONNX Runtime runs a step twice before it captures the third
 
 
@@ -358,7 +357,7 @@ class OrtCudaBackend(LaunchingBackend):
     def _warm_up(self) -> None:
         """Run everything once, so that the first prompt waits for no memory, no kernel and no capture."""
         self.prefill(0, np.zeros(self.prefill_chunk, np.int64), 0)
-        for rows in range(1, min(self.max_batch, _MOST_ROWS_WARM) + 1):
+        for rows in range(1, min(self.max_batch, MOST_ROWS_WARM) + 1):
             self.decode([0] * rows, [0] * rows)
         self.model_seconds = 0.0
 

@@ -88,6 +88,20 @@ def test_a_plan_is_built_ahead_of_time(target: str, bundle: Path) -> None:
     assert open_engine(Bundle.open(bundle), name, verify=True).to_json().items() <= record.items()
 
 
+def test_a_greedy_plan_has_nothing_that_draws(bundle: Path) -> None:
+    drawing, greedy = (
+        document("build", bundle, "--target", "sm89", "--max-seq", "64", *more) for more in ((), ("--greedy",))
+    )
+    assert greedy["name"] == f"{drawing['name']}-greedy"
+    inputs = [{tensor["name"] for tensor in record["inputs"]} for record in (drawing, greedy)]
+    assert inputs[0] - inputs[1] == {"temperature", "top_k", "top_p", "noise"}
+    assert greedy["outputs"] == drawing["outputs"]
+    assert "TOPK" in drawing["layers"]
+    assert "TOPK" not in greedy["layers"]
+    assert sum(greedy["layers"].values()) < sum(drawing["layers"].values()) - 40
+    assert greedy["layers"]["ATTENTION_INPUT"] == LAYERS
+
+
 def _check_tensors(record: dict[str, Any]) -> None:
     inputs = {tensor["name"]: tensor for tensor in record["inputs"]}
     outputs = {tensor["name"]: tensor for tensor in record["outputs"]}

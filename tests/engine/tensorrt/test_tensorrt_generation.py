@@ -10,6 +10,7 @@ from cpu_plan import POSITIONS, ROWS, VERSION, cpu_engine, stand_in
 from host_device import HostDevice
 
 from starling.engine import Engine
+from starling.engine.backends.tensorrt.run import tensorrt_backend
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.generation.results import GenerationInterrupted, GenerationResult
@@ -70,6 +71,31 @@ def same(ours: list[GenerationResult], theirs: list[GenerationResult]) -> None:
 @pytest.mark.parametrize("params", [GREEDY, DRAWN, replace(DRAWN, seed=6)], ids=["greedy", "drawn", "drawn again"])
 def test_answers_are_those_of_onnxruntime(engine: Engine, oracle: Engine, params: SamplingParams) -> None:
     same(engine.generate(PROMPTS, params), oracle.generate(PROMPTS, params))
+
+
+def test_a_plan_without_draws_has_the_same_answers_and_the_host_draws(
+    bundle: Bundle, oracle: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = HostDevice()
+    plan = cpu_engine(bundle, device, greedy=True)
+    assert not {tensor.name for tensor in plan.session.get_inputs()} & {"temperature", "top_k", "top_p", "noise"}
+    stand_in(monkeypatch, plan)
+    with Engine(bundle, backend="tensorrt-rtx", max_seq=POSITIONS, max_batch=ROWS) as engine:
+        same(engine.generate(PROMPTS, GREEDY), oracle.generate(PROMPTS, GREEDY))
+        assert device.bytes_to_host < 2 * 8 * 12 * len(PROMPTS)
+        same(engine.generate(PROMPTS, DRAWN), oracle.generate(PROMPTS, DRAWN))
+
+
+def test_steps_that_the_opening_left_out_are_made_when_they_are_met(
+    bundle: Bundle, oracle: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = cpu_engine(bundle, HostDevice())
+    stand_in(monkeypatch, plan)
+    monkeypatch.setattr(tensorrt_backend, "MOST_ROWS_WARM", 2)
+    with Engine(bundle, backend="tensorrt-rtx", max_seq=POSITIONS, max_batch=ROWS) as engine:
+        assert len(plan.contexts) == 1 + 2
+        same(engine.generate(PROMPTS, GREEDY), oracle.generate(PROMPTS, GREEDY))
+        assert len(plan.contexts) == 1 + 3
 
 
 def test_the_same_seed_draws_the_same_answer(engine: Engine) -> None:

@@ -30,8 +30,8 @@ class BuildOptions:
     """What the plan shall be.
 
     `runtime` None: the first of library.RUNTIMES that is installed; no `targets`: the GPU that is present; `max_seq`
-    None: 2048 positions or the model's; `max_prefill` None: 1024 tokens or `max_seq`; `name` None: runtime, version and
-    targets.
+    None: 2048 positions or the model's; `max_prefill` None: 1024 tokens or `max_seq`; `name` None: runtime, version,
+    targets, and "greedy" for such a plan; `greedy`: without what draws tokens, so that the host draws those that are.
     """
 
     runtime: str | None = None
@@ -41,6 +41,7 @@ class BuildOptions:
     max_seq: int | None = None
     name: str | None = None
     force: bool = False
+    greedy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,11 @@ def build_engine(bundle: Bundle, options: BuildOptions, progress: Progress | Non
         needs = f"{memory_bytes(bundle) / 1e9:.1f} GB of memory and {plan_bytes(bundle) / 1e9:.1f} GB of disk"
         progress.phase(f"parsing {bundle.graph.file}; the build takes about {needs}")
         parsed = parse_graph(
-            library, bundle.graph_path, max_seq=settings.max_seq, window=bundle.architecture.sliding_window
+            library,
+            bundle.graph_path,
+            max_seq=settings.max_seq,
+            window=bundle.architecture.sliding_window,
+            greedy=options.greedy,
         )
         facts = check_network(library, parsed.network)
         _require_caches(bundle, facts)
@@ -127,7 +132,7 @@ def _settings(bundle: Bundle, options: BuildOptions, library: Library) -> _Setti
     scheme = None if bundle.quantization is None else bundle.quantization.scheme
     check_precision(targets, bundle.dtype, scheme)
     version = ".".join(library.version.split(".")[:3])
-    name = options.name or f"{library.name}-{version}-{'-'.join(targets)}"
+    name = options.name or "-".join([library.name, version, *targets, *(["greedy"] if options.greedy else [])])
     return _Settings(targets, options.max_batch, max_prefill, max_seq, name)
 
 

@@ -6,13 +6,16 @@ from an attention again.
 
 from __future__ import annotations
 
-from starling.engine.onnx_bytes import ATTRIBUTE, GRAPH, INPUT, NODE, OPERATOR, field, fields, rewrite
+from starling.engine.names import NEXT_TOKENS
+from starling.engine.onnx_bytes import ATTRIBUTE, GRAPH, INPUT, NODE, OPERATOR, Node, field, fields, node_of, rewrite
 
 #: Field numbers from a ModelProto to its dimensions: graph; value_info, input, output; type; tensor_type; shape; dim.
 _TO_DIMENSIONS = ((GRAPH,), (11, 12, 13), (2,), (1,), (2,), (1,))
 _DIM_VALUE, _DIM_PARAM = 1, 2
 _TO_NODES = ((GRAPH,), (NODE,))
 _ATTRIBUTE_NAME, _ATTRIBUTE_STRING = 1, 4
+#: Of a GraphProto; the name in a ValueInfoProto.
+_GRAPH_INPUT, _GRAPH_OUTPUT, _VALUE_NAME = 11, 12, 1
 
 ATTENTION = b"TRT_Attention"
 _MASK_INPUT = 3
@@ -38,6 +41,59 @@ def drop_window_masks(model: bytes) -> bytes:
     For a KV cache no longer than the sliding window, where the two mean the same. Raises ValueError as above.
     """
     return rewrite(memoryview(model), _TO_NODES, _without_mask)
+
+
+def drop_draws(model: bytes) -> bytes:
+    """The ModelProto `model` whose `next_tokens` are the likeliest ones, without the 50 nodes and the inputs of a draw.
+
+    Raises ValueError as above, and where the choice is not made as `export/dialects/device_sampling.py` makes it.
+    """
+    return rewrite(memoryview(model), ((GRAPH,),), _greedy)
+
+
+def _greedy(graph: memoryview) -> bytes:
+    """`next_tokens` is Where(finite, Where(greedy, likeliest, drawn), -1)."""
+    nodes = [node_of(content) for number, _, content in fields(graph) if number == NODE]
+    makers = {output: node for node in nodes for output in node.outputs}
+    checked = makers.get(NEXT_TOKENS)
+    chosen = None if checked is None else makers.get(checked.inputs[1])
+    if checked is None or chosen is None or {checked.operator, chosen.operator} != {"Where"}:
+        raise ValueError(f"{NEXT_TOKENS} is no choice between the likeliest token and a drawn one")
+    makers[NEXT_TOKENS] = checked._replace(inputs=(checked.inputs[0], chosen.inputs[1], *checked.inputs[2:]))
+    used = _reach(makers, [_value_name(content) for number, _, content in fields(graph) if number == _GRAPH_OUTPUT])
+    out = bytearray()
+    for number, whole, content in fields(graph):
+        if number == NODE:
+            node = node_of(content)
+            if node.outputs == checked.outputs:
+                out += field(NODE, _rewired(content, chosen.outputs[0], chosen.inputs[1]))
+            elif not used.isdisjoint(node.outputs):
+                out += whole
+        elif number != _GRAPH_INPUT or _value_name(content) in used:
+            out += whole
+    return bytes(out)
+
+
+def _reach(makers: dict[str, Node], outputs: list[str]) -> set[str]:
+    """The values that the outputs depend on, themselves included."""
+    used, left = set(outputs), list(outputs)
+    while left:
+        node = makers.get(left.pop())
+        found = set() if node is None else {*node.inputs} - used
+        used |= found
+        left += found
+    return used
+
+
+def _value_name(value: memoryview) -> str:
+    return next(bytes(content).decode() for number, _, content in fields(value) if number == _VALUE_NAME)
+
+
+def _rewired(node: memoryview, old: str, new: str) -> bytes:
+    return b"".join(
+        field(INPUT, new) if number == INPUT and bytes(content) == old.encode() else bytes(whole)
+        for number, whole, content in fields(node)
+    )
 
 
 def _without_mask(node: memoryview) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starling.engine.backends.tensorrt.build.graph_edits import drop_window_masks, set_dimension
+from starling.engine.backends.tensorrt.build.graph_edits import drop_draws, drop_window_masks, set_dimension
 from starling.engine.backends.tensorrt.runtimes import Library, inputs_of, layers_of, outputs_of
 from starling.engine.bundle.manifest import TensorSpec
 from starling.engine.errors import BuildError
@@ -34,11 +34,13 @@ class ParsedNetwork:
         return _specs(outputs_of(self.network), written)
 
 
-def parse_graph(library: Library, graph: Path, *, max_seq: int, window: int | None) -> ParsedNetwork:
+def parse_graph(
+    library: Library, graph: Path, *, max_seq: int, window: int | None, greedy: bool = False
+) -> ParsedNetwork:
     """Parse the ONNX file `graph`, with its weights beside it, for a KV cache of `max_seq` positions.
 
-    A sliding window of `window` positions that no sequence of the cache outgrows is left out. Raises BuildError where
-    TensorRT cannot parse it.
+    A sliding window of `window` positions that no sequence of the cache outgrows is left out, and so is, with `greedy`,
+    all that draws tokens. Raises BuildError where TensorRT cannot parse it.
     """
     try:
         content = graph.read_bytes()
@@ -48,6 +50,8 @@ def parse_graph(library: Library, graph: Path, *, max_seq: int, window: int | No
         model = set_dimension(content, "cache", max_seq)
         if window is not None and max_seq <= window:
             model = drop_window_masks(model)
+        if greedy:
+            model = drop_draws(model)
     except ValueError as error:
         raise BuildError(f"{graph} is no ONNX file ({error}); export the model again") from error
     builder = library.module.Builder(library.logger)

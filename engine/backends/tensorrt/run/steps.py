@@ -55,7 +55,8 @@ class PrefillStep:
 
     def _select(self, row: int) -> None:
         for name in CHOICE_INPUTS:
-            self._memory.copy(self._chunk.addresses[name], self._batch.row(name, row), self._chunk.row_bytes[name])
+            if name in self._chunk.addresses:
+                self._memory.copy(self._chunk.addresses[name], self._batch.row(name, row), self._chunk.row_bytes[name])
         if row != self._row:
             for past, present, address in self._cache.rows_from(row):
                 self._context.set_addresses({past: address, present: address})

@@ -16,7 +16,7 @@ from starling.engine.backends.backend import DeviceChoice, Tokens, check_room
 from starling.engine.backends.cuda.cuda_device import Device, address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
-from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES, LaunchedSteps, LaunchingBackend
+from starling.engine.backends.cuda.launched_steps import MOST_ROWS_WARM, TOKEN_BYTES, LaunchedSteps, LaunchingBackend
 from starling.engine.backends.cuda.step_tensors import KVCache, StepTensors
 from starling.engine.backends.tensorrt.plan_record import EngineRecord
 from starling.engine.backends.tensorrt.run.execution import PlanExecution
@@ -26,13 +26,11 @@ from starling.engine.backends.tensorrt.run.steps import DecodeStep, PrefillStep
 from starling.engine.backends.tensorrt.runtimes import Library
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
-from starling.engine.names import INPUT_IDS, LOGITS, NEXT_TOKENS, PAST_LENGTHS
+from starling.engine.names import INPUT_IDS, LOGITS, NEXT_TOKENS, PAST_LENGTHS, TEMPERATURE
 
 
 class TensorRTBackend(LaunchingBackend):
     """`Backend` and `StepsAhead` with a TensorRT plan on one GPU. Not thread-safe."""
-
-    draws = True
 
     def __init__(
         self,
@@ -52,6 +50,8 @@ class TensorRTBackend(LaunchingBackend):
         took. Raises BackendError where the plan does not run here or the GPU has no room.
         """
         self.name: str = library.name
+        #: Not by a plan that was built without: the host draws then.
+        self.draws = TEMPERATURE in {tensor.name for tensor in record.inputs}
         self.provider = f"{library.title} on {device.name}"
         self.max_seq, self.max_batch = max_seq, max_batch
         self.vocab_size = bundle.architecture.vocab_size
@@ -70,8 +70,10 @@ class TensorRTBackend(LaunchingBackend):
             self.prefill_chunk = min(prefill_chunk or record.max_prefill, record.max_prefill, max_seq)
             self._allocate(bundle, record, self.prefill_chunk)
             closing.callback(self.drop)
-            # All is compiled and captured before the first prompt comes, whatever number of rows is left later on.
-            self._steps = {rows: self._new_step(rows) for rows in range(1, max_batch + 1)}
+            # What is likely is compiled and captured before the first prompt comes; each row count takes a context.
+            self._steps: dict[int, DecodeStep] = {}
+            for rows in range(1, min(max_batch, MOST_ROWS_WARM) + 1):
+                self._new_step(rows)
             self.prefill(0, np.zeros(self.prefill_chunk, np.int64), 0)
             self._plan.keep_compiled()
             self.model_seconds = 0.0
@@ -83,9 +85,10 @@ class TensorRTBackend(LaunchingBackend):
         kind = next(output.dtype for output in record.outputs if output.name == LOGITS)
         self._cache = KVCache(memory, bundle, record.aliases, rows, positions)
         self.kv_cache_bytes = self._cache.bytes
-        self._batch = StepTensors(memory, bundle, kind, rows=rows, length=1, positions=positions)
-        self._chunk = StepTensors(memory, bundle, kind, rows=1, length=chunk, positions=positions)
-        self._choices = RowChoices(memory, self._batch, rows, positions)
+        names = {tensor.name for tensor in (*record.inputs, *record.outputs)}
+        self._batch = StepTensors(memory, bundle, kind, names=names, rows=rows, length=1, positions=positions)
+        self._chunk = StepTensors(memory, bundle, kind, names=names, rows=1, length=chunk, positions=positions)
+        self._choices = RowChoices(memory, self._batch, rows, positions) if self.draws else None
         self._logits = HostLogits(memory, kind, rows, self.vocab_size)
         self._launched = LaunchedSteps(memory, rows)
         self._fed = memory.host((2, rows), "int64")
@@ -147,6 +150,8 @@ class TensorRTBackend(LaunchingBackend):
 
     def choose(self, row: int, choice: DeviceChoice, first_position: int) -> None:
         """Choose the row's tokens by `choice` from now on; the step that writes `first_position` has its first draw."""
+        if self._choices is None:
+            return
         self.drop()
         self._choices.write(row, choice, first_position)
 
@@ -159,9 +164,10 @@ class TensorRTBackend(LaunchingBackend):
         self._closing.close()
 
     def _launch(self, rows: int) -> None:
+        step = self._steps.get(rows) or self._new_step(rows)
         for row in range(rows):
             self._lengths[row] += 1
-        self._launched.launch(self._steps[rows].launch, rows, self._batch.addresses[NEXT_TOKENS])
+        self._launched.launch(step.launch, rows, self._batch.addresses[NEXT_TOKENS])
 
     def _feed(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Have the next step read these tokens at these positions, in place of its own choice."""
@@ -172,5 +178,7 @@ class TensorRTBackend(LaunchingBackend):
             self._memory.copy(self._batch.addresses[name], address_of(host), rows * TOKEN_BYTES)
 
     def _new_step(self, rows: int) -> DecodeStep:
+        """In a context of its own. It runs once, and writes what the next step of these rows writes again."""
         context = self._plan.context("decode", fixed_shape=True)
-        return DecodeStep(context, self._memory, self._cache, self._batch, rows)
+        step = self._steps[rows] = DecodeStep(context, self._memory, self._cache, self._batch, rows)
+        return step
