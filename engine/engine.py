@@ -455,7 +455,7 @@ class Engine:
             reused=reused,
             reply=reply,
             encode_s=encode_s,
-            on_device=self.backend.steps_ahead is not None and self.backend.steps_ahead.draws,
+            on_device=None if self.backend.steps_ahead is None else self.backend.steps_ahead.can_choose,
             processors=processors,
             grammar=self._grammar(params, reply=reply),
         )

@@ -72,6 +72,8 @@ TEMPERATURE = "temperature"
 TOP_K = "top_k"
 #: float32 [batch].
 TOP_P = "top_p"
+#: float32 [batch]: as likely as this, beside the likeliest, a token must be; of the engine's own sampling on CUDA.
+MIN_P = "min_p"
 #: float32 [batch, cache], uniform in [0, 1): the step whose last written position is p chooses with noise[:, p].
 NOISE = "noise"
 #: The most tokens of a row that a choice in the graph draws from.

@@ -36,6 +36,7 @@ class DeviceChoice:
     top_p: float = 1.0
     #: None draws a fresh one.
     seed: int | None = None
+    min_p: float = 0.0
 
     def noise(self, count: int) -> npt.NDArray[np.float32]:
         """The uniform numbers [count] in [0, 1) of the first `count` draws: those of the host's sampler."""
@@ -74,8 +75,9 @@ class StepOutput(Protocol):
 class StepsAhead(Protocol):
     """Steps of the first rows that are launched before the host has seen the tokens of the step before."""
 
-    #: Whether the device draws tokens too, by a `DeviceChoice`. Otherwise it takes the likeliest, and only that.
-    draws: bool
+    def can_choose(self, choice: DeviceChoice, /) -> bool:
+        """Whether the device makes this choice; every one takes the likeliest token."""
+        ...
 
     def choose(self, row: int, choice: DeviceChoice, first_position: int, /) -> None:
         """Choose the row's tokens by `choice` from now on; the step that writes `first_position` has its first draw.

@@ -16,7 +16,6 @@ from starling.engine.backends.logits import Logits, check_finite
 from starling.engine.errors import BackendError, SamplingError
 from starling.engine.generation.logits_processors import LogitsProcessor
 from starling.engine.generation.sampling_params import SamplingParams
-from starling.engine.names import TOP_K_LIMIT
 
 Indices: TypeAlias = NDArray[np.int64]
 # Takes the logits [vocab] float32 of one row, which it leaves as they are, and returns the id of the next token.
@@ -49,13 +48,13 @@ def make_sampler(params: SamplingParams, processors: Sequence[LogitsProcessor] =
 
 
 def device_choice(params: SamplingParams) -> DeviceChoice | None:
-    """The choice that `params` ask for, or None where only the host can make it."""
+    """The choice that `params` ask for, which a device may be able to make; None where only the host can."""
     if params.is_greedy:
         return GREEDY
-    only_here = params.changes_logits or params.min_p > 0
-    if only_here or params.temperature == 0 or not 1 <= params.top_k <= TOP_K_LIMIT:
+    if params.changes_logits or params.temperature == 0:
         return None
-    return DeviceChoice(max(params.temperature, SMALLEST_TEMPERATURE), params.top_k, params.top_p, params.seed)
+    temperature = max(params.temperature, SMALLEST_TEMPERATURE)
+    return DeviceChoice(temperature, params.top_k, params.top_p, params.seed, params.min_p)
 
 
 def logprobs(logits: Logits, token: int, top_n: int) -> TokenLogprob:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -126,14 +126,14 @@ def make_sequence(
     reused: int = 0,
     reply: bool = False,
     encode_s: float = 0.0,
-    on_device: bool = False,
+    on_device: Callable[[DeviceChoice], bool] | None = None,
     processors: Sequence[LogitsProcessor] = (),
     grammar: GrammarState | None = None,
 ) -> GenerationSequence:
     """A sequence ready to run. Its last token needs no cache position: prompt and answer may be one token longer.
 
-    `reply`: its text is one of its own, without the space that would continue the prompt. `on_device`: the backend
-    draws tokens itself where it can, the same ones as the host. `processors` come after those that `params` ask for,
+    `reply`: its text is one of its own, without the space that would continue the prompt. `on_device`: which
+    choices the backend makes itself, the same ones as the host. `processors` come after those that `params` ask for,
     and after them `grammar`, the beginning of an answer under the grammar of `params`.
     Raises SamplingError for tokens in `params` that the model does not have.
     """
@@ -143,7 +143,9 @@ def make_sequence(
         *processors,
         *([grammar] if grammar is not None else ()),
     ]
-    drawn = device_choice(params) if on_device and not processors else None
+    drawn = device_choice(params) if on_device is not None and not processors else None
+    if drawn is not None and on_device is not None and not on_device(drawn):
+        drawn = None
     as_chosen = drawn is not None or (params.temperature == 0 and not processors)
     return GenerationSequence(
         prompt=prompt,

@@ -96,7 +96,10 @@ class RangedStepsAhead:
 
     def __init__(self, ahead: StepsAhead, annotate: Any) -> None:
         self._ahead, self._annotate = ahead, annotate
-        self.draws = ahead.draws
+
+    def can_choose(self, choice: DeviceChoice) -> bool:
+        """As the backend's."""
+        return self._ahead.can_choose(choice)
 
     def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
         """As the backend's."""

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from noop_cuda import BUNDLES, counted, device_bytes, opened
 
+from starling.engine.backends.backend import GREEDY, DeviceChoice
 from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
-from starling.engine.backends.onnxruntime.cuda_session import KERNELS_SWITCH
+from starling.engine.backends.onnxruntime.cuda_session import KERNELS_SWITCH, SAMPLING_SWITCH
 from starling.engine.backends.onnxruntime.onnxruntime_cuda import open_cuda
 from starling.engine.bundle.manifest import Bundle
 
@@ -27,6 +28,7 @@ CASES = [
     ("tiny-int4-fp16", 1, "0"),
 ]
 MB = 1_000_000
+DRAWN = DeviceChoice(temperature=0.8, top_k=0, top_p=0.9, seed=1)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}{'-own' if case[2] == '1' else ''}")
@@ -41,8 +43,9 @@ def kernels(found: Counter[str]) -> int:
     return sum(times for what, times in found.items() if what.startswith(("kernel", "own kernel", "cuBLAS")))
 
 
-def step_of(backend: Any, rows: int) -> Counter[str]:
-    """What a greedy step asks whose token the next one finds on the device, with one launched before it."""
+def step_of(backend: Any, rows: int, choice: DeviceChoice = GREEDY) -> Counter[str]:
+    """What a step asks whose token the next one finds on the device, with one launched before it."""
+    backend.choose(0, choice, len(PROMPT) - 1)
     for row in range(rows):
         backend.prefill(row, PROMPT, 0)
     backend.decode([5] * rows, [len(PROMPT)] * rows)
@@ -67,6 +70,32 @@ def test_a_step_is_one_launch_one_copy_of_8_bytes_a_row_and_one_wait(case: tuple
         assert step_of(backend, rows) == one_launch_one_copy_one_wait(rows)
 
 
+def test_a_step_that_draws_asks_for_no_more(case: tuple[str, int]) -> None:
+    name, rows = case
+    with counted() as opening, opened(name, rows=rows) as backend:
+        assert backend.can_choose(DRAWN)
+        assert step_of(backend, rows, DRAWN) == one_launch_one_copy_one_wait(rows)
+        with counted() as chosen:
+            backend.choose(0, GREEDY, 0)
+        assert not [what for what in chosen if "kernel" in what]
+        assert step_of(backend, rows) == one_launch_one_copy_one_wait(rows)
+        del backend
+    assert opening["captured own kernel sample"] == rows, "once for each row count, when it is opened"
+    assert opening["own kernel sample"] == 1, "after the prompt"
+    assert not [what for what in opening if "illegal" in what]
+    assert device_bytes() == 0
+
+
+def test_a_card_whose_draws_are_wrong_leaves_them_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    for switch, note in ((None, "the host draws tokens: the kernel that draws tokens chose [0, 0"), ("0", None)):
+        monkeypatch.setenv(SAMPLING_SWITCH, switch or "")
+        with opened("tiny-fp16") as backend:
+            assert backend.can_choose(GREEDY)
+            assert not backend.can_choose(DRAWN)
+            assert (backend.kernels_note or "").startswith(note or "")
+            assert bool(backend.kernels_note) == bool(note)
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "switch", "own_kernels", "most"),
     [
@@ -85,10 +114,12 @@ def test_a_step_of_the_7b_shape_and_its_memory(
         assert device_bytes() - weights - backend.kv_cache_bytes <= most
         assert backend.captured_rows == list(range(1, rows + 1))
         assert step_of(backend, rows) == one_launch_one_copy_one_wait(rows)
+        assert step_of(backend, rows, DRAWN) == one_launch_one_copy_one_wait(rows)
         del backend
     assert device_bytes() == 0
     assert not [what for what in opening if "illegal" in what]
-    assert opening["captured own kernel linear"] == own_kernels * rows
+    # For the step that takes the likeliest token, and for the one that draws.
+    assert opening["captured own kernel linear"] == 2 * own_kernels * rows
     if own_kernels:
         assert not [what for what in opening if what.startswith("captured cuBLAS")]
 
@@ -121,7 +152,7 @@ def test_a_row_count_is_captured_once_at_opening_and_nothing_illegal_is_asked_me
         backend.prefill(0, PROMPT, 0)
         backend.decode([5], [len(PROMPT)])
         backend.verify(0, [1, 2, 3, 4], len(PROMPT) + 1)
-    assert opening["capture"] == rows
+    assert opening["capture"] == 2 * rows  # with the kernel that draws, and without
     assert not [what for what in opening if "illegal" in what]
 
 

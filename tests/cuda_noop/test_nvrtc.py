@@ -15,7 +15,7 @@ from noop_cuda import BUNDLES
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.kernels.cuda.compiler import cubin
 from starling.engine.kernels.cuda.operators import ROWS, Product, measured_variants, variant
-from starling.engine.kernels.cuda.variants import EPILOGUES, Attention, Linear
+from starling.engine.kernels.cuda.variants import EPILOGUES, Attention, Linear, Sampling
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_120")
 #: Of the package nvidia-cuda-cuobjdump.
@@ -39,6 +39,7 @@ def sources(architecture: str) -> Iterator[tuple[str, dict[str, int]]]:
     yield "attention.cu", Attention(4).defines()
     yield "norm.cu", {}
     yield "dense.cu", {}
+    yield from (("sampling.cu", Sampling(bfloat16).defines()) for bfloat16 in (False, True))
 
 
 def resources(code: bytes, file: Path) -> dict[str, tuple[int, int]]:

@@ -17,6 +17,8 @@ from starling.engine.kernels.cuda.variants import (
     Linear,
     LinearArguments,
     NormArguments,
+    Sampling,
+    SamplingArguments,
 )
 
 pytestmark = [
@@ -122,6 +124,90 @@ def test_a_norm_of_its_own() -> None:
     arguments = NormArguments(_address(out), _address(x), _address(weight), 1024, EPSILON)
     compiler.emulated("norm.cu", {}).emulate_rms_norm(ctypes.byref(arguments), 3)
     assert reference.relative_error(out, reference.rms_norm(x, weight, EPSILON)) < LIMIT
+
+
+def _sampled(logits: Any, draws: reference.Draws, variant: Sampling, kept: int = 1) -> Any:
+    """Tokens [rows, kept] by the kernel, for bits of logits [rows, kept, vocabulary]; uniform [rows, kept]."""
+    rows, positions, first = len(logits), kept + 5, 3
+    noise = np.full((rows, positions), np.nan, np.float32)
+    noise[:, first : first + kept] = np.reshape(draws.uniform, (rows, kept))
+    lengths, tokens = np.full(rows, first + kept, np.int32), np.full((rows, kept), -7, np.int64)
+    settings = (draws.temperature, draws.top_k, draws.top_p, draws.min_p)
+    buffers = (logits, *settings, noise, lengths, tokens)
+    arguments = SamplingArguments(*map(_address, buffers), logits.shape[-1], positions)
+    library = compiler.emulated("sampling.cu", variant.defines())
+    assert library.shared_bytes() == variant.shared_bytes
+    library.emulate_sample(ctypes.byref(arguments), rows, kept)
+    return tokens
+
+
+def _draws(*rows: tuple[float, int, float, float], seed: int) -> reference.Draws:
+    uniform = np.random.default_rng(seed).random(len(rows))
+    types = (np.float32, np.int64, np.float32, np.float32, np.float32)
+    return reference.Draws(
+        *(np.array(each, t) for each, t in zip((*zip(*rows, strict=True), uniform), types, strict=True))
+    )
+
+
+@pytest.mark.parametrize("vocabulary", [37, 1000, 32002])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_tokens_are_drawn_as_numpy_draws_them(vocabulary: int, bfloat16: bool) -> None:
+    settings = [(0.7, 0, 1, 0), (1, 0, 0.9, 0), (1.4, 0, 0.5, 0), (1, 5, 1, 0), (0.8, 40, 0.95, 0), (2, 700, 0.9, 0)]
+    settings += [
+        (1, 1, 1, 0),
+        (1, 0, 1, 0.05),
+        (1, 30, 0.9, 0.2),
+        (1e-30, 0, 1, 0),
+        (1, 0, 1e-6, 0),
+        (1, 10**6, 0.8, 0),
+    ]
+    draws = _draws(*settings, seed=vocabulary)
+    values = np.random.default_rng(1).normal(0, 3, (len(settings), vocabulary)).astype(np.float32)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16) if bfloat16 else values.astype(np.float16)
+    exact = (bits.astype(np.uint32) << 16).view(np.float32) if bfloat16 else bits
+    tokens = _sampled(bits, draws, Sampling(bfloat16, threads=256))
+    np.testing.assert_array_equal(tokens[:, 0], reference.sampled(exact, draws))
+
+
+def test_positions_of_one_row_are_drawn_with_its_settings_and_their_own_numbers() -> None:
+    logits = np.random.default_rng(2).normal(0, 2, (2, 3, 500)).astype(np.float16)
+    draws = _draws((0.9, 0, 0.9, 0), (1.2, 20, 1, 0), seed=3)
+    each = draws._replace(uniform=np.random.default_rng(4).random((2, 3)).astype(np.float32))
+    tokens = _sampled(logits, each, Sampling(bfloat16=False, threads=128), kept=3)
+    for kept in range(3):
+        wanted = reference.sampled(logits[:, kept], draws._replace(uniform=each.uniform[:, kept]))
+        np.testing.assert_array_equal(tokens[:, kept], wanted)
+
+
+def test_equal_logits_infinite_ones_and_those_that_are_no_numbers() -> None:
+    logits = np.zeros((6, 100), np.float16)
+    logits[0, 50:] = -0.0  # equal to the others, though its bits are not: top_k keeps them all
+    logits[1, :99] = -np.inf
+    logits[2, 7] = np.inf
+    logits[3, 7] = np.nan
+    logits[4] = -np.inf
+    logits[5, [9, 4]] = 3
+    draws = _draws((1, 3, 1, 0), (1, 0, 0.9, 0), (1, 0, 1, 0), (1, 3, 1, 0), (1, 1, 1, 0), (1, 1, 1, 0), seed=5)
+    draws = draws._replace(uniform=np.full(6, 0.995, np.float32))
+    assert _sampled(logits, draws, Sampling(bfloat16=False, threads=64))[:, 0].tolist() == [99, 99, -1, -1, -1, 4]
+
+
+def test_tokens_are_as_frequent_as_their_weights_say() -> None:
+    """The distribution, by numbers that cover [0, 1) evenly: each token's share is right to one draw and a rounding."""
+    logits = np.random.default_rng(6).normal(0, 2, 60).astype(np.float16)
+    count = 2000
+    for temperature, top_k, top_p, min_p in [(0.8, 0, 0.9, 0.0), (1.3, 20, 1.0, 0.0), (1.0, 0, 1.0, 0.03)]:
+        draws = reference.Draws(
+            *(
+                np.full(count, value, t)
+                for value, t in ((temperature, "f4"), (top_k, "i8"), (top_p, "f4"), (min_p, "f4"))
+            ),
+            ((np.arange(count) + 0.5) / count).astype(np.float32),
+        )
+        tokens = _sampled(np.tile(logits, (count, 1)), draws, Sampling(bfloat16=False, threads=32))
+        weights = reference.kept_weights(logits, temperature, top_k, top_p, min_p)
+        shares = np.bincount(tokens[:, 0], minlength=60) / count
+        np.testing.assert_allclose(shares, weights / weights.sum(), rtol=0, atol=1.01 / count)
 
 
 def test_what_a_variant_cannot_do() -> None:

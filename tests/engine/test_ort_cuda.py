@@ -1,6 +1,7 @@
 """The backend for CUDA, on ONNX Runtime's CPU provider and a stream that does its work late."""
 
 import ctypes
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,12 +15,14 @@ from cuda_stand_in import RUNS_TO_CAPTURE, cuda_backend
 from host_device import HostDevice
 
 from starling.engine import Engine
+from starling.engine.backends.backend import DeviceChoice
 from starling.engine.backends.onnxruntime.onnxruntime_cuda import OrtCudaBackend
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.generation.results import GenerationResult
 from starling.engine.generation.sampler import TokenLogprob
 from starling.engine.generation.sampling_params import SamplingParams
+from starling.engine.kernels.cuda import reference
 from starling.engine.serving_loop import ServingLoop
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.exporter import ExportOptions, export_bundle
@@ -28,6 +31,7 @@ from starling.export.quantization.blocks import BlockQuantization
 POSITIONS, ROWS = 96, 3
 PROMPTS = [[1, 420, 6316, 28781], [1, 7596, 1247, 28747, 26256, 2936, 7653, 1413], list(range(900, 930))]
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
+emulates = pytest.mark.skipif(shutil.which("g++") is None, reason="the kernel is compiled with g++")
 
 
 @pytest.fixture(scope="module", params=[None, "int8"])
@@ -52,13 +56,14 @@ def oracle(bundle: Bundle) -> Iterator[Engine]:
 
 @contextmanager
 def engine_on_cuda(
-    bundle: Bundle, refuses: Exception | None = None, **settings: Any
+    bundle: Bundle, refuses: Exception | None = None, samples: bool = False, **settings: Any
 ) -> Iterator[tuple[Engine, OrtCudaBackend]]:
     """An engine whose backend is the one for CUDA."""
     device = HostDevice()
 
     def open_backend(bundle: Bundle, *, max_seq: int, max_batch: int, **_: object) -> OrtCudaBackend:
-        return cuda_backend(bundle, device, refuses=refuses, max_seq=max_seq, max_batch=max_batch, prefill_chunk=8)
+        room = {"max_seq": max_seq, "max_batch": max_batch, "prefill_chunk": 8}
+        return cuda_backend(bundle, device, refuses=refuses, samples=samples, **room)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("starling.engine.engine.open_backend", open_backend)
@@ -125,6 +130,67 @@ def test_what_the_host_chooses_is_what_it_chooses_on_the_cpu(
         got, expected = engine.generate(PROMPTS, params), oracle.generate(PROMPTS, params)
     same(got, expected)
     assert [result.logprobs for result in got] == [result.logprobs for result in expected]
+
+
+DRAWN = replace(GREEDY, temperature=0.8, top_p=0.95, seed=5)
+WAYS_OF_DRAWING = [
+    DRAWN,
+    replace(DRAWN, top_p=1.0),
+    replace(DRAWN, top_k=40, top_p=0.9, seed=6),
+    replace(DRAWN, top_k=700, temperature=1.5),
+    replace(DRAWN, top_p=1.0, min_p=0.02),
+]
+
+
+@emulates
+@pytest.mark.parametrize("params", WAYS_OF_DRAWING, ids=["top_p", "all", "top_k", "wide top_k", "min_p"])
+def test_tokens_are_drawn_on_the_device_as_the_host_draws_them(
+    bundle: Bundle, oracle: Engine, params: SamplingParams
+) -> None:
+    with engine_on_cuda(bundle, samples=True) as (engine, backend):
+        device = backend._memory.device
+        assert isinstance(device, HostDevice)
+        before, launches, ran = device.bytes_to_host, device.launches, len(runs(backend))
+        got = engine.generate(PROMPTS, params)
+        assert device.bytes_to_host - before == params.max_tokens * 8 * len(PROMPTS)
+        assert device.launches - launches == params.max_tokens - 1, "a step is one graph"
+        assert runs(backend)[ran:] == ["-1"] * sum(-(-len(prompt) // 17) for prompt in PROMPTS)
+        same(engine.generate(PROMPTS, params), got)
+        same(engine.generate(PROMPTS, GREEDY), oracle.generate(PROMPTS, GREEDY))
+    same(got, oracle.generate(PROMPTS, params))
+
+
+@emulates
+@pytest.mark.parametrize("refuses", [None, RuntimeError("not permitted")])
+def test_rows_that_draw_and_rows_that_do_not_run_together(
+    bundle: Bundle, oracle: Engine, refuses: Exception | None
+) -> None:
+    settings = [GREEDY, DRAWN, replace(DRAWN, max_tokens=7), replace(GREEDY, max_tokens=9), replace(DRAWN, logprobs=1)]
+    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(settings))]
+    with engine_on_cuda(bundle, refuses, samples=True) as (engine, _), ServingLoop(engine) as loop:
+        requests = [loop.submit(prompt, params) for prompt, params in zip(prompts, settings, strict=True)]
+        got = [request.result() for request in requests]
+    same(got, [oracle.generate(prompt, params) for prompt, params in zip(prompts, settings, strict=True)])
+
+
+@emulates
+def test_each_position_of_a_verified_draft_and_of_scored_tokens_is_drawn_with_its_own_number(bundle: Bundle) -> None:
+    backend = cuda_backend(bundle, HostDevice(), samples=True, max_seq=POSITIONS, max_batch=ROWS)
+    choice = DeviceChoice(temperature=0.8, top_k=0, top_p=0.95, seed=5)
+    noise = choice.noise(POSITIONS)
+    backend.choose(1, choice, 3)  # the prompt's last position has the first number
+    for run, start in ((lambda: backend.prefill(1, np.arange(900, 904), 0), 3),
+                       (lambda: backend.verify(1, [5, 6, 7], 4), 4),
+                       (lambda: backend.score(1, np.arange(40, 60), 7), 7)):  # fmt: skip
+        output = run()
+        logits = output.logits()
+        rows = len(logits)
+        settings = zip(
+            (choice.temperature, choice.top_k, choice.top_p, choice.min_p), ("f4", "i8", "f4", "f4"), strict=True
+        )
+        draws = reference.Draws(*(np.full(rows, value, t) for value, t in settings), noise[start - 3 :][:rows])
+        assert output.tokens() == reference.sampled(logits, draws).tolist()
+    backend.close()
 
 
 def test_requests_of_a_serving_loop_come_and_go(bundle: Bundle, oracle: Engine) -> None:

@@ -12,6 +12,8 @@ from host_device import HostDevice
 
 from starling.engine.backends.onnxruntime.onnxruntime_cuda import OrtCudaBackend
 from starling.engine.bundle.manifest import Bundle
+from starling.engine.kernels.cuda.compiler import emulated
+from starling.engine.kernels.cuda.variants import Sampling, SamplingArguments
 
 RUNS_TO_CAPTURE = 3
 TOTAL = "total_sequence_length"
@@ -81,10 +83,27 @@ class _Session:
         return run
 
 
+class EmulatedSampling:
+    """sampling.cu compiled for the CPU, whose launches wait on the device's stream."""
+
+    def __init__(self, device: HostDevice, *, bfloat16: bool = False) -> None:
+        self._library, self._device = emulated("sampling.cu", Sampling(bfloat16, threads=128).defines()), device
+
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, arguments: SamplingArguments, stream: int, *, early: bool
+    ) -> None:
+        # By value, as a kernel's arguments are.
+        given = SamplingArguments.from_buffer_copy(arguments)
+        self._device.put(stream, lambda: self._library.emulate_sample(ctypes.byref(given), *grid[:2]))
+
+    def close(self) -> None:
+        """Nothing to unload."""
+
+
 def cuda_backend(
-    bundle: Bundle, device: HostDevice, *, refuses: Exception | None = None, **room: int
+    bundle: Bundle, device: HostDevice, *, refuses: Exception | None = None, samples: bool = False, **room: int
 ) -> OrtCudaBackend:
-    """The backend for CUDA on the stand-ins; with `refuses` no step can be captured."""
+    """The backend for CUDA on the stand-ins; with `refuses` no step can be captured, with `samples` it draws tokens."""
 
     class Refusing(_Session):
         def run_with_iobinding(self, binding: _Binding, options: dict[str, str]) -> None:
@@ -104,4 +123,5 @@ def cuda_backend(
     ort = SimpleNamespace(
         InferenceSession=open_session, RunOptions=RunOptions, SessionOptions=onnxruntime.SessionOptions
     )
-    return OrtCudaBackend(ort, bundle, device, **room)
+    sampling = EmulatedSampling(device) if samples else None
+    return OrtCudaBackend(ort, bundle, device, sampling=sampling, **room)

@@ -39,6 +39,10 @@ class CudaRuntime:
         "cudaEventDestroy": (_POINTER,),
         "cudaEventRecord": (_POINTER, _POINTER),
         "cudaEventSynchronize": (_POINTER,),
+        "cudaStreamBeginCapture": (_POINTER, _INT),
+        "cudaGraphDestroy": (_POINTER,),
+        "cudaGraphLaunch": (_POINTER, _POINTER),
+        "cudaGraphExecDestroy": (_POINTER,),
     }
 
     def __init__(self) -> None:
@@ -71,6 +75,14 @@ class CudaRuntime:
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[int, int]:
         return self._made("cudaEventCreateWithFlags", (_UNSIGNED,), flags)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, int]:
+        graph = _POINTER()
+        self._library.cudaStreamEndCapture.argtypes = (_POINTER, ctypes.POINTER(_POINTER))
+        return self._library.cudaStreamEndCapture(stream, ctypes.byref(graph)), graph.value or 0
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
+        return self._made("cudaGraphInstantiate", (_POINTER, ctypes.c_ulonglong), graph, flags)
 
     def cudaDeviceGetAttribute(self, attribute: int, device: int) -> tuple[int, int]:
         value = _INT()

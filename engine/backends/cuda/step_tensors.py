@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from starling.engine.backends.cuda.cuda_device import ALIGNMENT
 from starling.engine.backends.cuda.device_memory import DeviceMemory
@@ -54,7 +54,19 @@ class KVCache:
             yield address, self._row_bytes
 
 
-class StepTensors:
+class RowTensors:
+    """Tensors in device memory with so many bytes for each row, by name."""
+
+    def __init__(self, memory: DeviceMemory, row_bytes: Mapping[str, int], rows: int) -> None:
+        self.row_bytes = row_bytes
+        self.addresses = {name: memory.allocate(rows * size) for name, size in row_bytes.items()}
+
+    def row(self, name: str, row: int) -> int:
+        """Address of one row of a tensor."""
+        return self.addresses[name] + row * self.row_bytes[name]
+
+
+class StepTensors(RowTensors):
     """What a step of up to `rows` rows of `length` tokens reads and writes beside the cache, by name."""
 
     def __init__(
@@ -81,12 +93,7 @@ class StepTensors:
             NEXT_TOKENS: 8,
             NEXT_LENGTHS: 8,
         }
-        self.row_bytes = {name: size for name, size in every.items() if name in names}
-        self.addresses = {name: memory.allocate(rows * size) for name, size in self.row_bytes.items()}
-
-    def row(self, name: str, row: int) -> int:
-        """Address of one row of a tensor."""
-        return self.addresses[name] + row * self.row_bytes[name]
+        super().__init__(memory, {name: size for name, size in every.items() if name in names}, rows)
 
     def input_shapes(self, rows: int, length: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the inputs in a step of `rows` rows of `length` tokens."""

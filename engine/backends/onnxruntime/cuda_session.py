@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from starling.engine.backends.cuda.cuda_device import Device
 from starling.engine.backends.cuda.device_memory import DeviceMemory
+from starling.engine.backends.cuda.token_sampler import SamplingKernel, check_sampling, sampling_kernel
 from starling.engine.backends.onnxruntime.step_buffers import first_line
 from starling.engine.bundle.manifest import CudaKernels
 from starling.engine.errors import BackendError
 from starling.engine.host import cache_folder
+from starling.engine.kernels.cuda.compiler import CompilationError
+from starling.engine.kernels.cuda.driver import DriverError
 from starling.engine.kernels.cuda.operators import CudaOperators, Product
 from starling.engine.kernels.cuda.variants import EPILOGUES
 
@@ -25,6 +30,8 @@ SESSION_SETTINGS = {
 }
 #: 0 never takes the engine's own CUDA kernels for int8 products, 1 on every card; else where a card has shown them.
 KERNELS_SWITCH = "STARLING_CUDA_KERNELS"
+#: 0 never draws tokens on the GPU; 1 does so without the check that else goes before it.
+SAMPLING_SWITCH = "STARLING_CUDA_SAMPLING"
 #: In ONNX: y = Identity(x), float32 [1].
 _SMALLEST_GRAPH = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
@@ -61,6 +68,24 @@ def own_operators(found: CudaKernels, memory: DeviceMemory, prefill_chunk: int) 
         prefill_chunk=prefill_chunk,
         cache=cache_folder() / "kernels",
     )
+
+
+def open_sampling(device: Device, dtype: str) -> tuple[SamplingKernel | None, str | None]:
+    """The kernel that draws tokens from logits of `dtype`; a note where it cannot be had, or is wrong on this card."""
+    switch = os.environ.get(SAMPLING_SWITCH, "")
+    if switch == "0":
+        return None, None
+    try:
+        kernel = sampling_kernel(device, dtype, cache_folder() / "kernels")
+    except (CompilationError, DriverError, OSError) as error:
+        return None, f"the host draws tokens: {error}"
+    try:
+        if switch != "1":
+            check_sampling(kernel, device, dtype)
+    except (BackendError, DriverError) as error:
+        kernel.close()
+        return None, f"the host draws tokens: {error}"
+    return kernel, None
 
 
 def open_session(

@@ -31,12 +31,14 @@ from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
 from starling.engine.backends.cuda.launched_steps import MOST_ROWS_WARM, TOKEN_BYTES, LaunchedSteps, LaunchingBackend
 from starling.engine.backends.cuda.step_tensors import ITEM_BYTES, KVCache
+from starling.engine.backends.cuda.token_sampler import SamplingKernel, TokenSampler
 from starling.engine.backends.onnxruntime.cuda_session import (
     KERNELS_SWITCH,
     PROVIDER,
     SESSION_SETTINGS,
     check_starts,
     load_cuda,
+    open_sampling,
     open_session,
     own_operators,
 )
@@ -75,6 +77,8 @@ class _Step:
     binding: Any
     options: Any
     is_captured: bool = False
+    #: The CUDA graph of the same run with the kernel that draws tokens after it, where it was captured.
+    drawing: int | None = None
 
 
 class OrtCudaBackend(LaunchingBackend):
@@ -82,8 +86,6 @@ class OrtCudaBackend(LaunchingBackend):
 
     name = "onnxruntime"
     provider = PROVIDER
-    #: The device takes the likeliest token; who wants to draw one needs the logits on the host.
-    draws = False
 
     def __init__(
         self,
@@ -98,12 +100,14 @@ class OrtCudaBackend(LaunchingBackend):
         profile_prefix: Path | None = None,
         kernels: bool = False,
         settings: Mapping[str, str] | None = None,
+        sampling: SamplingKernel | None = None,
     ) -> None:
         """Load the graph for CUDA and allocate everything.
 
         `capture` False leaves CUDA graphs out; so does `profile_prefix`, with which ONNX Runtime times every operator
         and `end_profiling` gives the file. With `kernels` the engine's own run the products of a bundle that has a
-        graph for them; `kernels_note` says where they cannot. `settings` change those of SESSION_SETTINGS. Raises
+        graph for them; `kernels_note` says where they cannot. `settings` change those of SESSION_SETTINGS.
+        `sampling`, which is closed with the backend, draws tokens on the device; without it the host does. Raises
         BackendError where the provider does not start or memory is short.
         """
         if bundle.cuda_graph is None:
@@ -121,11 +125,13 @@ class OrtCudaBackend(LaunchingBackend):
         with ExitStack() as closing:
             self._memory = memory = DeviceMemory(device)
             closing.callback(memory.close)
-            self._captures = capture and profile_prefix is None
+            self._captures = self._captures_draws = capture and profile_prefix is None
             self.prefill_chunk = max(min(prefill_chunk or PREFILL_CHUNK, max_seq), min(MOST_VERIFIED, max_seq))
             self.most_scored = most_scored(self.vocab_size, self.prefill_chunk)
             #: What `score` writes to, allocated by its first call.
             self._scored: tuple[_Tensors, HostLogits] | None = None
+            if sampling is not None:
+                closing.callback(sampling.close)
             operators = self._kernels(bundle) if kernels else None
             graph = bundle.cuda_graph
             if operators is not None:
@@ -144,7 +150,7 @@ class OrtCudaBackend(LaunchingBackend):
                 settings={**SESSION_SETTINGS, **(settings or {})},
             )
             closing.callback(self._drop_session)
-            self._allocate(bundle)
+            self._allocate(bundle, sampling)
             if profile_prefix is None:
                 self._warm_up()
             self._closing = closing.pop_all()
@@ -159,7 +165,7 @@ class OrtCudaBackend(LaunchingBackend):
             self.kernels_note = f"without CUDA kernels: {error}"
             return None
 
-    def _allocate(self, bundle: Bundle) -> None:
+    def _allocate(self, bundle: Bundle, sampling: SamplingKernel | None) -> None:
         memory, rows = self._memory, self.max_batch
         positions = -(-self.max_seq // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
         arch = bundle.architecture
@@ -189,6 +195,9 @@ class OrtCudaBackend(LaunchingBackend):
         self._longest, self._any_length = np.zeros(1, np.int32), np.full(1, positions, np.int32)
         self._lengths = [0] * rows
         self._uncaptured = self._run_options(_UNCAPTURED)
+        self._sampler: TokenSampler | None = None
+        if sampling is not None:
+            self._sampler = TokenSampler(sampling, memory, rows=rows, positions=positions, vocab_size=self.vocab_size)
 
     def _tensors(self, tokens: int, rows: int, *, feeds_itself: bool) -> _Tensors:
         """Room for a run of `tokens` tokens in all that gives logits for `rows` of them.
@@ -227,7 +236,15 @@ class OrtCudaBackend(LaunchingBackend):
             copy(chunk.ids, address_of(self._prompt) + first * TOKEN_BYTES, length * TOKEN_BYTES)
             self._run_row(row, chunk, length, 1, start + first + length)
             first += length
+        self._draw(row, chunk, 1)
         self._continue_with(row, chunk, 1)
+
+    def _draw(self, row: int, tensors: _Tensors, kept: int) -> None:
+        """Draw the tokens after the last `kept` of a run of the row, where it does not take the likeliest."""
+        if self._sampler is not None and self._sampler.draws(row):
+            self._sampler.enqueue(
+                tensors.logits, tensors.next_lengths, tensors.next_tokens, rows=1, kept=kept, first=row
+            )
 
     def _continue_with(self, row: int, tensors: _Tensors, kept: int) -> None:
         """Have the row's next step read the last of the `kept` tokens that a run of the row has chosen."""
@@ -276,6 +293,7 @@ class OrtCudaBackend(LaunchingBackend):
         def run() -> None:
             self._memory.copy(self._chunk.ids, address_of(self._prompt), length * TOKEN_BYTES)
             self._run_row(row, self._chunk, length, length, start + length)
+            self._draw(row, self._chunk, length)
 
         self._launched.launch(run, length, self._chunk.next_tokens)
         chosen = self._launched.oldest()
@@ -298,6 +316,7 @@ class OrtCudaBackend(LaunchingBackend):
         def run() -> None:
             self._memory.copy(tensors.ids, address_of(self._prompt), count * TOKEN_BYTES)
             self._run_row(row, tensors, count, count, start + count)
+            self._draw(row, tensors, count)
             self._continue_with(row, tensors, count)
 
         self._launched.launch(run, count, tensors.next_tokens)
@@ -314,8 +333,15 @@ class OrtCudaBackend(LaunchingBackend):
     def clear(self, row: int) -> None:
         """Nothing to do: the operators read no position after a row's end (on an H200 with a cache full of NaN)."""
 
+    def can_choose(self, choice: DeviceChoice) -> bool:
+        """The likeliest token; with a sampler every other choice too."""
+        return choice.top_k == 1 or self._sampler is not None
+
     def choose(self, row: int, choice: DeviceChoice, first: int) -> None:
-        """Nothing to do: every row takes the likeliest token."""
+        """Choose the row's tokens by `choice` from now on; the step that writes position `first` has its first draw."""
+        if self._sampler is not None:
+            self.drop()
+            self._sampler.write(row, choice, first)
 
     def end_profiling(self) -> Path:
         """The file in which ONNX Runtime has timed every operator, complete from now on."""
@@ -344,8 +370,32 @@ class OrtCudaBackend(LaunchingBackend):
             self._capture(step, rows)
         for row in range(rows):
             self._lengths[row] += 1
+        if self._sampler is not None and self._sampler.draws(0, rows):
+            if step.drawing is None and step.is_captured and self._captures_draws:
+                self._capture_drawing(step, rows)
+            self._launched.launch(lambda: self._run_drawing(step, rows), rows, self._batch.next_tokens)
+            return
         options = step.options if step.is_captured else self._uncaptured
         self._launched.launch(lambda: self._run(step.binding, options), rows, self._batch.next_tokens)
+
+    def _run_drawing(self, step: _Step, rows: int) -> None:
+        if step.drawing is not None:
+            self._memory.device.launch(step.drawing, self._memory.stream)
+        else:
+            self._run_and_draw(step, rows)
+
+    def _run_and_draw(self, step: _Step, rows: int) -> None:
+        assert self._sampler is not None
+        self._run(step.binding, self._uncaptured)
+        batch = self._batch
+        self._sampler.enqueue(batch.logits, batch.next_lengths, batch.next_tokens, rows=rows)
+
+    def _capture_drawing(self, step: _Step, rows: int) -> None:
+        """Make the CUDA graph of a step that draws; nothing of it runs. ONNX Runtime has run the same step before."""
+        try:
+            step.drawing = self._memory.capture(lambda: self._run_and_draw(step, rows))
+        except (BackendError, DriverError) as error:
+            self._captures_draws, self.note = False, f"steps that draw tokens run without CUDA graphs: {error}"
 
     def _new_step(self, rows: int) -> _Step:
         binding = self._session.io_binding()
@@ -359,6 +409,8 @@ class OrtCudaBackend(LaunchingBackend):
         self.prefill(0, np.zeros(self.prefill_chunk, np.int64), 0)
         for rows in range(1, min(self.max_batch, MOST_ROWS_WARM) + 1):
             self.decode([0] * rows, [0] * rows)
+            if self._sampler is not None and self._captures_draws and self._steps[rows].is_captured:
+                self._capture_drawing(self._steps[rows], rows)
         self.model_seconds = 0.0
 
     def _capture(self, step: _Step, rows: int) -> None:
@@ -427,7 +479,8 @@ def open_cuda(
     load_cuda(ort)
     device = CudaDevice(CudaRuntime())
     check_starts(ort)
-    return OrtCudaBackend(
+    sampling, note = open_sampling(device, bundle.kv_cache.dtype)
+    backend = OrtCudaBackend(
         ort,
         bundle,
         device,
@@ -436,4 +489,7 @@ def open_cuda(
         prefill_chunk=prefill_chunk,
         profile_prefix=profile_prefix,
         kernels={"0": False, "1": True}.get(os.environ.get(KERNELS_SWITCH, ""), is_measured(device.target)),
+        sampling=sampling,
     )
+    backend.kernels_note = backend.kernels_note or note
+    return backend

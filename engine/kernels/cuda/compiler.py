@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,25 @@ def cubin(source: str, defines: dict[str, int], arch: str) -> bytes:
     _check(nvrtc.nvrtcGetCUBIN(program, code), "cubin")
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return code.raw
+
+
+def cached_cubin(source: str, defines: dict[str, int], arch: str, cache: Path) -> bytes:
+    """The same from the folder `cache`, where it is kept when it has been compiled. Raises CompilationError."""
+    texts = b"".join((FOLDER / name).read_bytes() for name in (source, _HEADER))
+    key = hashlib.sha256(texts + repr((sorted(defines.items()), arch)).encode()).hexdigest()
+    file = cache / f"{source.removesuffix('.cu')}-{arch}-{key[:32]}.cubin"
+    try:
+        return file.read_bytes()
+    except OSError:
+        code = cubin(source, defines, arch)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}-{id(defines)}")
+        draft.write_bytes(code)
+        draft.replace(file)
+    except OSError:  # a cache that cannot be written costs the next process the compilation, and nothing else
+        pass
+    return code
 
 
 def emulated(source: str, defines: dict[str, int]) -> ctypes.CDLL:

@@ -147,6 +147,12 @@ inline float to_float(half_bits h) {
   std::memcpy(&v, &h, 2);
   return static_cast<float>(v);
 }
+inline float bfloat_to_float(half_bits h) {
+  const unsigned bits = static_cast<unsigned>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
 inline half_bits to_half(float f) {
   const _Float16 v = static_cast<_Float16>(f);
   half_bits h;
@@ -168,6 +174,7 @@ inline uint4 load_once(const void* address) { return *static_cast<const uint4*>(
 
 inline void warp_barrier() { emulation::meet(emulation::state().warps[emulation::warp_of_self()]); }
 inline void block_barrier() { emulation::meet(emulation::state().all); }
+inline void shared_add(unsigned* place, unsigned value) { *place += value; }
 
 inline float shuffle_xor(float v, int mask) {
   auto& b = emulation::state();

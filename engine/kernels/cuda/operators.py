@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from starling.engine.kernels import require_kernel_library
-from starling.engine.kernels.cuda.compiler import FOLDER, cubin
+from starling.engine.kernels.cuda.compiler import FOLDER, cached_cubin
 from starling.engine.kernels.cuda.driver import Kernel, driver
 from starling.engine.kernels.cuda.variants import GATED, Linear
 
@@ -109,7 +108,7 @@ class CudaOperators:
             for (product, count), each in chosen.items()
         ]
         self._table = (_CudaKernel * len(table))(*table)
-        dense, norm = (_cached(source, {}, architecture, cache) for source in ("dense.cu", "norm.cu"))
+        dense, norm = (cached_cubin(source, {}, architecture, cache) for source in ("dense.cu", "norm.cu"))
         self._dense = [Kernel(dense, "dequantize", 0), Kernel(norm, "rms_norm", _NORM_SHARED), Kernel(dense, "gate", 0)]
         widest = max((product.k + (product.n if product.epilogue == GATED else 0) for product in wanted), default=0)
         activations = 2 * max(prefill_chunk, ROWS[-1]) * widest
@@ -172,28 +171,10 @@ def measured_variants(target: str) -> dict[str, dict[str, int]]:
 
 def _compile(variants: set[Linear], architecture: str, cache: Path) -> dict[Linear, bytes]:
     def one(each: Linear) -> tuple[Linear, bytes]:
-        return each, _cached("linear.cu", each.defines(), architecture, cache)
+        return each, cached_cubin("linear.cu", each.defines(), architecture, cache)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC takes a second or two for each, without Python's lock
         return dict(pool.map(one, variants))
-
-
-def _cached(source: str, defines: dict[str, int], architecture: str, cache: Path) -> bytes:
-    texts = b"".join((FOLDER / name).read_bytes() for name in (source, "primitives.h"))
-    key = hashlib.sha256(texts + repr((sorted(defines.items()), architecture)).encode()).hexdigest()
-    file = cache / f"{source.removesuffix('.cu')}-{architecture}-{key[:32]}.cubin"
-    try:
-        return file.read_bytes()
-    except OSError:
-        code = cubin(source, defines, architecture)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}-{id(defines)}")
-        draft.write_bytes(code)
-        draft.replace(file)
-    except OSError:  # a cache that cannot be written costs the next process the compilation, and nothing else
-        pass
-    return code
 
 
 class _Blas:

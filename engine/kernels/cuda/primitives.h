@@ -16,6 +16,8 @@ DEVICE float to_float(half_bits h) {
   return f;
 }
 
+DEVICE float bfloat_to_float(half_bits h) { return __uint_as_float(static_cast<unsigned>(h) << 16); }
+
 DEVICE half_bits to_half(float f) {
   half_bits h;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
@@ -57,6 +59,7 @@ DEVICE void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, u
 DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE void block_barrier() { __syncthreads(); }
+DEVICE void shared_add(unsigned* place, unsigned value) { atomicAdd(place, value); }
 DEVICE float exponential(float v) { return __expf(v); }
 
 // The next kernel of the stream may start (it waits for this one before it reads a result), and: this one waits so.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -66,3 +68,41 @@ def attention(
             weights = np.exp(scores - scores.max())
             out[row, head] = weights / weights.sum() @ values[row, head * kv_heads // heads, begin : past + 1]
     return out.reshape(rows, -1), keys, values
+
+
+class Draws(NamedTuple):
+    """How the token after each row of logits [rows, vocabulary] is drawn: [rows] each. top_k 1: the likeliest."""
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    #: In [0, 1).
+    uniform: NDArray[np.float32]
+
+
+def kept_weights(logits: Array, temperature: float, top_k: int, top_p: float, min_p: float) -> NDArray[np.float64]:
+    """What may be drawn, in proportion: [vocabulary], of logits likewise, the likeliest's is 1."""
+    scores = logits.astype(np.float64)
+    weights = np.exp((scores - scores.max()) / temperature)
+    if 0 < top_k < len(weights):
+        weights[weights < np.sort(weights)[-top_k]] = 0
+    if top_p < 1:
+        descending = np.sort(weights)[::-1]
+        weights[weights < descending[np.searchsorted(np.cumsum(descending), top_p * weights.sum())]] = 0
+    weights[weights < min_p] = 0
+    return np.asarray(weights)
+
+
+def sampled(logits: Array, draws: Draws) -> NDArray[np.int64]:
+    """The tokens [rows]; -1 where the greatest logit is not finite."""
+    tokens = []
+    for row, temperature, top_k, top_p, min_p, uniform in zip(logits.astype(np.float64), *draws, strict=True):
+        if not np.isfinite(row.max()):
+            tokens.append(-1)
+        elif top_k == 1:
+            tokens.append(int(row.argmax()))
+        else:
+            running = np.cumsum(kept_weights(row, temperature, top_k, top_p, min_p))
+            tokens.append(int(np.searchsorted(running, uniform * running[-1], side="right")))
+    return np.array(tokens, np.int64)

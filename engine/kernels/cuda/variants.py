@@ -89,6 +89,32 @@ class NormArguments(ctypes.Structure):
     ]
 
 
+class SamplingArguments(ctypes.Structure):
+    """As in sampling.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "temperature", "top_k", "top_p", "min_p", "noise")),
+        *((name, ctypes.c_void_p) for name in ("lengths", "tokens")),
+        ("vocabulary", ctypes.c_int),
+        ("positions", ctypes.c_int),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """One compilation of sampling.cu, for logits of float16 or bfloat16. `threads`: a power of two."""
+
+    bfloat16: bool
+    threads: int = 1024
+
+    @property
+    def shared_bytes(self) -> int:
+        return 256 * 8 * 2 * 4 + 256 * 8 + self.threads * 8 + 16
+
+    def defines(self) -> dict[str, int]:
+        return {"SAMPLING_BFLOAT16": int(self.bfloat16), "SAMPLING_THREADS": self.threads}
+
+
 class AttentionArguments(ctypes.Structure):
     """As in attention.cu."""
 

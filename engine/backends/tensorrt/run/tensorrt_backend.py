@@ -17,16 +17,16 @@ from starling.engine.backends.cuda.cuda_device import Device, address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.host_output import DeviceOutput, HostLogits
 from starling.engine.backends.cuda.launched_steps import MOST_ROWS_WARM, TOKEN_BYTES, LaunchedSteps, LaunchingBackend
+from starling.engine.backends.cuda.row_choices import RowChoices
 from starling.engine.backends.cuda.step_tensors import KVCache, StepTensors
 from starling.engine.backends.tensorrt.plan_record import EngineRecord
 from starling.engine.backends.tensorrt.run.execution import PlanExecution
 from starling.engine.backends.tensorrt.run.layer_times import LayerTimes, TimedRun
-from starling.engine.backends.tensorrt.run.row_choices import RowChoices
 from starling.engine.backends.tensorrt.run.steps import DecodeStep, PrefillStep
 from starling.engine.backends.tensorrt.runtimes import Library
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
-from starling.engine.names import INPUT_IDS, LOGITS, NEXT_TOKENS, PAST_LENGTHS, TEMPERATURE
+from starling.engine.names import INPUT_IDS, LOGITS, NEXT_TOKENS, PAST_LENGTHS, TEMPERATURE, TOP_K_LIMIT
 
 
 class TensorRTBackend(LaunchingBackend):
@@ -50,8 +50,8 @@ class TensorRTBackend(LaunchingBackend):
         took. Raises BackendError where the plan does not run here or the GPU has no room.
         """
         self.name: str = library.name
-        #: Not by a plan that was built without: the host draws then.
-        self.draws = TEMPERATURE in {tensor.name for tensor in record.inputs}
+        #: Not in a plan that was built without: the host draws then.
+        self._draws = TEMPERATURE in {tensor.name for tensor in record.inputs}
         self.provider = f"{library.title} on {device.name}"
         self.max_seq, self.max_batch = max_seq, max_batch
         self.vocab_size = bundle.architecture.vocab_size
@@ -88,7 +88,7 @@ class TensorRTBackend(LaunchingBackend):
         names = {tensor.name for tensor in (*record.inputs, *record.outputs)}
         self._batch = StepTensors(memory, bundle, kind, names=names, rows=rows, length=1, positions=positions)
         self._chunk = StepTensors(memory, bundle, kind, names=names, rows=1, length=chunk, positions=positions)
-        self._choices = RowChoices(memory, self._batch, rows, positions) if self.draws else None
+        self._choices = RowChoices(memory, self._batch, rows, positions) if self._draws else None
         self._logits = HostLogits(memory, kind, rows, self.vocab_size)
         self._launched = LaunchedSteps(memory, rows)
         self._fed = memory.host((2, rows), "int64")
@@ -147,6 +147,10 @@ class TensorRTBackend(LaunchingBackend):
         self.drop()
         for address, size in self._cache.parts(row):
             self._memory.device.zero(address, size, self._memory.stream)
+
+    def can_choose(self, choice: DeviceChoice) -> bool:
+        """The likeliest token, and what the graph draws: from up to TOP_K_LIMIT tokens."""
+        return choice.top_k == 1 or (self._draws and 1 < choice.top_k <= TOP_K_LIMIT and choice.min_p == 0)
 
     def choose(self, row: int, choice: DeviceChoice, first_position: int) -> None:
         """Choose the row's tokens by `choice` from now on; the step that writes `first_position` has its first draw."""
