@@ -21,7 +21,6 @@ import pytest
 from host_device import HostDevice
 
 from starling.engine.backends.cuda.cuda_device import ALIGNMENT, host_view
-from starling.engine.backends.cuda.step_tensors import CHOICE_INPUTS
 from starling.engine.backends.tensorrt.build.graph_edits import drop_draws
 from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineRecord, Profile, ShapeRange
 from starling.engine.backends.tensorrt.run import open_tensorrt as opening
@@ -29,6 +28,7 @@ from starling.engine.backends.tensorrt.run.select_engine import Wanted
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
 from starling.engine.backends.tensorrt.runtimes import Library
 from starling.engine.bundle.manifest import Bundle, FileRecord
+from starling.engine.names import TEMPERATURE, TOP_K, TOP_P
 from starling.engine.onnx_bytes import read_nodes
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
@@ -214,7 +214,9 @@ def record_of(bundle: Bundle, *, greedy: bool = False) -> EngineRecord:
     folder.mkdir(exist_ok=True)
     (folder / "small.plan").write_bytes(PLAN)
     names = [tensor.name for tensor in bundle.graph.inputs if tensor.name.startswith("past_key_values.")]
-    inputs = tuple(tensor for tensor in bundle.graph.inputs if not (greedy and tensor.name in CHOICE_INPUTS))
+    inputs = tuple(
+        tensor for tensor in bundle.graph.inputs if not (greedy and tensor.name in (TEMPERATURE, TOP_K, TOP_P))
+    )
     return EngineRecord(
         folder=folder,
         name="small",

@@ -6,7 +6,9 @@ from an attention again.
 
 from __future__ import annotations
 
-from starling.engine.names import NEXT_TOKENS
+from collections.abc import Sequence
+
+from starling.engine.names import NEXT_TOKENS, PAST_LENGTHS, TEMPERATURE, TOP_K, TOP_P
 from starling.engine.onnx_bytes import ATTRIBUTE, GRAPH, INPUT, NODE, OPERATOR, Node, field, fields, node_of, rewrite
 
 #: Field numbers from a ModelProto to its dimensions: graph; value_info, input, output; type; tensor_type; shape; dim.
@@ -54,7 +56,7 @@ def drop_draws(model: bytes) -> bytes:
 def _greedy(graph: memoryview) -> bytes:
     """`next_tokens` is Where(finite, Where(greedy, likeliest, drawn), -1)."""
     nodes = [node_of(content) for number, _, content in fields(graph) if number == NODE]
-    makers = {output: node for node in nodes for output in node.outputs}
+    makers = {output: _batch_of_lengths(node) for node in nodes for output in node.outputs}
     checked = makers.get(NEXT_TOKENS)
     chosen = None if checked is None else makers.get(checked.inputs[1])
     if checked is None or chosen is None or {checked.operator, chosen.operator} != {"Where"}:
@@ -65,10 +67,8 @@ def _greedy(graph: memoryview) -> bytes:
     for number, whole, content in fields(graph):
         if number == NODE:
             node = node_of(content)
-            if node.outputs == checked.outputs:
-                out += field(NODE, _rewired(content, chosen.outputs[0], chosen.inputs[1]))
-            elif not used.isdisjoint(node.outputs):
-                out += whole
+            if not used.isdisjoint(node.outputs):
+                out += field(NODE, _rewired(content, makers[node.outputs[0]].inputs))
         elif number != _GRAPH_INPUT or _value_name(content) in used:
             out += whole
     return bytes(out)
@@ -89,11 +89,16 @@ def _value_name(value: memoryview) -> str:
     return next(bytes(content).decode() for number, _, content in fields(value) if number == _VALUE_NAME)
 
 
-def _rewired(node: memoryview, old: str, new: str) -> bytes:
-    return b"".join(
-        field(INPUT, new) if number == INPUT and bytes(content) == old.encode() else bytes(whole)
-        for number, whole, content in fields(node)
-    )
+def _batch_of_lengths(node: Node) -> Node:
+    """The tracer asks any input of [batch] for the batch: one that stays has the same."""
+    if node.operator != "Shape" or node.inputs[0] not in (TEMPERATURE, TOP_K, TOP_P):
+        return node
+    return node._replace(inputs=(PAST_LENGTHS,))
+
+
+def _rewired(node: memoryview, inputs: Sequence[str]) -> bytes:
+    left = iter(inputs)
+    return b"".join(field(INPUT, next(left)) if number == INPUT else bytes(whole) for number, whole, _ in fields(node))
 
 
 def _without_mask(node: memoryview) -> bytes:
