@@ -31,9 +31,10 @@ class ErrorFeedback:
 
     reversed_factor: Tensor
 
-    def variances(self, start: int, stop: int) -> Tensor:
-        """The diagonal of D, float32 [stop - start]: what the squared error of a column counts."""
-        return self._roots(start, stop).square()
+    def powers(self, start: int, stop: int) -> Tensor:
+        """The diagonal of H, float32 [stop - start]: what the squared error of a column counts alone."""
+        width = len(self.reversed_factor)
+        return self.reversed_factor[width - stop : width - start].square().sum(1).flip(0)
 
     def columns(self, first: int, start: int, stop: int) -> Tensor:
         """U[first:stop, start:stop], float32."""
@@ -95,7 +96,8 @@ def _compensate(rows: Tensor, feedback: ErrorFeedback, how: BlockQuantization) -
         stop = min(start + how.block_size, len(weights))
         factor = feedback.columns(0, start, stop)
         wanted = torch.addmm(weights[start:stop], factor[:start].T, errors[:start])
-        importance = feedback.variances(start, stop)[:, None]
+        # Not D, which leaves out what the columns before can take over: grids chosen by H have the lower KL.
+        importance = feedback.powers(start, stop)[:, None]
         scale, zero = search_grid(wanted, importance, how.bits, symmetric=how.is_symmetric)
         for i in range(stop - start):
             code = quantized(wanted[i], scale, zero, how.bits)

@@ -44,6 +44,15 @@ def gptq_of_the_paper(
     return codes
 
 
+def test_a_column_counts_by_the_power_of_its_input() -> None:
+    x = correlated_inputs(80)
+    power = x.double().square().sum(0)
+    wanted = power + DAMPING * power.mean()
+    found = error_feedback([x], 80, DAMPING)
+    for start, stop in ((0, 32), (32, 64), (64, 80)):
+        torch.testing.assert_close(found.powers(start, stop).double(), wanted[start:stop], rtol=1e-4, atol=0)
+
+
 def nibbles(packed: Tensor) -> NDArray[np.float64]:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).numpy().astype(np.float64)
 
