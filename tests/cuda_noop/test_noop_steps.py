@@ -137,6 +137,29 @@ def test_a_step_that_the_host_feeds_has_two_copies_more_and_no_kernel(case: tupl
         assert sum(times for what, times in step.items() if "wait" in what) == 1
 
 
+@pytest.mark.parametrize(
+    ("tokens", "products"),
+    [
+        # The kernels run in slices of 16 tokens; lm_head's has the last token alone.
+        (40, {}),
+        # Blocks of 32 MB of dequantized weights, all of one product's alike.
+        (300, {"3072 by 300 over 4096": 2, "4096 by 300 over 4096": 1 + 7, "1024 by 300 over 14336": 4}),
+    ],
+)
+def test_a_prompt_of_int8_is_multiplied_in_slices_or_by_dequantized_blocks_of_one_size(
+    tokens: int, products: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KERNELS_SWITCH, "1")
+    layers = 32
+    with opened("7b-int8-fp16") as backend, counted() as prefill:
+        backend.prefill(0, np.arange(1, tokens + 1), 0)
+    name = "cuBLAS cublasGemmEx "
+    found = {what.removeprefix(name): times for what, times in prefill.items() if what.startswith(name)}
+    assert found == {what: times * layers for what, times in products.items()}
+    assert prefill["own kernel dequantize"] == sum(found.values())
+    assert prefill["own kernel linear"] == 1 + (0 if products else 3 * 4 * layers)
+
+
 def test_a_prompt_is_waited_for_once(case: tuple[str, int]) -> None:
     name, rows = case
     with opened(name, rows=rows) as backend, counted() as prefill:

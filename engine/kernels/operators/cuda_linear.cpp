@@ -22,6 +22,9 @@ namespace {
 enum Input : size_t { kX, kData, kScales, kNormWeight, kBias, kResidual };
 enum Epilogue : int32_t { kStore, kAddResidual, kGated };
 constexpr int kBlock = 32, kRows = 128;
+// A kernel runs so often for one product before the weights are dequantized: on an H200 a prompt of 128 tokens took
+// 16 ms with dequantized weights, and a step of 16 rows 3.7.
+constexpr int kMostSlices = 3;
 constexpr int kStartsEarly = 6;                              // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kTransposed = 1, kAsIs = 0;                    // cublasOperation_t
 constexpr int kHalf = 2, kInFloat = 68, kAnyAlgorithm = -1;  // cudaDataType_t, cublasComputeType_t, cublasGemmAlgo_t
@@ -100,12 +103,33 @@ void CudaLinear::compute(const Call& call) const {
     kernel = kernel_for(tensors);
   }
   if (kernel != nullptr) {
-    LinearArguments arguments{tensors.out,      tensors.x,    tensors.data, tensors.scales, tensors.norm,
-                              tensors.residual, tensors.rows, n_,           epsilon_};
-    launch(kernel->function, kernel->grid, kernel->threads, kernel->shared, &arguments);
-  } else {
+    multiply(*kernel, tensors);
+  } else if (!multiply_in_slices(tensors, width)) {
     multiply_dense(tensors);
   }
+}
+
+void CudaLinear::multiply(const CudaKernel& kernel, const Tensors& tensors) const {
+  LinearArguments arguments{tensors.out,      tensors.x,    tensors.data, tensors.scales, tensors.norm,
+                            tensors.residual, tensors.rows, n_,           epsilon_};
+  launch(kernel.function, kernel.grid, kernel.threads, kernel.shared, &arguments);
+}
+
+// A few more rows than the kernels take, which read the weights once for each slice. False where they are too many.
+bool CudaLinear::multiply_in_slices(const Tensors& tensors, int width) const {
+  int most = 0;
+  for (int32_t i = 0; i < context_->count; ++i) most = std::max(most, context_->kernels[i].rows);
+  Tensors slice = tensors;
+  slice.rows = std::min(most, tensors.rows);
+  if (most == 0 || tensors.rows > kMostSlices * most || kernel_for(slice) == nullptr) return false;
+  for (int first = 0; first < tensors.rows; first += most) {
+    slice.rows = std::min(most, tensors.rows - first);
+    slice.out = tensors.out + static_cast<int64_t>(first) * width;
+    slice.x = tensors.x + static_cast<int64_t>(first) * k_;
+    if (tensors.residual != nullptr) slice.residual = tensors.residual + static_cast<int64_t>(first) * width;
+    multiply(*kernel_for(slice), slice);
+  }
+  return true;
 }
 
 // A kernel reads as much as K and N say: a graph with smaller tensors would have it read beyond them. Once for each
@@ -159,8 +183,12 @@ void CudaLinear::multiply_dense(const Tensors& tensors) const {
   // Multiples of kRows, since cuBLAS's fast kernels want aligned columns: 4 to 1 at the down projection.
   const int most = static_cast<int>(cuda.weights_bytes / (size_t{2} * k_)) / kRows * kRows;
   require(most > 0, "there is no room for a row of weights");
-  for (int first = 0; first < n_; first += most) {
-    const int count = std::min(most, n_ - first);
+  // Blocks of one size: a small last one leaves most of the card idle, and 1,024 rows at the down projection are a
+  // wave of tiles for 2,048 tokens where 1,152 are two.
+  const int blocks_of_rows = (n_ + most - 1) / most;
+  const int each = ((n_ + blocks_of_rows - 1) / blocks_of_rows + kRows - 1) / kRows * kRows;
+  for (int first = 0; first < n_; first += each) {
+    const int count = std::min(each, n_ - first);
     const size_t blocks_before = static_cast<size_t>(first) * (k_ / kBlock);
     const int64_t blocks = int64_t{count} * (k_ / kBlock);
     DequantizeArguments arguments{cuda.weights, tensors.data + blocks_before * kBlock, tensors.scales + blocks_before,

@@ -68,6 +68,8 @@ class CudaLinear {
   void check_weights(const Call& call) const;
   const CudaKernel* kernel_for(const Tensors& tensors) const;
   void normalize(Tensors& tensors) const;
+  void multiply(const CudaKernel& kernel, const Tensors& tensors) const;
+  bool multiply_in_slices(const Tensors& tensors, int width) const;
   void multiply_dense(const Tensors& tensors) const;
   void launch(void* function, uint32_t grid, uint32_t threads, uint32_t shared, void* arguments) const;
 
