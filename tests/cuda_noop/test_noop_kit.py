@@ -72,6 +72,30 @@ def test_steps_are_timed_with_every_setting(kit: Any) -> None:
     assert all(line["step_ms"] > 0 and line["step_bytes"] > 0 for line in steps)
 
 
+def test_draws_and_steps_that_draw_are_timed(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = import_module("starling.profiling.gpu.stages.sampling_kernel")
+    monkeypatch.setattr(sampling, "_ROWS", (1, 4))
+    monkeypatch.setattr(type(kit), "large", lambda _, precision: f"tiny-{precision}")
+    sampling.run(kit)
+    found = lines(kit)
+    assert not [line for line in found if "failed" in line]
+    assert len([line for line in found if "right" in line]) == 2 * len(sampling.WAYS)
+    assert len([line for line in found if "us" in line]) == 2 * 2 * len(sampling.WAYS)
+    steps = [line for line in found if "step_ms_by_way" in line]
+    assert [line["rows"] for line in steps] == [1, 4] * 2
+    assert all(time > 0 for line in steps for time in line["step_ms_by_way"].values())
+
+
+def test_first_tokens_are_timed_by_length_and_block(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    throughput = import_module("starling.profiling.gpu.stages.throughput")
+    monkeypatch.setattr(type(kit), "large", lambda _, precision: f"tiny-{precision}")
+    throughput.run_first_tokens(kit)
+    found = lines(kit)
+    assert not [line for line in found if "failed" in line]
+    sizes = [line.get("weight_block_mb") for line in found]
+    assert {size: sizes.count(size) for size in sizes} == {None: 18, 16: 9, 32: 9, 64: 9, 128: 9, 256: 9}
+
+
 def test_a_cache_is_filled_with_nan(kit: Any) -> None:
     backend = kit.machine.open(Bundle.open(BUNDLES / "tiny-fp16"), rows=2, positions=128)
     try:

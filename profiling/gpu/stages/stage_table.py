@@ -32,6 +32,15 @@ STAGES = (
     Stage(
         "int8", "throughput:run_int8", 90, "ms a step, tokens/s, TTFT, memory, seconds to open; ours and ONNX Runtime's"
     ),
+    Stage(
+        "sampling",
+        "sampling_kernel:run",
+        60,
+        "draws against NumPy, microseconds of the kernel, ms a step that draws beside a greedy one",
+    ),
+    Stage(
+        "prefill", "throughput:run_first_tokens", 60, "TTFT by length: fp16, int8, by the size of dequantized blocks"
+    ),
     Stage("fp16", "throughput:run_fp16", 60, "the same for fp16, and prefill in chunks"),
     Stage("roof", "bandwidth_roof:run", 40, "TB/s of copying and reading, microseconds of each matrix product"),
     Stage("command", "command_runs:run", 60, "what `starling profile` and `starling generate` print"),

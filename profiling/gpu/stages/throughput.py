@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from starling.engine.bundle.manifest import Bundle
+from starling.engine.kernels.cuda import operators
 from starling.profiling.gpu.stages.correctness import divergence, how
 from starling.profiling.gpu.stages.kit import Kit
 from starling.profiling.gpu.stages.large_weights import PROMPT, reference_ids, reference_logits
@@ -22,6 +23,9 @@ POSITIONS = 2304
 _ROWS, _PROMPTS = (1, 4, 16), (128, 2048)
 _DRY_POSITIONS, _DRY_ROWS, _DRY_PROMPTS = 128, (1, 2), (32,)
 _CHUNKS, _CHUNKED_PROMPT = (256, 512, 1024), 2048
+#: Prompts that our int8 kernels run in slices of 16 tokens, and longer ones, whose weights are dequantized.
+_FIRST_TOKENS = (16, 17, 32, 48, 49, 128, 512, 1024, 2048)
+_WEIGHT_BLOCKS = (16, 32, 64, 128, 256)
 _FED_STEPS, _LAUNCHED_STEPS, _PREFILLS = 24, 64, 7
 _WARM = 6
 _DRY_FED_STEPS, _DRY_PREFILLS = 4, 2
@@ -79,6 +83,33 @@ def run_settings(kit: Kit) -> None:
     measure(kit, bundle, CHANGED[0], (1,))
 
 
+def run_first_tokens(kit: Kit) -> None:
+    """TTFT by the prompt's length: fp16, and int8 with our kernels, by the size of a block of dequantized weights."""
+    for precision, setup in (("fp16", RUNTIMES), ("int8-fp16", RUNTIMES)):
+        with kit.results.guarded(label=setup.label, precision=precision):
+            _first_tokens(kit, kit.large(precision), setup)
+    for megabytes in _WEIGHT_BLOCKS if kit.machine.is_card else ():
+        with kit.results.guarded(label=OURS.label, weight_block_mb=megabytes):
+            operators.WEIGHTS_BYTES, before = megabytes << 20, operators.WEIGHTS_BYTES
+            try:
+                _first_tokens(kit, kit.large("int8-fp16"), OURS, weight_block_mb=megabytes)
+            finally:
+                operators.WEIGHTS_BYTES = before
+
+
+def _first_tokens(kit: Kit, name: str, setup: Setup, **what: int) -> None:
+    positions = POSITIONS if kit.machine.is_card else _DRY_POSITIONS
+    backend = open_backend(kit, Bundle.open(kit.work / name), setup, rows=1, positions=positions)
+    try:
+        for prompt in _FIRST_TOKENS if kit.machine.is_card else _DRY_PROMPTS:
+            ids = np.random.default_rng(1).integers(3, 30000, prompt)
+            ttft = timed_ms(lambda _, ids=ids: backend.prefill(0, ids, 0).tokens(), _PREFILLS, 1)  # type: ignore[misc]
+            kit.results.write(bundle=name, label=setup.label, prompt=prompt, first_token_ms=round(ttft, 2), **what)
+    finally:
+        backend.close()
+        gc.collect()
+
+
 def _rows(kit: Kit) -> tuple[int, ...]:
     return _ROWS if kit.machine.is_card else _DRY_ROWS
 
@@ -86,7 +117,7 @@ def _rows(kit: Kit) -> tuple[int, ...]:
 def against_torch(kit: Kit, bundle: Bundle, setup: Setup) -> None:
     """Logits against PyTorch's in fp16 on the same weights."""
     wanted, ids = reference_logits(kit.work), reference_ids()
-    backend = _open(kit, bundle, setup, rows=1, positions=512)
+    backend = open_backend(kit, bundle, setup, rows=1, positions=512)
     try:
         got = [backend.prefill(0, ids[:PROMPT], 0).logits()[0].copy()]
         for position in range(PROMPT, len(ids)):
@@ -98,7 +129,8 @@ def against_torch(kit: Kit, bundle: Bundle, setup: Setup) -> None:
         gc.collect()
 
 
-def _open(kit: Kit, bundle: Bundle, setup: Setup, *, rows: int, positions: int, chunk: int | None = None) -> Any:
+def open_backend(kit: Kit, bundle: Bundle, setup: Setup, *, rows: int, positions: int, chunk: int | None = None) -> Any:
+    """The bundle on the machine, as `setup` says."""
     return kit.machine.open(
         bundle,
         rows=rows,
@@ -120,7 +152,7 @@ def measure(kit: Kit, bundle: Bundle, setup: Setup, batches: tuple[int, ...]) ->
 def _measure_batch(kit: Kit, bundle: Bundle, setup: Setup, rows: int) -> None:
     before, begin = kit.machine.memory_in_use(), perf_counter()
     positions = POSITIONS if kit.machine.is_card else _DRY_POSITIONS
-    backend = _open(kit, bundle, setup, rows=rows, positions=positions)
+    backend = open_backend(kit, bundle, setup, rows=rows, positions=positions)
     opened_s = perf_counter() - begin
     try:
         weights = bytes_per_token(kit, bundle.folder.name)
@@ -153,7 +185,7 @@ def _measure_prompt(kit: Kit, backend: Any, rows: int, prompt: int, weights: int
         ttft = round(timed_ms(lambda _: backend.prefill(0, ids, 0).tokens(), prefills, 1), 2)
     fed_steps = _FED_STEPS if kit.machine.is_card else _DRY_FED_STEPS
     fed = timed_ms(lambda i: backend.decode([5] * rows, [prompt + i] * rows).tokens(), fed_steps, _WARM)
-    launched = _launched_ms(backend, rows, prompt) if kit.machine.is_card else None
+    launched = launched_ms(backend, rows, prompt) if kit.machine.is_card else None
     step = launched or fed
     middle = prompt + (_LAUNCHED_STEPS if launched else fed_steps) // 2
     position_bytes = backend.kv_cache_bytes // (backend.max_batch * backend.max_seq)
@@ -168,7 +200,7 @@ def _measure_prompt(kit: Kit, backend: Any, rows: int, prompt: int, weights: int
     }
 
 
-def _launched_ms(backend: Any, rows: int, prompt: int) -> float:
+def launched_ms(backend: Any, rows: int, prompt: int) -> float:
     """Milliseconds a step with one more launched before the last one is waited for."""
     backend.decode([5] * rows, [prompt] * rows)
     backend.launch(rows)
@@ -201,7 +233,7 @@ def chunks(kit: Kit, bundle: Bundle, setup: Setup) -> None:
     ids = np.random.default_rng(1).integers(3, 30000, _CHUNKED_PROMPT)
     for chunk in _CHUNKS:
         with kit.results.guarded(label=setup.label, chunk=chunk):
-            backend = _open(kit, bundle, setup, rows=1, positions=POSITIONS, chunk=chunk)
+            backend = open_backend(kit, bundle, setup, rows=1, positions=POSITIONS, chunk=chunk)
             try:
                 ttft = timed_ms(lambda _, run=backend: run.prefill(0, ids, 0).tokens(), _PREFILLS, 1)  # type: ignore[misc]
                 what = {"bundle": bundle.folder.name, "label": setup.label}
