@@ -56,10 +56,14 @@ def oracle(bundle: Bundle) -> Iterator[Engine]:
 
 @contextmanager
 def engine_on_cuda(
-    bundle: Bundle, refuses: Exception | None = None, samples: bool = False, **settings: Any
+    bundle: Bundle,
+    refuses: Exception | None = None,
+    samples: bool = False,
+    device: HostDevice | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[Engine, OrtCudaBackend]]:
     """An engine whose backend is the one for CUDA."""
-    device = HostDevice()
+    device = device or HostDevice()
 
     def open_backend(bundle: Bundle, *, max_seq: int, max_batch: int, **_: object) -> OrtCudaBackend:
         room = {"max_seq": max_seq, "max_batch": max_batch, "prefill_chunk": 8}
@@ -171,6 +175,23 @@ def test_rows_that_draw_and_rows_that_do_not_run_together(
         requests = [loop.submit(prompt, params) for prompt, params in zip(prompts, settings, strict=True)]
         got = [request.result() for request in requests]
     same(got, [oracle.generate(prompt, params) for prompt, params in zip(prompts, settings, strict=True)])
+
+
+class NoCapture(HostDevice):
+    """On which nothing but ONNX Runtime itself can capture."""
+
+    def capture(self, stream: int, work: Any) -> int:
+        super().destroy_graph(super().capture(stream, work))
+        raise BackendError("operation not permitted")
+
+
+@emulates
+def test_where_a_draw_cannot_be_captured_the_kernel_follows_the_steps_own_graph(bundle: Bundle, oracle: Engine) -> None:
+    with engine_on_cuda(bundle, samples=True, device=NoCapture()) as (engine, backend):
+        ran = len(runs(backend))
+        same([engine.generate(PROMPTS[0], DRAWN)], [oracle.generate(PROMPTS[0], DRAWN)])
+        assert runs(backend)[ran:] == ["-1"] + ["1"] * (DRAWN.max_tokens - 1)
+        assert backend.note == "the kernel that draws tokens is no part of a step's CUDA graph: operation not permitted"
 
 
 @emulates

@@ -382,20 +382,24 @@ class OrtCudaBackend(LaunchingBackend):
         if step.drawing is not None:
             self._memory.device.launch(step.drawing, self._memory.stream)
         else:
-            self._run_and_draw(step, rows)
+            self._run_and_draw(step, rows, step.options if step.is_captured else self._uncaptured)
 
-    def _run_and_draw(self, step: _Step, rows: int) -> None:
+    def _run_and_draw(self, step: _Step, rows: int, options: Any) -> None:
+        """The step, whose choice is overwritten by what is drawn."""
         assert self._sampler is not None
-        self._run(step.binding, self._uncaptured)
+        self._run(step.binding, options)
         batch = self._batch
         self._sampler.enqueue(batch.logits, batch.next_lengths, batch.next_tokens, rows=rows)
 
     def _capture_drawing(self, step: _Step, rows: int) -> None:
         """Make the CUDA graph of a step that draws; nothing of it runs. ONNX Runtime has run the same step before."""
         try:
-            step.drawing = self._memory.capture(lambda: self._run_and_draw(step, rows))
+            step.drawing = self._memory.capture(lambda: self._run_and_draw(step, rows, self._uncaptured))
         except (BackendError, DriverError) as error:
-            self._captures_draws, self.note = False, f"steps that draw tokens run without CUDA graphs: {error}"
+            self._captures_draws, self.note = (
+                False,
+                f"the kernel that draws tokens is no part of a step's CUDA graph: {error}",
+            )
 
     def _new_step(self, rows: int) -> _Step:
         binding = self._session.io_binding()
