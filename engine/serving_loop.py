@@ -140,6 +140,7 @@ class ServingLoop:
         *,
         deadline_s: float | None = None,
         reply: bool = False,
+        on_chunk: Callable[[GenerationChunk], None] | None = None,
         request_ids: Sequence[str] | None = None,
         cache_salt: str = "",
         priority: int = 0,
@@ -147,9 +148,9 @@ class ServingLoop:
     ) -> list[RequestHandle]:
         """Queue `n` answers to one prompt, all or none of them. The prompt is prefilled once where rows are copied.
 
-        They are those of `n` calls of `submit`, the i-th with the seed plus i where `params` have one. `request_ids`
-        are their names. An answer that gets its row when no other of them has one any more goes by the known prefixes,
-        as any request does. Raises what `submit` raises.
+        They are those of `n` calls of `submit`, the i-th with the seed plus i where `params` have one. `on_chunk` gets
+        the chunks of all, `request_ids` are their names. An answer that gets its row when no other of them has one any
+        more goes by the known prefixes, as any request does. Raises what `submit` raises.
         """
         submitted = perf_counter()
         if n < 1 or (request_ids is not None and len(request_ids) != n):
@@ -158,7 +159,8 @@ class ServingLoop:
         chosen, group = params or SamplingParams(), PromptGroup()
         for index in range(n):
             sequence = self.engine.prepare(ids, chosen.of_choice(index), reply=reply)
-            request = Request(sequence, salt=cache_salt, priority=priority, owner=owner, group=group)
+            chunks = ChunkQueue(on_chunk)
+            request = Request(sequence, chunks, salt=cache_salt, priority=priority, owner=owner, group=group)
             if request_ids is not None:
                 request.id = request_ids[index]
             group.members.append(request)

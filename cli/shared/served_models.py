@@ -110,7 +110,8 @@ def _engine(stack: ExitStack, bundle: Bundle, settings: dict[str, Any], options:
 
 
 def _limits(engine: Engine, options: dict[str, Any], names: tuple[str, ...]) -> Limits:
-    from starling.serving.http.request_bodies import API_DEFAULTS, MOST_CHOICES, Limits
+    from starling.serving.api.sampling_fields import MOST_CHOICES
+    from starling.serving.http.request_bodies import API_DEFAULTS, Limits
 
     most = options["max_prompt"] or engine.max_seq
     if most > engine.max_seq:

@@ -93,13 +93,17 @@ class Reply(ABC):
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
         """The whole answer as one object."""
+        return self._head | self.body(choices, usage)
+
+    def body(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+        """The same without what differs from one run to the next: id, time and the model's name."""
         shown = [
             {"index": index}
             | self._choice(choice.text, choice.logprobs, choice.finish_reason, choice.calls)
             | ({} if choice.reward is None else {"reward": choice.reward})
             for index, choice in enumerate(choices)
         ]
-        document = self._head | {"choices": shown, "usage": usage.document()}
+        document: dict[str, Any] = {"object": self.kinds[0], "choices": shown, "usage": usage.document()}
         if choices[0].prompt is not None:
             self._add_prompts(document, choices)
         return document
@@ -175,6 +179,7 @@ class ChatReply(Reply):
         return None if logprobs is None else self._texts.chat(logprobs)
 
 
-def usage_of(timings: Timings) -> Usage:
-    """What one generation used."""
-    return Usage(timings.prompt_tokens, timings.new_tokens, timings.reused_tokens)
+def usage_of(generations: Sequence[Timings]) -> Usage:
+    """What the generations of one prompt used, whose own tokens count once."""
+    first = generations[0]
+    return Usage(first.prompt_tokens, sum(each.new_tokens for each in generations), first.reused_tokens)

@@ -13,6 +13,8 @@ from starling.serving.api.fields import Fields, Unsupported
 from starling.serving.api.grammar_fields import GRAMMAR_FIELDS, read_grammar
 
 MOST_LOGPROBS = 20
+#: OpenAI's own limit on `n`.
+MOST_CHOICES = 128
 #: Characters of a cache_salt.
 LONGEST_SALT = 256
 
@@ -84,6 +86,14 @@ def read_deadline(fields: Fields) -> float | None:
     if seconds is not None and not 0 < seconds < float("inf"):
         raise bad_field("deadline_s", f"deadline_s is {shown(seconds)}: give seconds above 0", "invalid_value")
     return seconds
+
+
+def read_choices(fields: Fields, name: str = "n", default: int = 1) -> int:
+    """How many answers a prompt gets. Raises ApiError."""
+    count = fields.get(name, int, default)
+    if not 1 <= count <= MOST_CHOICES:
+        raise bad_field(name, f"{name} is {shown(count)}: give 1 to {MOST_CHOICES}", "invalid_value")
+    return count
 
 
 def read_cache_salt(fields: Fields) -> str:

@@ -17,6 +17,7 @@ from starling.serving.api.sampling_fields import (
     MOST_LOGPROBS,
     SAMPLING_FIELDS,
     read_cache_salt,
+    read_choices,
     read_deadline,
     read_sampling,
 )
@@ -44,6 +45,8 @@ class Entry:
     #: Hex digest of what the answer depends on; a result is valid as long as it is the same.
     fingerprint: str
     params: SamplingParams
+    #: Answers to it; of its seed the i-th has the seed plus i.
+    choices: int
     deadline_s: float | None
     prompt: str | list[int]
     messages: list[dict[str, Any]] | None
@@ -111,19 +114,21 @@ class EntryReader:
         logprobs = None if openai else fields.optional("logprobs", int)
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
             raise bad_field("logprobs", f"logprobs is {shown(logprobs)}: give 0 to {MOST_LOGPROBS}")
-        fields.only("n", 1, why="only 1 choice is generated; write a line for each")
+        choices = read_choices(fields)
         defaults = dict(self.defaults)
         params = read_sampling(fields, defaults, max_tokens=defaults.pop("max_tokens"), logprobs=logprobs)
         template, variables = fields.optional("template", str), read_template_variables(fields)
         tools = _tools(fields, chat)
         said: list[Any] = [prompt, messages, template, *([variables] if variables else [])]
         said += [] if tools is None else [[list(tools.tools), sorted(tools.names), tools.must_call, tools.parallel]]
+        said += [] if choices == 1 else [{"n": choices}]
         meaning = json.dumps([self.salt, *said, str(params)], ensure_ascii=True)
         return Entry(
             id=id_,
             line=number,
             fingerprint=hashlib.sha256(meaning.encode()).hexdigest()[:16],
             params=params,
+            choices=choices,
             deadline_s=read_deadline(fields),
             prompt=prompt,
             messages=messages,

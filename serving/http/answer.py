@@ -148,15 +148,18 @@ class Answer:
 
     def _chosen(self) -> list[_Candidate]:
         """The choices of each prompt: its candidates, or the likeliest of them; by their reward where there is one."""
-        choices, per_prompt = self._request.choices, self._request.candidates
-        if choices == per_prompt and self._request.reward_model is None:
+        choices = self._request.choices
+        if choices == self._request.candidates and self._request.reward_model is None:
             return self._candidates
-        prompts = [self._candidates[i : i + per_prompt] for i in range(0, len(self._candidates), per_prompt)]
         return [
             candidate
-            for candidates in prompts
+            for candidates in self._by_prompt()
             for candidate in sorted(candidates, key=lambda one: one.merit, reverse=True)[:choices]
         ]
+
+    def _by_prompt(self) -> list[list[_Candidate]]:
+        per_prompt = self._request.candidates
+        return [self._candidates[i : i + per_prompt] for i in range(0, len(self._candidates), per_prompt)]
 
     def _choice(self, candidate: _Candidate) -> Choice:
         text, logprobs = self._echo(candidate)
@@ -189,10 +192,8 @@ class Answer:
 
     def _usage(self) -> Usage:
         total = Usage(0, 0)
-        for candidate in self._candidates:
-            if candidate.timings is not None:
-                used = usage_of(candidate.timings)
-                total += used if candidate.counts_prompt else Usage(0, used.answer)
+        for candidates in self._by_prompt():
+            total += usage_of([candidate.timings for candidate in candidates if candidate.timings is not None])
         return total if self._request.reward_model is None else replace(total, reward=self._reward_tokens)
 
     async def _stream(self, trace: RequestTrace, scope: Scope, receive: Receive, send: Send) -> None:

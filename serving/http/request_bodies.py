@@ -14,9 +14,11 @@ from starling.serving.api.fields import LIKE_A_KNOWN, Fields, Unsupported
 from starling.serving.api.messages import TEMPLATE_FIELDS, read_messages, read_template_variables
 from starling.serving.api.sampling_fields import (
     IGNORED_FIELDS,
+    MOST_CHOICES,
     MOST_LOGPROBS,
     SAMPLING_FIELDS,
     read_cache_salt,
+    read_choices,
     read_deadline,
     read_sampling,
 )
@@ -57,8 +59,6 @@ COMPLETION_FIELDS = _COMMON | IGNORED_FIELDS | {"prompt", "echo", *UNSUPPORTED_C
 CHAT_FIELDS = _COMMON | IGNORED_FIELDS | TOOL_FIELDS | TEMPLATE_FIELDS | {"messages", "template", "top_logprobs"}
 CHAT_FIELDS |= UNSUPPORTED_CHAT.keys()
 
-#: OpenAI's own limit on `n`.
-MOST_CHOICES = 128
 #: Of either sign.
 MOST_PRIORITY = 2**31 - 1
 
@@ -261,8 +261,8 @@ def _is_ids(value: Any) -> bool:
 
 def _candidates(fields: Fields, limits: Limits, prompts: int, *, stream: bool) -> tuple[int, int]:
     """How many choices each prompt gets, and of how many generations."""
-    choices = _choices(fields, "n", 1)
-    candidates = _choices(fields, "best_of", choices)
+    choices = read_choices(fields)
+    candidates = read_choices(fields, "best_of", choices)
     _check_candidates(choices, candidates, stream=stream)
     _check_together(limits, prompts, choices, candidates)
     return choices, candidates
@@ -281,13 +281,6 @@ def _reward_model(fields: Fields, limits: Limits, *, stream: bool) -> str | None
         problem = "a reward is known at the end of an answer: send reward_model without stream"
         raise bad_field("reward_model", problem, "invalid_value")
     return name
-
-
-def _choices(fields: Fields, name: str, default: int) -> int:
-    count = fields.get(name, int, default)
-    if not 1 <= count <= MOST_CHOICES:
-        raise bad_field(name, f"{name} is {shown(count)}: give 1 to {MOST_CHOICES}", "invalid_value")
-    return count
 
 
 def _check_candidates(choices: int, candidates: int, *, stream: bool) -> None:

@@ -10,6 +10,9 @@ import pytest
 from command_line import document, end, refusal, running, starling, succeed
 from http_server import wait_until
 
+from starling.engine.engine import Engine
+from starling.engine.generation.sampling_params import SamplingParams
+
 pytestmark = pytest.mark.slow
 
 FIT = ("--max-seq", "256", "--threads", "2")
@@ -64,6 +67,33 @@ def test_openais_batch_format_gets_openais_results(tiny_bundle: Path, tmp_path: 
     assert record["response"]["status_code"] == 200
     assert record["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
     assert record["response"]["body"]["usage"]["completion_tokens"] == 4
+
+
+def test_choices_are_the_answers_of_seed_plus_i_in_both_forms(tiny_bundle: Path, tmp_path: Path) -> None:
+    drawn = {"temperature": 1, "seed": 5, "max_tokens": 8}
+    body = drawn | {"model": "any", "messages": [{"role": "user", "content": "Hi"}], "n": 3}
+    lines = [
+        {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": body},
+        {"id": "own", "prompt": "Once", "n": 3, **drawn},
+        {"id": "many", "prompt": "Once", "n": 20, "max_tokens": 2},  # more than run and wait at once
+    ]
+    out = tmp_path / "out.jsonl"
+    succeed("batch", tiny_bundle, write_lines(tmp_path / "in.jsonl", lines), out, *FIT, "--max-batch", "2")
+    found = {record.get("custom_id", record["id"]): record for record in results(out)}
+    with Engine(tiny_bundle, max_seq=256, threads=2) as engine:
+        settings = [SamplingParams(max_tokens=8, temperature=1, seed=seed) for seed in (5, 6, 7)]
+        alone = [engine.generate("Once", one) for one in settings]
+        chats = [engine.chat().send("Hi", one) for one in settings]
+    assert [choice["text"] for choice in found["own"]["choices"]] == [one.text for one in alone]
+    answer = found["chat"]["response"]["body"]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert texts == [one.text for one in chats]
+    assert len(set(texts)) == 3
+    # As over HTTP: the prompt counts once.
+    assert answer["usage"]["prompt_tokens"] == chats[0].timings.prompt_tokens
+    assert answer["usage"]["completion_tokens"] == 24
+    assert (len(found["many"]["choices"]), found["many"]["usage"]["completion_tokens"]) == (20, 40)
 
 
 def test_a_killed_batch_goes_on_and_every_result_is_there_once(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -144,6 +174,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "a number beyond all": ({"prompt": "x", "temperature": 10**400}, "a number that a float can hold"),
     "a deadline beyond all": ({"prompt": "x", "deadline_s": 10**400}, "a number that a float can hold"),
     "a penalty beyond all": ({"prompt": "x", "repetition_penalty": 1e-46}, "give a number from 1e-06"),
+    "too many choices": ({"prompt": "x", "n": 129}, "n is 129: give 1 to 128"),
     "half a character": ({"prompt": "x \ud800"}, "not UTF-8"),
     "an unknown field": ({"prompt": "x", "temprature": 1}, "'temprature'"),
     "an id twice": ({"id": "good", "prompt": "x"}, "the id 'good' is that of line 1"),
