@@ -13,12 +13,14 @@ from starling.cli.shared.options import (
     backend_options,
     bundle_argument,
     check_backend,
+    draft_option,
     max_batch_option,
     max_queue_option,
     max_seq_option,
     prefix_cache_option,
     refuse_options,
     speculation_option,
+    speculation_settings,
     verify_option,
 )
 from starling.engine.errors import UserError
@@ -46,6 +48,7 @@ _WRITTEN = {
 @max_queue_option(128)
 @backend_options
 @speculation_option
+@draft_option
 @prefix_cache_option
 @click.option(
     "--env",
@@ -70,12 +73,15 @@ def command(bundle: Path, repository: Path, verify: bool, **options: Any) -> Non
     """
     _check_settings(options)
     from starling.engine.bundle.manifest import Bundle
+    from starling.engine.draft_bundle import check_draft
     from starling.engine.errors import PromptError
     from starling.serving.triton.repository import RepositoryOptions, write_repository
 
     opened = Bundle.open(bundle, verify=verify)
     if opened.task != "generate":
         _check_scoring(options)
+    if options["draft"] is not None:
+        check_draft(Bundle.open(options["draft"], verify=verify), opened)
     settings = RepositoryOptions(**options)
     most = opened.architecture.max_positions
     if settings.max_seq is not None and not 1 <= settings.max_seq <= most:
@@ -91,6 +97,7 @@ def command(bundle: Path, repository: Path, verify: bool, **options: Any) -> Non
 
 def _check_settings(options: dict[str, Any]) -> None:
     """Raise UserError for settings that do not go together."""
+    speculation_settings(options)
     check_backend(options)
     kind, backend = options["instance_kind"], options["backend"]
     if kind == "cpu" and backend in GPU_BACKENDS:
@@ -101,6 +108,8 @@ def _check_settings(options: dict[str, Any]) -> None:
 
 def _check_scoring(options: dict[str, Any]) -> None:
     """Raise UserError for settings that mean nothing to a bundle that scores or embeds."""
-    refuse_options(["speculation", "prefix_cache", "engine"], "is about generating text, which this bundle does not")
+    refuse_options(
+        ["speculation", "draft", "prefix_cache", "engine"], "is about generating text, which this bundle does not"
+    )
     if options["instance_kind"] == "gpu":
         raise UserError("--instance-kind gpu: no backend on a GPU runs bundles that score or embed: leave it out")

@@ -27,19 +27,24 @@ def open_draft(
     what opening a bundle and a backend raises.
     """
     opened = draft if isinstance(draft, Bundle) else Bundle.open(draft)
-    opened.require("generate")
-    sizes = opened.architecture.vocab_size, bundle.architecture.vocab_size
-    if sizes[0] != sizes[1]:
-        raise UserError(_refused(opened, bundle, f"it has {sizes[0]} tokens, the other {sizes[1]}"))
-    difference = Tokenizer.load(opened.folder, sizes[0]).difference(tokenizer)
-    if difference is not None:
-        raise UserError(_refused(opened, bundle, difference))
+    check_draft(opened, bundle, tokenizer)
     most = opened.architecture.max_positions
     if most < max_seq:
         raise UserError(
             f"{opened.folder}: the draft of {max_seq} positions has {most} itself: give --max-seq {most} or fewer"
         )
     return DraftModel(open_backend(opened, name=backend, max_seq=max_seq, max_batch=max_batch, threads=threads))
+
+
+def check_draft(draft: Bundle, bundle: Bundle, tokenizer: Tokenizer | None = None) -> None:
+    """Raise UserError where the draft has another vocabulary than `bundle`; `tokenizer` is that one's, where loaded."""
+    draft.require("generate")
+    size, wanted = draft.architecture.vocab_size, bundle.architecture.vocab_size
+    if size != wanted:
+        raise UserError(_refused(draft, bundle, f"it has {size} tokens, the other {wanted}"))
+    difference = Tokenizer.load(draft.folder, size).difference(tokenizer or Tokenizer.load(bundle.folder, wanted))
+    if difference is not None:
+        raise UserError(_refused(draft, bundle, difference))
 
 
 def _refused(draft: Bundle, bundle: Bundle, difference: str) -> str:

@@ -200,6 +200,11 @@ class ServingLoop:
         return self._prefixes is not None
 
     @property
+    def most_together(self) -> int:
+        """How many requests run and wait at once at most."""
+        return self.engine.max_batch + self._queue_limit
+
+    @property
     def prefix_tokens(self) -> int:
         """How many tokens the known prefixes may have together."""
         return 0 if self._prefixes is None else self._prefixes.capacity * PREFIX_BLOCK

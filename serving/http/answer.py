@@ -18,11 +18,11 @@ from starling.engine.errors import RequestFailed, UserError
 from starling.engine.generation.results import FinishReason, GenerationChunk, Timings
 from starling.engine.generation.sampler import TokenLogprob
 from starling.serving.api.api_errors import ApiError, out_of_time, shutting_down, unexpected
+from starling.serving.api.interleave import interleave
 from starling.serving.api.prompt_echo import PromptEcho
 from starling.serving.api.replies import Choice, Logprobs, Reply, Usage, usage_of
 from starling.serving.api.token_texts import RankedTable, ShownToken
 from starling.serving.api.tool_replies import ToolReader
-from starling.serving.http.interleave import interleave
 from starling.serving.http.request_bodies import ApiRequest
 from starling.serving.http.request_log import RequestTrace, request_trace
 from starling.serving.http.scoring_service import ScoringService

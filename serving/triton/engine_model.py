@@ -111,8 +111,10 @@ def open_engine(args: Mapping[str, Any]) -> tuple[Engine, dict[str, int]]:
 
     settings = engine_settings(json.loads(args["model_config"])["parameters"])
     loop: dict[str, int] = {name: settings.pop(name) for name in ("queue_limit", "prefix_cache") if name in settings}
-    bundle = Path(args["model_repository"]) / args["model_version"] / settings.pop("bundle")
-    return Engine(bundle, **settings), loop
+    version = Path(args["model_repository"]) / args["model_version"]
+    if "draft" in settings:
+        settings["draft"] = version / settings["draft"]
+    return Engine(version / settings.pop("bundle"), **settings), loop
 
 
 def engine_settings(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -121,5 +123,5 @@ def engine_settings(parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
     numbers: dict[str, Any] = {name: int(texts[name]) for name in _NUMBERS if name in texts}
     return {
         **numbers,
-        **{name: texts[name] for name in ("bundle", "backend", "engine", "speculation") if name in texts},
+        **{name: texts[name] for name in ("bundle", "draft", "backend", "engine", "speculation") if name in texts},
     }

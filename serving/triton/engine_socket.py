@@ -12,8 +12,8 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import aclosing, suppress
 from threading import Thread
 from time import monotonic_ns
 
@@ -23,6 +23,7 @@ from starling.engine.generation.results import GenerationChunk, Timings
 from starling.engine.generation.sampler import TokenLogprob
 from starling.engine.serving_loop import ServingLoop
 from starling.engine.text.tokenizer import Tokenizer
+from starling.serving.api.interleave import interleave
 from starling.serving.triton.socket_messages import (
     LINE_LIMIT,
     Delta,
@@ -77,37 +78,43 @@ class EngineSocket:
 
     async def _answer(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            handle = await asyncio.to_thread(self._submit, line)
+            handles = await asyncio.to_thread(self._submit, line)
             gone = asyncio.ensure_future(reader.read(1))
-            gone.add_done_callback(lambda _: handle.cancel())
+            gone.add_done_callback(lambda _: _cancel(handles))
             try:
                 # Read to the end also when nobody listens any more: the metrics count every request.
-                async for chunk in handle.chunks():
-                    if not gone.done():
-                        await self._tell(writer, self._delta(chunk), handle)
+                async with aclosing(interleave([handle.chunks() for handle in handles])) as chunks:
+                    async for index, chunk in chunks:
+                        if not gone.done():
+                            await self._tell(writer, self._delta(index, chunk), handles)
             finally:
                 gone.cancel()
-                handle.cancel()
-                await handle.settled()  # a delta that could not be made, an entry that is gone: it ends with a step
-                self._ended(handle.partial.timings)
+                _cancel(handles)
+                for handle in handles:
+                    await handle.settled()  # a delta that could not be made, an entry that is gone: it ends with a step
+                    self._ended(handle.partial.timings)
         except StarlingError as error:
             writer.write(error_line(refusal(error)))
             await writer.drain()
 
-    def _submit(self, line: bytes) -> RequestHandle:
+    def _submit(self, line: bytes) -> list[RequestHandle]:
         """On another thread: a long line takes long to read."""
         job = Job.from_line(line)
-        return self._serving.submit(job.prompt, job.params)
+        if job.choices > self._serving.most_together:
+            problem = f"n is {job.choices}: this server takes {self._serving.most_together} at once"
+            raise UserError(problem, detail="send several requests", field="n")
+        return self._serving.submit_choices(job.prompt, job.params, job.choices, cache_salt=job.cache_salt)
 
-    async def _tell(self, writer: asyncio.StreamWriter, delta: Delta, handle: RequestHandle) -> None:
+    async def _tell(self, writer: asyncio.StreamWriter, delta: Delta, handles: Sequence[RequestHandle]) -> None:
         try:
             writer.write(delta_line(delta))
             await writer.drain()
         except ConnectionError:
-            handle.cancel()
+            _cancel(handles)
 
-    def _delta(self, chunk: GenerationChunk) -> Delta:
+    def _delta(self, index: int, chunk: GenerationChunk) -> Delta:
         return Delta(
+            index=index,
             text=chunk.text,
             tokens=int(chunk.token is not None),
             logprobs=() if chunk.logprob is None else (self._named(chunk.logprob),),
@@ -122,6 +129,11 @@ class EngineSocket:
 
     def _text(self, token: int) -> str:
         return self._tokenizer.decode([token])
+
+
+def _cancel(handles: Sequence[RequestHandle]) -> None:
+    for handle in handles:
+        handle.cancel()
 
 
 def _times(timings: Timings) -> Times:

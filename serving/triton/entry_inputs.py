@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starling.engine.errors import shown
+from starling.serving.api.messages import TEMPLATE_FIELDS
+from starling.serving.api.tool_fields import TOOL_FIELDS
 from starling.serving.triton.socket_messages import RequestError
 
+_OF_CHATS = TOOL_FIELDS | TEMPLATE_FIELDS | {"messages", "template", "chat_template"}
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -73,8 +76,18 @@ class Inputs:
         return values[0]
 
 
+def refuse_chats(names: Iterable[str]) -> None:
+    """Raises RequestError for what a chat has: no convention of an entry knows chats, and so no tools."""
+    for name in sorted(_OF_CHATS.intersection(names)):
+        raise RequestError(
+            f"{name} is about chats, which this model's convention has not: send the chat template's text as "
+            "text_input, or the chat to starling serve"
+        )
+
+
 def check_names(inputs: Inputs, known: Sequence[str], parameters: Mapping[str, Any]) -> None:
     """Raises RequestError for an input or a request parameter that no one reads: Triton itself would not say."""
+    refuse_chats({*inputs.names(), *parameters} - set(known))
     for name in sorted({*inputs.names(), *parameters} - set(known)):
         raise RequestError(f"{name} is no input of this model: leave it out; the model's metadata lists its inputs")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -15,10 +15,10 @@ Outputs: TypeAlias = dict[str, NDArray[Any]]
 
 
 class Answer(Protocol):
-    """Turns the deltas of one answer, in their order, into outputs."""
+    """Turns the deltas of a job's answers, in their order, into outputs."""
 
-    def outputs(self, delta: Delta) -> Outputs:
-        """The arrays of one response, by name."""
+    def outputs(self, deltas: Sequence[Delta]) -> Outputs:
+        """The arrays of one response, by name, of one delta for each answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,30 +103,31 @@ class EntryModel:
 
     async def _answer(self, call: Call, sender: Any, wanted: set[str]) -> None:
         try:
-            ready = Delta(call.prefix)
+            ready = [Delta(call.prefix)] * call.job.choices
             async for delta in self._deltas(call, sender):
-                ready = ready + delta
-                last = delta.finish_reason is not None
+                index = delta.index
+                ready[index] = ready[index] + delta
+                last = all(one.finish_reason is not None for one in ready)
                 # Tokens without text yet, half a character for example, go out with the text that they become.
-                if last or (call.stream and ready.text):
+                if last or (call.stream and ready[index].text):
                     self._responses.send(sender, call.answer.outputs(ready), wanted, last=last)
-                    ready = Delta()
+                    ready = [one.sent() for one in ready]
         except RequestError as error:
             self._responses.fail(sender, error)
         except Exception as error:  # nobody else would tell the client
             self._responses.fail_unexpectedly(sender, error)
 
     async def _deltas(self, call: Call, sender: Any) -> AsyncIterator[Delta]:
-        """The engine's deltas up to the last; raises RequestError where it fails or the client has gone."""
+        """The engine's deltas to the end of all answers; raises RequestError where one fails or the client has gone."""
+        left = call.job.choices
         reader, writer = await self._connected()
         try:
             writer.write(call.job.to_line())
             await writer.drain()
-            while True:
+            while left:
                 delta = await self._next(reader, sender)
+                left -= delta.finish_reason is not None
                 yield delta
-                if delta.finish_reason is not None:
-                    return
         except (ConnectionError, EOFError):
             raise RequestError("the engine's process ended before the answer did: try again", "unavailable") from None
         finally:

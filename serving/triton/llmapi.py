@@ -6,7 +6,7 @@ stop word: it cancels the requests that carry the same id.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,8 +120,9 @@ class _Answer:
         self._text = ""
         self._sum = 0.0
 
-    def outputs(self, delta: Delta) -> Outputs:
+    def outputs(self, deltas: Sequence[Delta]) -> Outputs:
         """Arrays by name."""
+        [delta] = deltas
         self._text += delta.text
         self._sum += sum(one.logprob for one in delta.logprobs)
         found: dict[str, NDArray[Any]] = {"text_output": text_array(self._text, batched=False)}

@@ -62,6 +62,8 @@ class RepositoryOptions:
     threads: int | None = None
     #: Where drafts come from, None for none.
     speculation: str | None = None
+    #: Bundle of a smaller model that drafts; it is copied or named as the bundle itself.
+    draft: Path | None = None
     #: Bytes for known prefixes.
     prefix_cache: int = DEFAULT_PREFIX_CACHE
     #: Environment for EXECUTION_ENV_PATH: a folder with bin/activate, or a packed .tar.gz.
@@ -106,16 +108,23 @@ def _check_target(target: Path, force: bool) -> None:
 
 
 def _write(bundle: Bundle, folder: Path, options: RepositoryOptions) -> None:
-    where = str(bundle.folder.resolve())
-    if options.copy:
-        where = "bundle"
-        shutil.copytree(bundle.folder, folder / ENGINE_MODEL / _VERSION / where)
+    where = _place("bundle", bundle.folder, folder, options)
     parameters = {"bundle": where, **options.parameters(bundle.task), **_environment(options)}
+    if options.draft is not None:
+        parameters["draft"] = _place("draft", options.draft, folder, options)
     if bundle.task == "generate":
         _write_generating(folder, parameters, options)
     else:
         _write_scoring(folder, bundle, parameters, options)
     _write_texts(folder, bundle, where)
+
+
+def _place(name: str, source: Path, folder: Path, options: RepositoryOptions) -> str:
+    """Where the engine model finds a bundle: its own path, or the folder `name` that it was copied to."""
+    if not options.copy:
+        return str(source.resolve())
+    shutil.copytree(source, folder / ENGINE_MODEL / _VERSION / name)
+    return name
 
 
 def _write_scoring(folder: Path, bundle: Bundle, parameters: Mapping[str, str], options: RepositoryOptions) -> None:

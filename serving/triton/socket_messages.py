@@ -32,6 +32,10 @@ class Job:
 
     prompt: str
     params: SamplingParams
+    #: Answers to it.
+    choices: int = 1
+    #: Known prefixes are shared among jobs of the same salt alone.
+    cache_salt: str = ""
 
     def to_line(self) -> bytes:
         """One line of JSON."""
@@ -44,7 +48,7 @@ class Job:
         params = document["params"]
         if params["grammar"] is not None:
             params["grammar"] = GrammarSpec(**params["grammar"])
-        return cls(document["prompt"], SamplingParams(**params))
+        return cls(**document | {"params": SamplingParams(**params)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,8 @@ class Delta:
     prompt_tokens: int = 0
     #: None until the last delta.
     times: Times | None = None
+    #: Which answer to the prompt.
+    index: int = 0
 
     def __add__(self, later: Delta) -> Delta:
         return replace(
@@ -89,6 +95,10 @@ class Delta:
             tokens=self.tokens + later.tokens,
             logprobs=self.logprobs + later.logprobs,
         )
+
+    def sent(self) -> Delta:
+        """What is left of it for the next response: how its answer ended, where it has."""
+        return replace(self, text="", tokens=0, logprobs=())
 
 
 def delta_line(delta: Delta) -> bytes:

@@ -6,7 +6,7 @@ backend, those of its older versions (min_length, random_seed) beside the newer 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,8 +172,9 @@ class _Answer:
         self._wanted = wanted
         self._sum, self._tokens = 0.0, 0
 
-    def outputs(self, delta: Delta) -> Outputs:
+    def outputs(self, deltas: Sequence[Delta]) -> Outputs:
         """Arrays by name, with the batch axis."""
+        [delta] = deltas
         values = [one.logprob for one in delta.logprobs]
         self._sum += sum(values)
         self._tokens += delta.tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from starling.engine.text.grammar import GrammarSpec
 from starling.serving.api.api_errors import ApiError
 from starling.serving.api.fields import Fields
 from starling.serving.api.grammar_fields import VLLM_FIELDS, read_grammar
-from starling.serving.api.sampling_fields import MOST_LOGPROBS
+from starling.serving.api.sampling_fields import MOST_LOGPROBS, read_cache_salt, read_choices
 from starling.serving.api.token_texts import RankedTable, ranked_table
-from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, text_array
+from starling.serving.triton.entry_inputs import Inputs, Tensor, Unsupported, check_names, refuse_chats
 from starling.serving.triton.entry_interface import Call, Outputs
 from starling.serving.triton.socket_messages import Delta, Job, Logprob, RequestError
 
@@ -38,7 +38,6 @@ _COUNTS = ("top_k", "seed", "max_tokens", "min_tokens", "logprobs")
 _OTHERS = ("stop_token_ids", "ignore_eos", "logit_bias", "bad_words")
 #: Settings of vLLM that this engine lacks, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1, None),
     "length_penalty": (1.0,),
     "early_stopping": (False,),
@@ -94,8 +93,11 @@ class VllmInterface:
             raise RequestError("exclude_input_in_output is False: a stream never repeats the input; give True")
         wanted = {output for flag, output in _FLAGS.items() if inputs.one(flag, False)}
         settings = _settings(inputs.one(_SETTINGS)) if _SETTINGS in inputs else dict(parameters)
+        refuse_chats(settings)
+        choices, salt = _of_the_prompt(settings)
         params = _sampling(settings, with_logprobs=bool({"logprobs", "cumulative_logprob"} & wanted))
-        return Call(Job(prompt, params), stream, _Answer(wanted), prefix="" if stream or exclude else prompt)
+        answer = _Answer(wanted, choices)
+        return Call(Job(prompt, params, choices, salt), stream, answer, prefix="" if stream or exclude else prompt)
 
 
 def _settings(text: str) -> dict[str, Any]:
@@ -108,6 +110,16 @@ def _settings(text: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise RequestError(f"{_SETTINGS} is {type(settings).__name__}: give a JSON object")
     return settings
+
+
+def _of_the_prompt(settings: dict[str, Any]) -> tuple[int, str]:
+    """How many answers it gets, and the salt of its known prefixes; both are taken out of the settings."""
+    given = {name: _unquoted(settings.pop(name)) for name in ("n",) if name in settings}
+    given |= {name: settings.pop(name) for name in ("cache_salt",) if name in settings}
+    try:
+        return read_choices(Fields(given)), read_cache_salt(Fields(given))
+    except ApiError as error:
+        raise RequestError(f"{_SETTINGS}: {error.message}") from None
 
 
 def _sampling(settings: dict[str, Any], *, with_logprobs: bool) -> SamplingParams:
@@ -169,25 +181,29 @@ def _unquoted(value: Any) -> Any:
 
 
 class _Answer:
-    """The outputs of one request; token counts are those of each response, as vLLM's."""
+    """The outputs of one request, a value for each answer; token counts are those of each response, as vLLM's."""
 
-    def __init__(self, wanted: set[str]) -> None:
+    def __init__(self, wanted: set[str], choices: int) -> None:
         self._wanted = wanted
-        self._sum = 0.0
+        self._sums = np.zeros(choices)
 
-    def outputs(self, delta: Delta) -> Outputs:
+    def outputs(self, deltas: Sequence[Delta]) -> Outputs:
         """Arrays by name."""
-        self._sum += sum(one.logprob for one in delta.logprobs)
+        self._sums += [sum(one.logprob for one in delta.logprobs) for delta in deltas]
         found: dict[str, NDArray[Any]] = {
-            "finish_reason": text_array(str(delta.finish_reason), batched=False),
-            "cumulative_logprob": np.array([self._sum], np.float32),
-            "logprobs": text_array(json.dumps([_table(one) for one in delta.logprobs]), batched=False),
-            "num_output_tokens": np.array([delta.tokens], np.uint32),
+            "finish_reason": _texts(str(delta.finish_reason) for delta in deltas),
+            "cumulative_logprob": self._sums.astype(np.float32),
+            "logprobs": _texts(json.dumps([_table(one) for one in delta.logprobs]) for delta in deltas),
+            "num_output_tokens": np.array([delta.tokens for delta in deltas], np.uint32),
         }
-        if delta.finish_reason is not None:
-            found["num_input_tokens"] = np.array([delta.prompt_tokens], np.uint32)
+        if prompt_tokens := max(delta.prompt_tokens for delta in deltas):  # known once an answer has ended
+            found["num_input_tokens"] = np.array([prompt_tokens], np.uint32)
         wanted = {name: array for name, array in found.items() if name in self._wanted}
-        return {"text_output": text_array(delta.text, batched=False), **wanted}
+        return {"text_output": _texts(delta.text for delta in deltas), **wanted}
+
+
+def _texts(texts: Iterable[str]) -> NDArray[Any]:
+    return np.array([text.encode() for text in texts], dtype=object)
 
 
 def _table(chosen: Logprob) -> RankedTable:

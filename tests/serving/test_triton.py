@@ -218,6 +218,25 @@ def test_tensorrt_llm_log_probs_add_up(server: TritonServer) -> None:
     assert answer["cum_log_probs"] == pytest.approx(sum(answer["output_log_probs"]), abs=1e-4)
 
 
+def test_vllm_choices_are_the_answers_of_seed_plus_i(server: TritonServer) -> None:
+    def ask(**settings: Any) -> dict[str, Any]:
+        drawn = json.dumps({"temperature": 1, "max_tokens": 8} | settings)
+        flags = {"return_num_output_tokens": True, "return_num_input_tokens": True, "return_cumulative_logprob": True}
+        asked = {"text_input": PROMPT, "sampling_parameters": drawn, "exclude_input_in_output": True} | flags
+        return server.generate("vllm_model", **asked)
+
+    alone = [ask(seed=3 + i) for i in range(6)]
+    together = ask(seed=3, n=6, cache_salt="mine")  # more than there are rows
+    for name in ("text_output", "num_output_tokens", "cumulative_logprob"):
+        assert together[name] == [one[name] for one in alone]
+    assert together["num_input_tokens"] == alone[0]["num_input_tokens"]
+    assert len(set(together["text_output"])) > 1
+    settings = json.dumps({"temperature": 1, "max_tokens": 8, "seed": 3, "n": 3})
+    events = server.events("vllm_model", text_input=PROMPT, stream=True, sampling_parameters=settings)
+    pieces = zip(*(event["text_output"] for event in events), strict=True)
+    assert ["".join(each) for each in pieces] == [one["text_output"] for one in alone[:3]]
+
+
 def test_a_seed_repeats_a_draw(server: TritonServer) -> None:
     drawn = [
         server.generate("ensemble", text_input=PROMPT, max_tokens=12, top_k=50, temperature=1.5, random_seed=seed)
@@ -265,7 +284,9 @@ def test_characters_of_several_tokens_arrive_whole(server: TritonServer, demo_in
         ("tensorrt_llm", {"lora_name": "x"}, "lora_name is 'x', which is not supported"),
         ("tensorrt_llm", {"max_tokens": 5}, "max_tokens is no input of this model"),
         ("vllm_model", {"sampling_parameters": "{"}, "sampling_parameters is not JSON"),
-        ("vllm_model", {"sampling_parameters": '{"n": 2}'}, "sampling_parameters: n is not supported"),
+        ("vllm_model", {"sampling_parameters": '{"n": 129}'}, "sampling_parameters: n is 129: give 1 to 128"),
+        ("vllm_model", {"sampling_parameters": '{"tools": []}'}, "tools is about chats"),
+        ("ensemble", {"max_tokens": 1, "messages": "[]"}, "messages is about chats"),
         ("vllm_model", {"sampling_parameters": '{"temp": 2}'}, "sampling_parameters: temp is no setting"),
         ("vllm_model", {"temperature": -1}, "sampling_parameters: temperature is -1"),
         ("vllm_model", {"image": "aGk="}, "image is 'aGk=', which is not supported"),

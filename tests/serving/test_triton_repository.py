@@ -16,6 +16,7 @@ import pytest
 from command_line import CHECKOUT, refusal, succeed
 
 from starling.engine import GrammarSpec
+from starling.serving.triton.engine_model import open_engine
 from starling.serving.triton.entry_inputs import Inputs
 from starling.serving.triton.entry_interface import Call, Interface
 from starling.serving.triton.llmapi import LlmApiInterface
@@ -78,6 +79,38 @@ def test_copy_makes_the_repository_stand_alone(tiny_bundle: Path, tmp_path: Path
     assert 'key: "bundle" value { string_value: "bundle" }' in (tmp_path / "models/starling/config.pbtxt").read_text()
     copied = tmp_path / "models" / "starling" / "1" / "bundle"
     assert json.loads((copied / "bundle.json").read_text()) == json.loads((tiny_bundle / "bundle.json").read_text())
+
+
+@pytest.mark.parametrize("copied", [(), ("--copy",)], ids=["named", "copied"])
+def test_the_engine_model_opens_the_draft_beside_the_bundle(
+    tiny_bundle: Path, tmp_path: Path, copied: tuple[str, ...]
+) -> None:
+    folder, fit = tmp_path / "models", ("--max-seq", "64", "--threads", "1", "--max-batch", "2")
+    succeed("triton", tiny_bundle, folder, "--draft", tiny_bundle, *fit, *copied)
+    written = (folder / "starling" / "config.pbtxt").read_text()
+    parameters = dict(re.findall(r'key: "(\w+)" value { string_value: "(.*)" }', written))
+    assert (folder / "starling" / "1" / "draft" / "bundle.json").exists() == bool(copied)
+    assert parameters["draft"] == ("draft" if copied else str(tiny_bundle.resolve()))
+    config = {"parameters": {name: {"string_value": value} for name, value in parameters.items()}}
+    where = {"model_repository": str(folder / "starling"), "model_version": "1"}
+    opened, _ = open_engine({"model_instance_kind": "CPU", "model_config": json.dumps(config)} | where)
+    with opened as engine:
+        assert engine.speculation == "draft-model"
+        assert engine.draft is not None
+        assert len(engine.generate("Once upon a time", max_tokens=8).tokens) == 8
+
+
+def test_a_draft_that_cannot_draft_is_refused_before_anything_is_written(
+    tiny_bundle: Path, reward_bundle: Path, tmp_path: Path
+) -> None:
+    both = refusal("triton", tiny_bundle, tmp_path / "models", "--draft", tiny_bundle, "--speculation", "prompt-lookup")
+    assert both.startswith("--draft and --speculation are both given")
+    assert "scores texts, it generates none" in refusal(
+        "triton", tiny_bundle, tmp_path / "models", "--draft", reward_bundle
+    )
+    about = refusal("triton", reward_bundle, tmp_path / "models", "--draft", tiny_bundle)
+    assert about.startswith("--draft is about generating text")
+    assert not (tmp_path / "models").exists()
 
 
 def test_nothing_is_overwritten_without_force(repository: Path, tiny_bundle: Path) -> None:
@@ -199,6 +232,34 @@ def test_vllm_settings_have_vllms_defaults_and_take_numbers_as_strings() -> None
     assert (params.temperature, params.top_k, params.stop, params.max_tokens) == (0.5, 0, ("a",), 3)
 
 
+def test_vllm_answers_have_a_value_for_each_choice() -> None:
+    settings = '{"n": "2", "cache_salt": "mine"}'
+    asked = {"return_cumulative_logprob": True, "return_finish_reason": True, "return_num_output_tokens": True}
+    call = _read(VllmInterface(), text_input="x", sampling_parameters=settings, **asked)
+    assert (call.job.choices, call.job.cache_salt, call.prefix) == (2, "mine", "x")
+    first, second = Delta("a", 1, (Logprob(3, -0.5, "a"),)), Delta("b", 2, (Logprob(4, -1.0, "b"),) * 2, "stop", 7)
+    found = {name: array.tolist() for name, array in call.answer.outputs([first, second]).items()}
+    assert found == {
+        "text_output": [b"a", b"b"],
+        "cumulative_logprob": [-0.5, -2.0],
+        "finish_reason": [b"None", b"stop"],
+        "num_output_tokens": [1, 2],
+    }
+    # An answer that has ended says so in every later response, without what was sent.
+    found = {name: array.tolist() for name, array in call.answer.outputs([first, second.sent()]).items()}
+    assert (found["text_output"], found["cumulative_logprob"]) == ([b"a", b""], [-1.0, -2.0])
+    assert (found["finish_reason"], found["num_output_tokens"]) == ([b"None", b"stop"], [1, 0])
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "tool_choice", "chat_template_kwargs"])
+def test_chats_are_refused_by_name_in_every_convention(name: str) -> None:
+    for interface in (VllmInterface(), TensorRtLlmInterface(), LlmApiInterface()):
+        with pytest.raises(RequestError, match=f"{name} is about chats"):
+            _read(interface, text_input="x", max_tokens=4, **{name: "[]"})
+    with pytest.raises(RequestError, match=f"{name} is about chats"):
+        _read(VllmInterface(), text_input="x", sampling_parameters=json.dumps({name: []}))
+
+
 def test_penalties_bad_words_biases_and_min_tokens_reach_the_engine_by_both_conventions() -> None:
     given: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": -1.0, "min_tokens": 2}
     words = {"bad_words": ["a", "", "b c"]}
@@ -245,6 +306,9 @@ def test_grammars_reach_the_engine_by_both_conventions() -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
+        ('{"n": 0}', "n is 0: give 1 to 128"),
+        ('{"n": 1.5}', "n is 1.5"),
+        ('{"cache_salt": 5}', "cache_salt is 5"),
         ('{"stop": 5}', "stop is 5: give a string or a list of strings"),
         ('{"stop": {"a": 1}}', "stop is .*: give a string or a list of strings"),
         ('{"stop": [5]}', r"stop\[0\] is 5"),
@@ -314,6 +378,8 @@ def test_jobs_and_answers_survive_the_socket() -> None:
     times = Times(5, 0.1, 0.2, 0.3, 4, 3)
     delta = Delta("ü", 1, (Logprob(3, -0.5, "ü", ((3, -0.5, "ü"),)),), "stop", 9, times)
     assert read_delta(delta_line(delta)) == delta
+    several = Job("a", call.job.params, choices=3, cache_salt="mine")
+    assert Job.from_line(several.to_line()) == several
     with pytest.raises(RequestError, match="busy") as refused:
         read_delta(error_line(RequestError("busy", "unavailable")))
     assert refused.value.kind == "unavailable"

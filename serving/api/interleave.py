@@ -15,6 +15,11 @@ async def interleave(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerat
 
     The end of this generator ends all sources: a reader that may stop early must close it (`contextlib.aclosing`).
     """
+    if len(sources) == 1:  # the usual case needs no tasks
+        async with aclosing(sources[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
     # Bounded: a source that is ahead of its reader waits. None: a source has come to its end.
     items: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(len(sources))
 
