@@ -48,7 +48,7 @@ def command(bundle: Path, target: str | None, engine: str | None, verify: bool, 
     from starling.engine.backends.tensorrt.build.builder import BuildOptions, build_engine
     from starling.engine.bundle.manifest import Bundle
 
-    opened = Bundle.open(bundle, verify=verify).require("generate")
+    opened = Bundle.open(bundle, verify=verify)
     targets = tuple(filter(None, (target or "").split(",")))
     with progress_on_stderr(lines=True) as progress:
         record = build_engine(opened, BuildOptions(targets=targets, name=engine, **options), progress)

@@ -63,7 +63,9 @@ def open_pooling_backend(
     bundle.require("score", "embed")
     _check_name(name)
     if name in GPU_BACKENDS:
-        raise BackendError(f"backend {name} does not run bundles that score or embed: use onnxruntime-cpu")
+        raise BackendError(
+            f"backend {name} does not run bundles that score or embed: use onnxruntime-cpu, which runs every dialect"
+        )
     if max_seq < 1 or max_batch < 1 or (threads is not None and threads < 1):
         raise UserError(f"max_seq={max_seq}, max_batch={max_batch}, threads={threads}: each must be at least 1")
     from starling.engine.backends.onnxruntime.onnxruntime_backend import check_runs_on_cpu

@@ -89,7 +89,6 @@ def test_a_bundle_that_generates_is_not_scored_by(tiny_bundle: Path) -> None:
         ("chat",),
         ("evaluate",),
         ("profile",),
-        ("build",),
         ("batch", "in.jsonl", "out.jsonl"),
     ],
     ids=lambda arguments: arguments[0],
@@ -104,6 +103,11 @@ def test_every_command_that_generates_refuses_a_bundle_that_scores(
         command, str(reward_bundle), *rest
     )
     assert not list(tmp_path.glob("repo*"))
+
+
+def test_no_plan_is_built_of_a_bundle_that_scores(reward_bundle: Path) -> None:
+    line = f"{reward_bundle} scores texts, and no backend runs TensorRT plans of such bundles: run it on the CPU"
+    assert refusal("build", str(reward_bundle)).startswith(line)
 
 
 def test_inspect_says_what_it_is_for(reward_bundle: Path, embedding_bundle: Path) -> None:

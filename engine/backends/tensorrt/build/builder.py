@@ -59,11 +59,17 @@ def build_engine(bundle: Bundle, options: BuildOptions, progress: Progress | Non
     """Build an engine plan of `bundle` into its folder `engines`, where it appears whole or not at all.
 
     Raises:
-        UserError: the bundle is of another dialect, an option is outside its range, or the engine exists already.
+        UserError: the bundle generates no text or is of another dialect, an option is outside its range, or the engine
+            exists already.
         BackendError: the library is not installed.
         BuildError: the network would not mean what the model means, TensorRT refuses it, or the disk is too small.
     """
     progress = progress or Silent()
+    if bundle.task != "generate":
+        raise UserError(
+            f"{bundle.folder} {bundle.task}s texts, and no backend runs TensorRT plans of such bundles: "
+            f"run it on the CPU, as it is: starling score {bundle.folder} TEXT"
+        )
     _require_dialect(bundle)
     if options.name is not None:
         check_engine_name(bundle.folder, options.name, force=options.force)
