@@ -46,6 +46,8 @@ from starling.profiling.reports.profile_document import bundle_document
 FORMAT, FORMAT_VERSION = "starling-peer-servers", 1
 #: Peers that batch requests which come at once. The others answer one after another.
 SERVING = (LLAMA_CPP, "openvino")
+#: Columns that the tables take.
+WIDTH = 112
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +154,21 @@ def measure(
     """All rounds, after those of an earlier call, as a JSON document. Raises BackendError where our server fails."""
     environment = asdict(describe_environment())
     runs = [LoadRun(**run) for run in earlier["runs"]] if earlier else []
-    first = 1 + max((run.round for run in runs), default=-1)
+    planned = {(load.prompts, load.streams) for load in loads(plan.prompts, plan.streams)}
+    first = 1 + max((run.round for run in runs if (run.prompts, run.streams) in planned), default=-1)
     failures: dict[str, str] = dict(earlier["failures"]) if earlier else {}
     abouts: dict[str, Any] = {}
     tokenizer = Tokenizer.load(bundle.folder, bundle.architecture.vocab_size)
     with Console(stderr=True).status("loading") as status:
         for round_ in range(first, first + plan.rounds):
             runs += _round(contenders, plan, tokenizer, round_, abouts, failures, status.update)
-    call = {"environment": environment, "rounds": [first, first + plan.rounds - 1], "servers": abouts}
+    call = {
+        "environment": environment,
+        "prompts": plan.prompts,
+        "streams": plan.streams,
+        "rounds": [first, first + plan.rounds - 1],
+        "servers": abouts,
+    }
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -233,7 +242,7 @@ def _text(stream: Stream, tokenizer: Tokenizer) -> str:
 
 
 def _print(document: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(width=max(Console().width, WIDTH))
     about, plan = document["calls"][-1]["environment"], document["plan"]
     name = document["bundle"]["source"]["name"]
     console.print(
@@ -243,9 +252,9 @@ def _print(document: dict[str, Any]) -> None:
     )
     for table in load_tables([LoadSummary(**row) for row in document["summaries"]]):
         console.print(table, "")
-    console.print("Medians of all rounds; ratios are ours / theirs, the median over the rounds: we are faster above 1")
-    console.print("in tok/s, below 1 in TTFT and ITL. Alike: the share of an answer up to the first character that is")
-    console.print("not ours. OpenVINO is driven in its process, without HTTP.")
+    console.print("Medians of all rounds; ratios are ours / theirs, the median over the rounds: above 1 is our gain in")
+    console.print("tok/s, below 1 in TTFT and ITL. Alike: the share of an answer up to the first character that is not")
+    console.print("ours. OpenVINO is driven in its process, without HTTP.")
     for name, line in document["failures"].items():
         console.print(f"No figures of {name}: {line}", soft_wrap=True, highlight=False)
 

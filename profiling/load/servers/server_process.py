@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPException
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -77,6 +78,7 @@ class Api:
     body: Callable[[list[int], int], dict[str, Any]]
     #: The text of an event and the tokens of the whole answer, where it says them.
     read: Callable[[dict[str, Any]], tuple[str, int | None]]
+    versions: Callable[[Contender], dict[str, str]]
 
 
 def _starling_command(contender: Contender, room: Room) -> list[str]:
@@ -85,6 +87,10 @@ def _starling_command(contender: Contender, room: Room) -> list[str]:
         *("--max-batch", str(room.streams), "--max-queue", str(room.streams), "--max-seq", str(room.tokens)),
         *("--threads", str(room.threads), "--log-level", "warning", "--model-name", "model", "--port"),
     ]
+
+
+def _starling_versions(contender: Contender) -> dict[str, str]:
+    return {name: version(name) for name in ("starling-llm", "onnxruntime", "uvicorn")}
 
 
 def _starling_body(prompt: list[int], new_tokens: int) -> dict[str, Any]:
@@ -120,6 +126,12 @@ def llama_server(contender: Contender) -> Path:
     return found
 
 
+def _llama_versions(contender: Contender) -> dict[str, str]:
+    """The package whose source it was built from."""
+    found = next(llama_server(contender).parent.parent.glob("llama_cpp_python-*.dist-info"), None)
+    return {} if found is None else {"llama-cpp-python": found.stem.partition("-")[2]}
+
+
 def _llama_body(prompt: list[int], new_tokens: int) -> dict[str, Any]:
     asked = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     return {**asked, "samplers": ["top_k"], "top_k": 1}  # the cheapest chain that is greedy
@@ -130,8 +142,8 @@ def _llama_event(data: dict[str, Any]) -> tuple[str, int | None]:
 
 
 LLAMA_CPP = "llama.cpp"
-STARLING = Api(_starling_command, "/ready", "/v1/completions", _starling_body, _starling_event)
-LLAMA_SERVER = Api(_llama_command, "/health", "/completion", _llama_body, _llama_event)
+STARLING = Api(_starling_command, "/ready", "/v1/completions", _starling_body, _starling_event, _starling_versions)
+LLAMA_SERVER = Api(_llama_command, "/health", "/completion", _llama_body, _llama_event, _llama_versions)
 
 
 class HttpServer:
@@ -141,7 +153,9 @@ class HttpServer:
         """Raises UserError where the program is not installed."""
         self.name, self._api, self._port = contender.name, api, _free_port()
         command = api.command(contender, room)
-        self.about: Mapping[str, Any] = {"command": [Path(command[0]).name, *command[1:]]}
+        # Names alone: where a folder lies on this machine is nobody's business.
+        shown = [Path(part).name if os.sep in part else part for part in command]
+        self.about: Mapping[str, Any] = {"command": shown, "versions": api.versions(contender)}
         self._command = [*command, str(self._port)]
         self._own = str(contender.python) == sys.executable
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
