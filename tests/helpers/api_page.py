@@ -85,7 +85,7 @@ def _class(name: str, found: type) -> Iterator[str]:
     yield _text(found)
     if name in MADE:
         yield _text(made.__init__)
-    if dataclasses.is_dataclass(found):
+    if dataclasses.is_dataclass(found) or issubclass(found, tuple):
         yield from _fields(found)
     yield from _properties(found)
     for member, value in vars(found).items():
@@ -96,16 +96,25 @@ def _class(name: str, found: type) -> Iterator[str]:
 
 
 def _fields(found: type) -> Iterator[str]:
-    """The table of a dataclass: name, type, default, and the comment above the field."""
+    """The table of a dataclass or a named tuple: name, type, default, and the comment above the field."""
     comments = _comments(found)
     yield "| field | type | default | |"
     yield "|---|---|---|---|"
-    for field in dataclasses.fields(found):  # type: ignore[arg-type]
-        if not field.name.startswith("_"):
-            kind, comment = _type(field.type, in_table=True), comments.get(field.name, "")
-            default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
-            yield f"| `{field.name}` | `{kind}` | {default} | {comment} |"
+    for name, annotation, default in _declared(found):
+        if not name.startswith("_"):
+            kind, comment = _type(annotation, in_table=True), comments.get(name, "")
+            shown = "" if default is dataclasses.MISSING else f"`{default!r}`"
+            yield f"| `{name}` | `{kind}` | {shown} | {comment} |"
     yield ""
+
+
+def _declared(found: Any) -> list[tuple[str, Any, Any]]:
+    """Name, type and default (MISSING: none) of each field."""
+    if dataclasses.is_dataclass(found):
+        return [(field.name, field.type, field.default) for field in dataclasses.fields(found)]
+    defaults = found._field_defaults
+    types = {name: getattr(kind, "__forward_arg__", kind) for name, kind in found.__annotations__.items()}
+    return [(name, types[name], defaults.get(name, dataclasses.MISSING)) for name in found._fields]
 
 
 def _comments(found: type) -> dict[str, str]:

@@ -103,7 +103,11 @@ class StepOutputs:
                 start += vocab
             return chosen
 
-        return OrtOutput(tokens, logits)
+        def token() -> list[int]:
+            chosen = in_graph[0]
+            return [chosen if is_finite(values[chosen]) else -1]
+
+        return OrtOutput(token if rows == 1 and self._chosen_in_graph else tokens, logits)
 
 
 #: Writes one decode step: tokens [rows], positions [rows], and their greatest.

@@ -183,6 +183,21 @@ def test_how_a_prompt_is_cut_does_not_show(engine: Engine) -> None:
         np.testing.assert_allclose(seen[0], np.sort(whole)[::-1][:5] - total, rtol=0, atol=2e-5)
 
 
+def test_rows_that_ask_for_nothing_besides_answer_as_those_that_do(served: Served) -> None:
+    found = []
+    settings: list[dict[str, Any]] = [{}, {"logprobs": 0}, {"stop": ("\0",)}]
+    for one in settings:  # after each other: a step takes the short way where all its rows may
+        chunks: list[GenerationChunk] = []
+        _, handle = served.submit(LONG, 12, chunks.append, **one)
+        served.run()
+        result = handle.result(0)
+        assert len(result.timings.itl_s) == len(result.timings.host_s) == 11
+        pieces = [(chunk.text, chunk.token) for chunk in chunks]
+        found.append((result.text, result.tokens, result.finish_reason, pieces))
+    assert found[0] == found[1] == found[2]
+    assert served.counters.snapshot().generated_tokens == 36
+
+
 def test_first_come_first_served(served: Served) -> None:
     requests = [served.submit(tuple(range(900, 900 + 10 + i)), 6)[0] for i in range(12)]
     served.run()
