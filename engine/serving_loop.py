@@ -54,7 +54,8 @@ class ServingLoop:
 
         Prompts are prefilled in chunks of at most `prefill_chunk` tokens; while requests decode, of so few that their
         inter-token latency grows to about `slowdown` times its quiet value: by default 1.5 where the backend runs them
-        in the same step (`Backend.most_mixed`), 2.5 where it cannot. It speculates as the engine does.
+        in the same step (`Backend.most_mixed`), 2.5 where it cannot; to more while several prompts wait, the fewer
+        requests run. It speculates as the engine does.
         Prefixes of prompts and answers are kept in at most `prefix_cache` bytes (0: none), and copied where a prompt
         begins with one, as far as the backend copies rows (ONNX Runtime on a CPU). Raises
         UserError for a setting out of range, or where the engine serves another loop.

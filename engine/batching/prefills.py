@@ -80,13 +80,14 @@ class Prefills:
     def piece_beside(self, request: Request, rows: int, drafted: int) -> Piece:
         """As much of a prompt as the pace has time for beside so many live rows and drafted tokens."""
         left = len(request.sequence.prompt) - request.written
-        most = min(self._pace.beside(rows, drafted, request.written), self._backend.most_mixed - rows - drafted)
+        fitting = self._pace.beside(rows, len(self.requests), drafted, request.written)
+        most = min(fitting, self._backend.most_mixed - rows - drafted)
         return Piece(request, chunk_length(left, max(most, 1)))
 
     def run_alone(self) -> Iterator[Handout]:
         """Chunks of the first prompts until the time for them is used up, at least one."""
         now = self._outcomes.now
-        begin, budget, least = now(), self._pace.budget(len(self._rows.live)), LEAST
+        begin, budget, least = now(), self._pace.budget(len(self._rows.live), len(self.requests)), LEAST
         while self.requests:
             first = self.requests[0]
             most = max(self._pace.chunk(budget - (now() - begin), first.written), least)

@@ -7,7 +7,7 @@ from statistics import mean
 import numpy as np
 import pytest
 
-from starling.engine.batching.prefill_pacing import GRAIN, LEAST, LEAST_BESIDE, PrefillPace
+from starling.engine.batching.prefill_pacing import CROWD, GRAIN, LEAST, LEAST_BESIDE, PrefillPace
 from starling.engine.batching.step_costs import ExtraCost
 
 MOST, SLOWDOWN = 128, 2.5
@@ -56,7 +56,7 @@ def beside(pace: PrefillPace, machine: Machine, prompt: int = 1024, rows: int = 
     """A prompt is prefilled between steps: the times from token to token, and the tokens prefilled in each."""
     gaps, prefilled, written = [], [], 0
     while written < prompt:
-        budget, spent, tokens, least = pace.budget(rows), 0.0, 0, LEAST
+        budget, spent, tokens, least = pace.budget(rows, 1), 0.0, 0, LEAST
         while written + tokens < prompt and (size := max(pace.chunk(budget - spent, written + tokens), least)):
             seconds = machine.chunk_s(size, written + tokens)
             pace.prefilled(size, written + tokens + size / 2, seconds)
@@ -102,7 +102,7 @@ def test_the_prompt_gets_most_of_the_time_that_there_is_for_it(kind: str) -> Non
 def test_chunks_of_a_machine_with_constant_times_settle_at_what_fits() -> None:
     pace, machine = PrefillPace(MOST, SLOWDOWN), Machine(20, 8, 0.5, growth=0, after_chunk=1, noise=0)
     quiet(pace, machine)
-    assert pace.budget(1) == pytest.approx(0.03)
+    assert pace.budget(1, 1) == pytest.approx(0.03)
     _, prefilled = beside(pace, machine, prompt=4000)
     assert prefilled[0] < 2 * GRAIN, "nothing was known of chunks"
     assert set(prefilled[-20:-1]) == {40}, "the multiple of 8 below the 44 tokens that take 30 ms"
@@ -117,18 +117,29 @@ def test_a_chunk_in_the_time_left_over_is_not_taken_for_a_share_of_a_long_one() 
 
 def test_where_nothing_decodes_chunks_are_as_long_as_they_may_be() -> None:
     pace = PrefillPace(MOST, SLOWDOWN)
-    assert pace.chunk(pace.budget(0)) == MOST
+    assert pace.chunk(pace.budget(0, 1)) == MOST
     pace.costs.decoded(1, 0.02, after_chunk=False)
-    assert pace.chunk(pace.budget(0)) == MOST
-    assert pace.chunk(pace.budget(1)) == 0, "nothing is known of chunks: the caller takes the smallest"
+    assert pace.chunk(pace.budget(0, 1)) == MOST
+    assert pace.chunk(pace.budget(1, 1)) == 0, "nothing is known of chunks: the caller takes the smallest"
 
 
 def test_steps_of_more_rows_have_a_quiet_time_of_their_own() -> None:
     pace = PrefillPace(MOST, SLOWDOWN)
     quiet(pace, Machine(10, 5, 0.1, noise=0), rows=1)
     quiet(pace, Machine(50, 5, 0.1, noise=0), rows=8)
-    assert pace.budget(8) == pytest.approx(5 * pace.budget(1))
-    assert pace.budget(7) == pace.budget(8), "the nearest that is known"
+    assert pace.budget(8, 1) == pytest.approx(5 * pace.budget(1, 1))
+    assert pace.budget(7, 1) == pace.budget(8, 1), "the nearest that is known"
+
+
+def test_prompts_that_wait_together_get_more_of_a_step_the_fewer_requests_run() -> None:
+    pace, machine = PrefillPace(MOST, BESIDE), Machine(20, 0, 0.5, growth=0, after_chunk=1, noise=0)
+    quiet(pace, machine)
+    mixed(pace, machine)
+    alone = pace.beside(1, 1, 0, 500)
+    assert alone < pace.beside(1, 2, 0, 500) <= pace.beside(1, 3, 0, 500)
+    assert pace.beside(12, 3, 0, 500) == pace.beside(12, 1, 0, 500), "many run and few wait: as for one"
+    bound = BESIDE * CROWD * 6 / 8
+    assert pace.budget(8, 6) == pytest.approx(0.02 * (bound - 1))
 
 
 def test_one_chunk_that_was_held_up_does_not_stop_the_prompt() -> None:
@@ -144,7 +155,7 @@ def mixed(pace: PrefillPace, machine: Machine, prompt: int = 1024, rows: int = 1
     """A prompt is prefilled in the steps of others: the times of the steps, and the tokens prefilled in each."""
     gaps, prefilled, written = [], [], 0
     while written < prompt:
-        size = min(pace.beside(rows, 0, written), prompt - written)
+        size = min(pace.beside(rows, 1, 0, written), prompt - written)
         # The weights are read for the step in any case: what is left of a chunk's base is a pass over its keys.
         seconds = machine.step_s(after_chunk=False) + machine.chunk_s(size, written) - machine.base / 1e3 * 0.9
         pace.costs.mixed(rows, seconds, prompt=size, position=written + size / 2, drafted=0)
@@ -185,7 +196,7 @@ def test_drafted_tokens_leave_less_for_prompts() -> None:
     mixed(pace, machine)
     for drafted in (4, 8, 6, 4, 8, 2) * 5:
         pace.costs.mixed(1, 0.02 + drafted * 0.0005, prompt=0, position=0, drafted=drafted)
-    without, beside_eight = pace.beside(1, 0, 500), pace.beside(1, 8, 500)
+    without, beside_eight = pace.beside(1, 1, 0, 500), pace.beside(1, 1, 8, 500)
     assert beside_eight == pytest.approx(without - 8, abs=2)
 
 
