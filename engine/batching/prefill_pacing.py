@@ -14,8 +14,6 @@ GRAIN = 8
 LEAST = 4
 #: The same in a step of others, where they cost less.
 LEAST_BESIDE = 2
-#: Where prompts wait, how many times the bound is higher for each of them per running request.
-CROWD = 4.0
 #: Up to so many tokens beside a step, a few more or less show.
 FEW = 32
 
@@ -33,18 +31,17 @@ class Pace(Protocol):
     def prefilled(self, tokens: int, position: float, seconds: float) -> None:
         """A chunk of so many tokens, in the middle at this position, took so long apart from all steps."""
 
-    def budget(self, rows: int, waiting: int) -> float:
-        """Seconds of prefill before the next decode step of so many rows, where so many prompts wait for it; infinite
-        for one chunk, however long.
+    def budget(self, rows: int, favour: float) -> float:
+        """Seconds of prefill before the next decode step of so many rows; infinite for one chunk, however long.
+
+        The bound on that step is `favour` times what it is for a prompt that came to running requests.
         """
 
     def chunk(self, budget: float, position: float = 0.0) -> int:
         """Tokens that can be prefilled within `budget` seconds, 0 where not even the smallest chunk fits in."""
 
-    def beside(self, rows: int, waiting: int, drafted: int, position: float) -> int:
-        """Tokens of a prompt, of so many that wait, that can run in one step with so many live rows and the tokens
-        drafted for them.
-        """
+    def beside(self, rows: int, favour: float, drafted: int, position: float) -> int:
+        """Tokens of prompts that can run in one step with so many live rows and the tokens drafted for them."""
 
     def least_s(self, tokens: int) -> float:
         """Seconds that a prompt of so many tokens takes at least, 0 where nothing is known."""
@@ -62,7 +59,7 @@ class PromptsFirst:
     def prefilled(self, tokens: int, position: float, seconds: float) -> None:
         """Nothing to learn."""
 
-    def budget(self, rows: int, waiting: int) -> float:
+    def budget(self, rows: int, favour: float) -> float:
         """No bound."""
         return inf
 
@@ -70,7 +67,7 @@ class PromptsFirst:
         """The whole prompt."""
         return maxsize
 
-    def beside(self, rows: int, waiting: int, drafted: int, position: float) -> int:
+    def beside(self, rows: int, favour: float, drafted: int, position: float) -> int:
         """Prompts do not run beside anything."""
         return 0
 
@@ -84,8 +81,7 @@ class PrefillPace:
 
     While requests decode, the time from one token to the next may grow to `slowdown` times a quiet decode step of as
     many rows: a step with tokens of prompts beside it or, where the backend cannot mix them, a chunk and a step.
-    Without any, chunks are `most` tokens. Where several prompts wait, as after a burst of requests, the bound is
-    CROWD times as high for each of them per running request: what a step loses, all that wait gain.
+    Without any, and where `favour` is infinite, chunks are `most` tokens.
     """
 
     prompts_first = False
@@ -107,13 +103,13 @@ class PrefillPace:
         else:
             self._quickest_s = min(each, self._quickest_s * (1 + FORGOTTEN))
 
-    def budget(self, rows: int, waiting: int) -> float:
+    def budget(self, rows: int, favour: float) -> float:
         """Seconds of prefill before the next decode step of so many rows; infinite where nothing decodes.
 
         0 where not even the steps after chunks keep within the bound.
         """
-        quiet = self.costs.quiet_s(rows) if rows else None
-        return inf if quiet is None else max(0.0, quiet * (self._bound(rows, waiting) - self.costs.after_chunk))
+        quiet = self.costs.quiet_s(rows) if rows and favour < inf else None
+        return inf if quiet is None else max(0.0, quiet * (self._slowdown * favour - self.costs.after_chunk))
 
     def chunk(self, budget: float, position: float = 0.0) -> int:
         """Tokens that can be prefilled within `budget` seconds, 0 where not even the smallest chunk fits in."""
@@ -121,22 +117,20 @@ class PrefillPace:
             return self._most
         return self._rounded(self._chunks.fitting(budget, position))
 
-    def beside(self, rows: int, waiting: int, drafted: int, position: float) -> int:
-        """Tokens of a prompt, of so many that wait, beside so many live rows and the tokens drafted for them."""
+    def beside(self, rows: int, favour: float, drafted: int, position: float) -> int:
+        """Tokens of prompts that can run in one step with so many live rows and the tokens drafted for them."""
+        if favour == inf:
+            return self._most
         quiet = self.costs.quiet_s(rows)
         if quiet is None:
             return LEAST_BESIDE
-        left = quiet * (self._bound(rows, waiting) - 1) - self.costs.drafts.predict(drafted, 0.0)
+        left = quiet * (self._slowdown * favour - 1) - self.costs.drafts.predict(drafted, 0.0)
         fitting = self.costs.prompts.fitting(left, position)
         return min(max(fitting // 2 * 2 if fitting < FEW else fitting // GRAIN * GRAIN, LEAST_BESIDE), self._most)
 
     def least_s(self, tokens: int) -> float:
         """Seconds that a prompt of so many tokens takes at least."""
         return tokens * self._quickest_s
-
-    def _bound(self, rows: int, waiting: int) -> float:
-        """How many times a quiet step the next one may take."""
-        return self._slowdown * (max(1.0, CROWD * waiting / rows) if waiting > 1 else 1.0)
 
     def _rounded(self, tokens: int) -> int:
         return 0 if tokens < LEAST else min(tokens // GRAIN * GRAIN or tokens // 2 * 2, self._most)

@@ -21,6 +21,9 @@ from starling.engine.batching.serving_stats import ServingCounters
 from starling.engine.generation.results import FinishReason, GenerationChunk
 from starling.engine.generation.sequence import score_prompt
 
+#: How much higher the bound on a step is for each of several prompts that wait, per request that ran before.
+CROWD = 4.0
+
 
 class RequestOutcomes(Protocol):
     """What becomes of a request, as the scheduler has it; each gives the request's chunk."""
@@ -60,6 +63,7 @@ class Prefills:
 
     def add(self, request: Request) -> None:
         """A request got its row."""
+        request.admitted = self._outcomes.now()
         place = sum(one.priority <= request.priority for one in self.requests)
         self.requests.insert(place, request)
 
@@ -80,14 +84,14 @@ class Prefills:
     def piece_beside(self, request: Request, rows: int, drafted: int) -> Piece:
         """As much of a prompt as the pace has time for beside so many live rows and drafted tokens."""
         left = len(request.sequence.prompt) - request.written
-        fitting = self._pace.beside(rows, len(self.requests), drafted, request.written)
+        fitting = self._pace.beside(rows, self._favour(request), drafted, request.written)
         most = min(fitting, self._backend.most_mixed - rows - drafted)
         return Piece(request, chunk_length(left, max(most, 1)))
 
     def run_alone(self) -> Iterator[Handout]:
         """Chunks of the first prompts until the time for them is used up, at least one."""
         now = self._outcomes.now
-        begin, budget, least = now(), self._pace.budget(len(self._rows.live), len(self.requests)), LEAST
+        begin, budget, least = now(), self._pace.budget(len(self._rows.live), self._favour(self.requests[0])), LEAST
         while self.requests:
             first = self.requests[0]
             most = max(self._pace.chunk(budget - (now() - begin), first.written), least)
@@ -97,6 +101,18 @@ class Prefills:
             least = 0
             if budget == math.inf:  # the request may decode now, or newer ones be cancelled: look again
                 return
+
+    def _favour(self, prompt: Request) -> float:
+        """How many times longer than for one prompt beside running requests a step may take, for those that wait.
+
+        Requests that began while the prompt had its row have had their turn before it, so it may hold them up as it
+        must. The others' loss is weighed against what all prompts gain that wait together, as after a burst of them.
+        """
+        came, waiting = prompt.admitted, len(self.requests)
+        before = sum(one.sequence.submitted + one.sequence.ttft_s <= came for one in self._rows.live_requests)
+        if not before:
+            return math.inf
+        return max(1.0, CROWD * waiting / before) if waiting > 1 else 1.0
 
     def end_piece(self, piece: Piece, token: int, logits: Logits | None) -> Iterator[Handout]:
         """A piece of a prompt is written; after the last one the backend's choice is `token`, its logits [vocab]."""

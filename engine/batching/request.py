@@ -60,6 +60,8 @@ class Request:
     cancelled: bool = False
     #: Row of the cache; -1 while it waits, and when it has ended.
     row: int = -1
+    #: When it got the row.
+    admitted: float = 0.0
     #: Prompt tokens that the row holds.
     written: int = 0
     #: Of requests that wait the lowest is next; whose it is: what waits is fair between owners.

@@ -1,13 +1,14 @@
 """The pace of prefill beside running requests, with the times of steps and chunks handed in: no clock is read."""
 
 from dataclasses import dataclass, field, replace
+from math import inf
 from random import Random
 from statistics import mean
 
 import numpy as np
 import pytest
 
-from starling.engine.batching.prefill_pacing import CROWD, GRAIN, LEAST, LEAST_BESIDE, PrefillPace
+from starling.engine.batching.prefill_pacing import GRAIN, LEAST, LEAST_BESIDE, PrefillPace
 from starling.engine.batching.step_costs import ExtraCost
 
 MOST, SLOWDOWN = 128, 2.5
@@ -131,15 +132,14 @@ def test_steps_of_more_rows_have_a_quiet_time_of_their_own() -> None:
     assert pace.budget(7, 1) == pace.budget(8, 1), "the nearest that is known"
 
 
-def test_prompts_that_wait_together_get_more_of_a_step_the_fewer_requests_run() -> None:
+def test_a_bound_may_be_raised_and_left_out() -> None:
     pace, machine = PrefillPace(MOST, BESIDE), Machine(20, 0, 0.5, growth=0, after_chunk=1, noise=0)
     quiet(pace, machine)
     mixed(pace, machine)
-    alone = pace.beside(1, 1, 0, 500)
-    assert alone < pace.beside(1, 2, 0, 500) <= pace.beside(1, 3, 0, 500)
-    assert pace.beside(12, 3, 0, 500) == pace.beside(12, 1, 0, 500), "many run and few wait: as for one"
-    bound = BESIDE * CROWD * 6 / 8
-    assert pace.budget(8, 6) == pytest.approx(0.02 * (bound - 1))
+    assert pace.beside(1, 1, 0, 500) < pace.beside(1, 2, 0, 500) <= pace.beside(1, 3, 0, 500)
+    assert pace.budget(1, 3) == pytest.approx(0.02 * (3 * BESIDE - 1))
+    assert pace.budget(1, inf) == inf
+    assert pace.beside(1, inf, 0, 500) == pace.chunk(inf) == MOST
 
 
 def test_one_chunk_that_was_held_up_does_not_stop_the_prompt() -> None:
