@@ -15,6 +15,7 @@ from starling.engine.backends.backend import StepOutput, Tokens
 from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend
 from starling.engine.batching.chunk_queue import ChunkQueue
 from starling.engine.batching.prefill_pacing import GRAIN, PrefillPace
+from starling.engine.batching.prefills import CROWD
 from starling.engine.batching.request import Request, RequestHandle
 from starling.engine.batching.scheduler import Scheduler
 from starling.engine.batching.serving_stats import ServingCounters
@@ -121,6 +122,53 @@ def test_a_long_prompt_is_prefilled_between_the_steps_of_the_others(served: Serv
     assert len(running.sequence.tokens) - before >= 3, "the prompt came in several chunks"
     served.run()
     assert (handle.result(0).tokens, long_handle.result(0).tokens) == (expected[0].tokens, expected[1].tokens)
+
+
+def test_the_prompts_of_a_burst_are_prefilled_before_those_that_began_go_far(served: Served) -> None:
+    burst = [served.submit(LONG, tokens=40)[0] for _ in range(ROWS)]
+    while not burst[-1].sequence.tokens:
+        served.scheduler.serve_step()
+    chunks = -(-len(LONG) // GRAIN)
+    assert len(burst[0].sequence.tokens) <= (ROWS - 1) * chunks + ROWS
+    served.run()
+    assert even(served)
+
+
+class _FavouredPace(PrefillPace):
+    """Keeps how far the bound on each step was raised."""
+
+    def __init__(self) -> None:
+        super().__init__(GRAIN, slowdown=2)
+        self.favours: list[float] = []
+
+    def budget(self, rows: int, favour: float) -> float:
+        self.favours += [favour] if rows else []
+        return super().budget(rows, favour)
+
+    def beside(self, rows: int, favour: float, drafted: int, position: float) -> int:
+        self.favours.append(favour)
+        return super().beside(rows, favour, drafted, position)
+
+
+def test_requests_that_ran_before_a_prompt_came_are_held_up_less_the_more_they_are(
+    engine: Engine,
+) -> None:
+    served, pace = Served(engine), _FavouredPace()
+    served.scheduler = Scheduler(engine.backend, served.counters, pace)
+    running = [served.submit(tokens=80)[0] for _ in range(2)]
+    while not all(request.sequence.tokens for request in running):
+        served.scheduler.serve_step()
+    pace.favours.clear()
+    served.submit(LONG, tokens=2)
+    served.scheduler.serve_step()
+    assert set(pace.favours) <= {1.0}, "one prompt beside two that ran before it"
+    pace.favours.clear()
+    served.submit(LONG, tokens=2)
+    for _ in range(4):  # one of them may be a quiet step
+        served.scheduler.serve_step()
+    assert set(pace.favours) == {CROWD * 2 / 2}, "two prompts wait, and hold up two"
+    served.run()
+    assert even(served)
 
 
 def test_a_decode_step_leaves_a_half_prefilled_row_below_it_right(
