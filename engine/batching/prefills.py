@@ -105,11 +105,12 @@ class Prefills:
     def _favour(self, prompt: Request) -> float:
         """How many times longer than for one prompt beside running requests a step may take, for those that wait.
 
-        Requests that began while the prompt had its row have had their turn before it, so it may hold them up as it
-        must. The others' loss is weighed against what all prompts gain that wait together, as after a burst of them.
+        Requests that decoded for less time than they had waited when the prompt got its row came with it, as after a
+        burst of them, and had their turn before it: it may hold them up as it must. The others' loss is weighed
+        against what all prompts gain that wait together.
         """
         came, waiting = prompt.admitted, len(self.requests)
-        before = sum(one.sequence.submitted + one.sequence.ttft_s <= came for one in self._rows.live_requests)
+        before = sum(one.sequence.submitted + 2 * one.sequence.ttft_s <= came for one in self._rows.live_requests)
         if not before:
             return math.inf
         return max(1.0, CROWD * waiting / before) if waiting > 1 else 1.0

@@ -158,6 +158,8 @@ def test_requests_that_ran_before_a_prompt_came_are_held_up_less_the_more_they_a
     running = [served.submit(tokens=80)[0] for _ in range(2)]
     while not all(request.sequence.tokens for request in running):
         served.scheduler.serve_step()
+    while perf_counter() < max(one.sequence.submitted + 2 * one.sequence.ttft_s for one in running):
+        served.scheduler.serve_step()
     pace.favours.clear()
     served.submit(LONG, tokens=2)
     served.scheduler.serve_step()
