@@ -19,7 +19,7 @@ class RowTable:
 
     __slots__ = (
         *("_free", "_keep", "_last_position", "_requests", "covered", "grammars", "live", "live_requests"),
-        *("needs_logits", "plain", "positions", "requests", "tokens"),
+        *("needs_logits", "positions", "requests", "tokens"),
     )
 
     def __init__(self, rows: int, positions: int, *, keep: bool = False) -> None:
@@ -40,8 +40,6 @@ class RowTable:
         self.live_requests: list[Request] = []
         #: Whether one that decodes needs logits on the host.
         self.needs_logits = False
-        #: Whether all that decode take the backend's choice and ask for nothing besides.
-        self.plain = True
         #: Where those that decode under a grammar are in it.
         self.grammars: list[GrammarState] = []
 
@@ -91,5 +89,4 @@ class RowTable:
         self.grammars = [
             request.sequence.grammar for request in self.live_requests if request.sequence.grammar is not None
         ]
-        self.plain = all(request.sequence.is_plain for request in self.live_requests)
         self.needs_logits = any(request.sequence.needs_logits for request in self.live_requests)

@@ -35,8 +35,6 @@ from starling.engine.generation.sequence import append_token, interrupted_chunk
 from starling.engine.names import Speculation
 
 LOGGER = logging.getLogger(__name__)
-#: Makes a chunk of all its five fields without a call of Python code, which GenerationChunk(…) is.
-_new_chunk = tuple.__new__
 
 
 class Scheduler:
@@ -51,7 +49,7 @@ class Scheduler:
     # A decode step touches it with cold caches: its fields lie together.
     __slots__ = (
         *("_backend", "_chunk_before_step", "_costs", "_counters", "_draft_model", "_drafts", "_launched", "_mixes"),
-        *("_plainly", "_prefilling", "_prefills", "_prefixes", "_prompts_first", "_rows", "_waiting", "idle_s"),
+        *("_prefilling", "_prefills", "_prefixes", "_prompts_first", "_rows", "_waiting", "idle_s"),
     )
 
     def __init__(
@@ -72,8 +70,6 @@ class Scheduler:
         self._drafts = speculation is not None and backend.verified_rows > 0
         self._draft_model = draft if self._drafts and speculation == "draft-model" else None
         self._mixes = backend.most_mixed > 0
-        #: Whether steps are neither drafted for nor launched ahead.
-        self._plainly = not self._drafts and backend.steps_ahead is None
         #: Seconds that count for no request: who drives the steps was busy with something else.
         self.idle_s = 0.0
         self._waiting = WaitingRequests()
@@ -103,10 +99,7 @@ class Scheduler:
                 if request.cancelled or request.deadline != NEVER:
                     break
             else:  # nothing but a decode step: the usual turn, kept short
-                rows = self._rows
-                if rows.plain and self._plainly and rows.live:
-                    return self._decode_plainly()
-                handouts = self._decode() if rows.live else None
+                handouts = self._decode() if self._rows.live else None
                 self._chunk_before_step = False
                 return handouts
         return self._whole_step()
@@ -193,49 +186,7 @@ class Scheduler:
             self._prefills.add(request)
             self._counters.admit()
 
-    # Four ways to run the live rows.
-
-    def _decode_plainly(self) -> Iterable[Handout]:
-        """`_decode` where all rows take the backend's choice and ask for nothing besides.
-
-        What `accept` and `append_token` do with a token that ends nothing is written out here: each call takes 4 µs,
-        with cold caches, and what such rows do not have need not be looked for.
-        """
-        rows, costs = self._rows, self._costs
-        requests = rows.live_requests
-        begin = 0.0 if costs is None else perf_counter()
-        try:
-            chosen = self._backend.decode(rows.tokens[: rows.covered], rows.positions[: rows.covered]).tokens()
-        except Exception as error:
-            return self._fail_each(requests, error)
-        accepted: list[Handout] = []
-        model_s = self._backend.model_seconds
-        for request in requests:
-            sequence, row = request.sequence, request.row
-            token, count = chosen[row], len(sequence.tokens)
-            if token < 0 or token in sequence.stop_ids or count + 1 >= sequence.limit:
-                accepted.append((request, self.accept(request, token, None)))
-                continue
-            try:
-                text = sequence.detokenizer.push(token)
-            except Exception as error:
-                accepted.append((request, self.fail(request, error)))
-                continue
-            sequence.texts.append(text)
-            sequence.tokens.append(token)
-            now = perf_counter() - self.idle_s
-            gap = now - sequence.newest
-            sequence.itl_s.append(gap)
-            sequence.host_s.append(gap - (model_s - sequence.newest_model_s))
-            sequence.newest, sequence.newest_model_s, sequence.handed_out = now, model_s, count + 1
-            rows.tokens[row] = token
-            rows.positions[row] += 1
-            self._counters.generated_tokens += 1
-            accepted.append((request, _new_chunk(GenerationChunk, (text, token, None, None, None))))
-        if costs is not None:
-            costs.decoded(len(requests), perf_counter() - begin, after_chunk=self._chunk_before_step)
-            self._chunk_before_step = False
-        return accepted
+    # Three ways to run the live rows.
 
     def _decode(self) -> Iterable[Handout]:
         """The live rows' next tokens: launched ahead where the device chooses them, verified where drafts are known."""

@@ -80,11 +80,6 @@ class GenerationSequence:
         """Whether the host must see the logits: to draw a token, or to report log-probabilities."""
         return self.sample is not None or self.top_logprobs is not None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether its tokens are the backend's choice and only an end token or the limit ends it."""
-        return not self.needs_logits and self.stops is None and self.grammar is None
-
     def cached_ids(self) -> tuple[int, ...]:
         """Ids that the row's cache surely holds. The newest token is not among them: decoding it writes it."""
         if not self.prefilled:

@@ -189,11 +189,12 @@ def test_a_strangers_text_never_breaks_or_forges_a_line(texts: Server) -> None:
     bodies: list[Any] = [
         BASE | {"model": HOSTILE},
         BASE | {HOSTILE: 1},
+        BASE | {HOSTILE.replace("\ud800", ""): 1},
         BASE | {"x" * 100_000: 1},
         BASE | {"temperature": HOSTILE},
         b'{"model": "\n',
     ]
-    for number, (body, expected) in enumerate(zip(bodies, (404, 200, 200, 400, 400), strict=True)):
+    for number, (body, expected) in enumerate(zip(bodies, (404, 400, 200, 200, 400, 400), strict=True)):
         status, _, _ = post(texts, body, f"hostile-{number}")
         assert status == expected
         line = text_of(texts, f"hostile-{number}")
