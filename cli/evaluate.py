@@ -93,9 +93,7 @@ def command(
     from starling.profiling.quality.evaluation import Options, evaluate
     from starling.profiling.quality.evaluation_text import built_in_text, read_text
 
-    opened, options = Bundle.open(bundle).require("generate"), Options(**settings)
-    if kv_dtype is not None:
-        opened = with_kv_dtype(opened, kv_dtype)
+    opened, options = with_kv_dtype(Bundle.open(bundle).require("generate"), kv_dtype), Options(**settings)
     with progress_on_stderr() as progress:
         progress.phase("evaluating")
         evaluation = evaluate(

@@ -79,9 +79,8 @@ class Engine:
         have that type.
         """
         begin = perf_counter()
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
-        if kv_dtype is not None:
-            self.bundle = with_kv_dtype(self.bundle, kv_dtype)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
+        self.bundle = with_kv_dtype(opened, kv_dtype)
         self.max_seq = _checked_max_seq(self.bundle, max_seq)
         self.max_batch = max_batch
         self._backend: Backend | None = None

@@ -10,12 +10,15 @@ from starling.engine.errors import UserError, did_you_mean
 from starling.engine.names import ARRAY_DTYPES, DTYPES, PAST, DType
 
 
-def with_kv_dtype(bundle: Bundle, dtype: DType) -> Bundle:
-    """The bundle with a KV cache of `dtype`, one of DTYPES: keys and values are rounded to it when they are written.
+def with_kv_dtype(bundle: Bundle, dtype: DType | None) -> Bundle:
+    """The bundle with a KV cache of `dtype`, one of DTYPES; None leaves it as it is.
 
+    Keys and values are rounded to the type when they are written.
     The attention of the CPU kernels reads each of them, and computes as before: no other backend takes such a bundle.
     Raises UserError for another name, and for a bundle without a graph for the CPU kernels.
     """
+    if dtype is None:
+        return bundle
     if dtype not in DTYPES:
         known = ", ".join(DTYPES)
         raise UserError(f"kv_dtype {dtype!r} is unknown{did_you_mean(dtype, DTYPES)}: one of {known}", field="kv_dtype")

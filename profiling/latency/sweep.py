@@ -92,8 +92,7 @@ def measure(
 
     Raises UserError for settings beyond the model's positions, BackendError where it cannot be run.
     """
-    if options.kv_dtype is not None:
-        bundle = with_kv_dtype(bundle, options.kv_dtype)
+    bundle = with_kv_dtype(bundle, options.kv_dtype)
     positions = sweep.positions(bundle, options.max_seq)
     environment, steps = describe_environment(), _Steps(sweep, options, progress or Silent())
     _require_memory(bundle, sweep, options.backend, positions, environment.machine["memory_available_bytes"])
