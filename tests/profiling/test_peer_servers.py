@@ -137,7 +137,8 @@ class TestEventStreams:
 
 
 def made_run(server: str, round_: int, rate: float, ms: float) -> LoadRun:
-    return LoadRun(server, "unshared", 4, round_, rate, ms, ms, ms, ms, ms, ms, 1.0)
+    times = {f"{kind}_{point}_ms": ms for kind in ("ttft", "itl") for point in ("p50", "p95", "p99")}
+    return LoadRun(server=server, prompts="unshared", streams=4, round=round_, tokens_per_s=rate, alike=1.0, **times)
 
 
 class TestFigures:

@@ -17,9 +17,9 @@ from starling.profiling.load.servers.server_process import Stream
 TITLES = {"unshared": f"{UNSHARED} prompt tokens", "shared": f"{PREFIX} known prompt tokens + {OWN} own"}
 
 
-@dataclass(frozen=True, slots=True)
-class LoadRun:
-    """One server under one load. Times in ms, percentiles over all streams and all gaps between their pieces.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figures:
+    """Of one server under one load. Times in ms, percentiles over all streams and all gaps between their pieces.
 
     Tokens per second are of all streams, from the first request to the last piece. `alike` is the share of an answer up
     to the first character that is not ours, the mean over the streams.
@@ -28,7 +28,6 @@ class LoadRun:
     server: str
     prompts: str
     streams: int
-    round: int
     tokens_per_s: float
     ttft_p50_ms: float
     ttft_p95_ms: float
@@ -39,24 +38,20 @@ class LoadRun:
     alike: float
 
 
-@dataclass(frozen=True, slots=True)
-class LoadSummary:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRun(_Figures):
+    """What one server gave under one load in one round."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSummary(_Figures):
     """Medians over the rounds; a ratio is the median over the rounds of our figure / this server's, of one round each.
 
     Above 1 is our gain in tokens per second, below 1 in times.
     """
 
-    server: str
-    prompts: str
-    streams: int
-    tokens_per_s: float
-    ttft_p50_ms: float
-    ttft_p95_ms: float
-    ttft_p99_ms: float
-    itl_p50_ms: float
-    itl_p95_ms: float
-    itl_p99_ms: float
-    alike: float
     tokens_ratio: float
     ttft_p95_ratio: float
     itl_p95_ratio: float
