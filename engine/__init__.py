@@ -32,7 +32,7 @@ _HOMES = {
     "GenerationChunk": "generation.results",
     "GenerationResult": "generation.results",
     "GrammarSpec": "text.grammar",
-    "SamplingParams": "generation.sampler",
+    "SamplingParams": "generation.sampling_params",
     "StarlingError": "errors",
     "Timings": "generation.results",
 }

@@ -45,11 +45,6 @@ class ContinuationScorer:
         self._prompt: Ids = ()
         self._after_prompt: tuple[Logits, int] | None = None
 
-    def forget(self) -> None:
-        """Somebody else writes to the row."""
-        self._held = self._prompt = ()
-        self._after_prompt = None
-
     def score(self, prompt: Ids, continuation: Ids, top: int) -> ContinuationScore:
         """Score one continuation, of at least one token. Raises BackendError.
 

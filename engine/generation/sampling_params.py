@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 
-from starling.engine.errors import SamplingError, shown
+from starling.engine.errors import SamplingError, did_you_mean, shown
 from starling.engine.text.grammar import GrammarSpec
 
 # Of a repetition penalty: beyond, a logit times or divided by it is no float32.
@@ -147,6 +147,17 @@ class SamplingParams:
         value = getattr(self, name)
         if isinstance(value, int | np.integer) and value == -1:
             object.__setattr__(self, name, off)
+
+
+def with_overrides(params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
+    """`params`, or the defaults, with `overrides` in place. Raises SamplingError for an unknown name or a bad value."""
+    known = [field.name for field in fields(SamplingParams)]
+    for name in overrides:
+        if name not in known:
+            near = did_you_mean(name, known)
+            problem = f"unknown sampling setting {name!r}{near}; the settings are {', '.join(known)}"
+            raise SamplingError(problem, field=name)
+    return replace(params or SamplingParams(), **overrides)
 
 
 def check_max_tokens(value: Any, name: str = "max_tokens") -> None:

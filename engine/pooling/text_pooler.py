@@ -71,6 +71,12 @@ class TextPooler:
             return [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
         return self._tokenizer.encode_pair(first, second)
 
+    def pool_texts(self, texts: Sequence[TextInput], *, template: str | None, truncate: int | None) -> Vectors:
+        """`prepare` each of a list of texts, and `pool` them. Raises PromptError."""
+        if isinstance(texts, str) or (len(texts) and not isinstance(texts[0], str | Sequence | np.ndarray)):
+            raise PromptError("one text alone is given", detail="give a list of texts")
+        return self.pool([self.prepare(text, template=template, truncate=truncate) for text in texts])
+
     def pool(self, texts: Sequence[PreparedText]) -> Vectors:
         """Scores or hidden states float32 [texts, width], as the model gives them, not normalized."""
         return run_all(self.backend, [text.ids for text in texts], self.pooling)

@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from starling.engine.engine import Engine, sampling_params
+from starling.engine.engine import Engine
 from starling.engine.errors import UserError
 from starling.engine.generation.sampling_params import SamplingParams
 
@@ -164,7 +164,7 @@ class StarlingLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                 raise UserError(f"gen_kwargs has {name}, which starling does not have: leave it out")
         known = {name: value for name, value in settings.items() if name in _SETTINGS}
         stops = [text for text in settings["until"] if text]
-        return sampling_params(None, known | {"max_tokens": settings["max_gen_toks"], "stop": stops})
+        return SamplingParams(**known | {"max_tokens": settings["max_gen_toks"], "stop": stops})
 
     def _prompt(self, context: str, max_tokens: int) -> list[int]:
         return maybe_truncate(self.tok_encode(context), max_tokens, self.max_length)[0]  # type: ignore[no-any-return]

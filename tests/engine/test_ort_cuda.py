@@ -70,7 +70,7 @@ def engine_on_cuda(
         return cuda_backend(bundle, device, refuses=refuses, samples=samples, **room)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("starling.engine.engine.open_backend", open_backend)
+        patch.setattr("starling.engine.loaded_bundle.open_backend", open_backend)
         room = {"max_seq": POSITIONS, "max_batch": ROWS, **settings}
         with Engine(bundle, **room) as engine:
             assert isinstance(engine.backend, OrtCudaBackend)

@@ -88,11 +88,20 @@ def _class(name: str, found: type) -> Iterator[str]:
     if dataclasses.is_dataclass(found) or issubclass(found, tuple):
         yield from _fields(found)
     yield from _properties(found)
-    for member, value in vars(found).items():
+    for member, value in _members(found):
         function = value.__func__ if isinstance(value, staticmethod) else value
         if inspect.isfunction(function) and not member.startswith("_") and member not in INTERNAL:
             yield f"#### {name}.{member}\n"
             yield from _function(member, function)
+
+
+def _members(found: type) -> Iterator[tuple[str, Any]]:
+    """Its own, then those that it has of our other classes."""
+    names: set[str] = set()
+    for base in found.__mro__:
+        if base.__module__.startswith("starling."):
+            yield from ((name, value) for name, value in vars(base).items() if name not in names)
+            names |= vars(base).keys()
 
 
 def _fields(found: type) -> Iterator[str]:
@@ -133,7 +142,7 @@ def _comments(found: type) -> dict[str, str]:
 def _properties(found: type) -> Iterator[str]:
     members = [
         (name, value)
-        for name, value in vars(found).items()
+        for name, value in _members(found)
         if isinstance(value, property | cached_property) and not name.startswith("_") and name not in INTERNAL
     ]
     if members:

@@ -15,6 +15,7 @@ LAYERS = (
     Layer("starling.export", "starling.serving"),
     Layer("starling.engine.serving_loop", "starling.engine.pooling_loop"),
     Layer("starling.engine.engine"),
+    Layer("starling.engine.loaded_bundle"),
     Layer("starling.engine.chat_session", "starling.engine.draft_bundle"),
     Layer("starling.engine.batching", "starling.engine.pooling"),
     Layer("starling.engine.generation"),
