@@ -32,6 +32,7 @@ from starling.export.quantization.calibration_choice import Calibration
 from starling.export.quantization.prepare_blocks import CalibratedBlocks, calibrated_blocks, wants_calibration
 from starling.export.quantization.prepare_qdq import prepare
 from starling.export.quantization.qdq_settings import QdqQuantization, check_scheme
+from starling.export.quantization.stored_blocks import StoredBlocks, stored_blocks
 from starling.export.tracing.architecture import LEAST_POSITIONS, architecture_json
 from starling.export.tracing.tracer import TORCH_DTYPES, Trace, trace
 from starling.export.weights.weight_file import (
@@ -143,9 +144,10 @@ def _write_model(
     write_projections(graph, prepared.weights.plan if prepared else plan)
     total = planned_bytes(graph)
     check_space(folder, (total if options.weights else 0) + _SPARE_BYTES)
-    with _calibrated(graph, arch, checkpoint, folder, plan, options, progress) as calibrated:
+    stored = _stored(graph, checkpoint, plan, options)
+    with _calibrated(graph, arch, checkpoint, folder, plan, stored, options, progress) as calibrated:
         progress.phase("writing weights")
-        data = write_weights(graph, tensors, folder / WEIGHT_FILE, plan, calibrated.store, progress.bytes)
+        data = write_weights(graph, tensors, folder / WEIGHT_FILE, plan, calibrated.store, progress.bytes, stored)
     _clean(graph)
     ir.save(graph, folder / GRAPH_FILE)
     companions = _write_companions(
@@ -163,11 +165,21 @@ def _write_model(
         manifest["quantization"] |= {
             "bits_per_weight": bits_per_weight(graph, tensors),
             "calibration": calibrated.report,
+            "as_stored": [] if stored is None else sorted(stored.grids),
         }
-        manifest["notes"] += calibrated.notes
+        manifest["notes"] += (() if stored is None else stored.notes) + calibrated.notes
     manifest["files"] = _files(folder, {WEIGHT_FILE: data})
     write_json(folder / "bundle.json", manifest)
     return manifest, arch
+
+
+def _stored(
+    graph: ir.Model, checkpoint: Checkpoint, plan: BlockPlan | None, options: ExportOptions
+) -> StoredBlocks | None:
+    """Which of the weights in blocks are taken as the checkpoint has them; None where nothing of it is quantized."""
+    if plan is None or checkpoint.packed is None or not options.weights:
+        return None
+    return stored_blocks(graph.graph, checkpoint.packed, plan)
 
 
 def _calibrated(
@@ -176,13 +188,18 @@ def _calibrated(
     checkpoint: Checkpoint,
     folder: Path,
     plan: BlockPlan | None,
+    stored: StoredBlocks | None,
     options: ExportOptions,
     progress: Progress,
 ) -> AbstractContextManager[CalibratedBlocks]:
     """What calibration makes of the weights in blocks; nothing where there is none."""
-    if plan is None or not wants_calibration(checkpoint, plan, options.calibration, weights=options.weights):
+    if (
+        plan is None
+        or not options.weights
+        or not wants_calibration(graph.graph, checkpoint, plan, stored, options.calibration)
+    ):
         return nullcontext(CalibratedBlocks(None, None, ()))
-    return calibrated_blocks(graph, arch, checkpoint, folder, plan, options.calibration, progress)
+    return calibrated_blocks(graph, arch, checkpoint, folder, plan, stored, options.calibration, progress)
 
 
 def _write_companions(companions: list[Companion], folder: Path) -> dict[str, Any]:

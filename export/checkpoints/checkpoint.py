@@ -15,6 +15,7 @@ from starling.engine.errors import CheckpointError, UnsupportedModelError, one_l
 from starling.engine.names import Task
 from starling.engine.untrusted_files import FileReader
 from starling.export.checkpoints.model_class import auto_class
+from starling.export.checkpoints.stored_grid import PackedSource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,7 +96,8 @@ class Checkpoint:
 
     `task` is what its bundle is for; `pooling` says how a text is read where that is to score or to embed.
     `path` is the folder or file that it was read from, None where there is none. `left_out` are the stored tensors that
-    the model has no place for; `notes` say so, and what else was decided.
+    the model has no place for; `notes` say so, and what else was decided. `packed` knows the tensors that are quantized
+    already, None where there are none.
     """
 
     kind: str
@@ -109,6 +111,7 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()
     task: Task = "generate"
     pooling: Pooling | None = None
+    packed: PackedSource | None = None
 
 
 @dataclass(frozen=True, slots=True)

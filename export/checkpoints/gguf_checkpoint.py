@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 
 from starling.engine.errors import CheckpointError, StarlingError, UnsupportedModelError, one_line
 from starling.export.checkpoints.checkpoint import Checkpoint, Skeleton, check_tensors, skeleton_of
 from starling.export.checkpoints.config_bounds import check_layers
 from starling.export.checkpoints.gguf_architectures import ARCHITECTURES
 from starling.export.checkpoints.gguf_config import architecture_name, gguf_config, other_metadata
-from starling.export.checkpoints.gguf_file import GgufFile
+from starling.export.checkpoints.gguf_file import INTEGER_BITS, PLAIN_TYPES, GgufFile
 from starling.export.checkpoints.gguf_rope import ROPE_FACTORS
+from starling.export.checkpoints.stored_grid import StoredGrid, StoredRows
 from starling.export.tokenizers.gguf_tokenizer import gguf_tokenizer_files
 
 if TYPE_CHECKING:
@@ -40,11 +41,13 @@ def open_gguf_checkpoint(file: GgufFile, *, name: str) -> Checkpoint:
     config.architectures = [skeleton.class_name]
     generation = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.eos), "pad_token_id": tokenizer.pad}
     notes = [f"the file's {key} has no place in a bundle and was left out" for key in other_metadata(file)]
-    return Checkpoint("gguf", name, config, tensors, tokenizer, generation, path=file.path, notes=tuple(notes))
+    return Checkpoint(
+        "gguf", name, config, tensors, tokenizer, generation, path=file.path, notes=tuple(notes), packed=tensors
+    )
 
 
 class GgufTensors:
-    """A TensorSource over a GGUF file: float32 for quantized tensors, the stored dtype for the others."""
+    """A TensorSource and a PackedSource over a GGUF file: float32 for quantized tensors, else the stored dtype."""
 
     def __init__(self, file: GgufFile, config: "PreTrainedConfig", skeleton: Skeleton) -> None:
         self._file = file
@@ -67,6 +70,29 @@ class GgufTensors:
         if self._how.norm_plus_one and stored.endswith("norm.weight"):
             return values - 1
         return values
+
+    def packing(self, name: str) -> str | None:
+        """See PackedSource."""
+        kind = self._kind(name)
+        return None if kind in PLAIN_TYPES else kind.name
+
+    def grid(self, name: str) -> StoredGrid | None:
+        """See PackedSource."""
+        bits = INTEGER_BITS.get(self._kind(name))
+        if bits is None or len(self.shape(name)) != 2:
+            return None
+        group = GGML_QUANT_SIZES[self._kind(name)][0]
+        return StoredGrid(bits, group, 2 ** (bits - 1), frozenset((torch.float16, torch.float32)))
+
+    def stored_rows(self, name: str, start: int, stop: int) -> StoredRows:
+        """See PackedSource."""
+        stored = self._stored[name]
+        whole, scales = self._file.integers(stored, self._order(stored)[start:stop])
+        zero = 2 ** (INTEGER_BITS[self._kind(name)] - 1)
+        return StoredRows(whole + zero, scales, torch.full(scales.shape, zero, dtype=torch.int16))
+
+    def _kind(self, name: str) -> GGMLQuantizationType:
+        return self._file.tensors[self._stored[name]].kind
 
     def _order(self, stored: str) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Row i for transformers is row order[i] on file, where pairs of each head's halves of q and k lie together."""

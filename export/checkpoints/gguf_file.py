@@ -34,6 +34,14 @@ PLAIN_TYPES = {
     GGMLQuantizationType.F16: "float16",
     GGMLQuantizationType.BF16: "bfloat16",
 }
+#: Blocks that begin with their scale (float16) and hold whole numbers of so many bits, with zero in the middle.
+INTEGER_BITS = {
+    GGMLQuantizationType.Q4_0: 4,
+    GGMLQuantizationType.Q5_0: 5,
+    GGMLQuantizationType.Q8_0: 8,
+    GGMLQuantizationType.IQ4_NL: 8,
+}
+_SCALE_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +90,41 @@ class GgufFile:
             import torch
 
             return torch.empty((0, *tensor.shape[1:]), dtype=tensor.dtype)
+        return _values(self._stored(tensor, index), tensor).reshape(len(index), *tensor.shape[1:])
+
+    def integers(self, name: str, index: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows `index`, some, of a matrix in blocks of INTEGER_BITS.
+
+        Whole numbers int16 [n, columns], below 0 too, and their scales float32 [n, blocks].
+        """
+        import torch
+
+        tensor = self.tensors[name]
+        block_bytes = GGML_QUANT_SIZES[tensor.kind][1]
+        blocks = self._stored(tensor, index).reshape(len(index), -1, block_bytes)
+        scales = blocks[:, :, :_SCALE_BYTES].copy().view(np.float16)[:, :, 0].astype(np.float32)
+        blocks = blocks.copy()
+        blocks[:, :, :_SCALE_BYTES] = np.array([1], dtype=np.float16).view(np.uint8)
+        whole = dequantize(blocks.reshape(len(index), -1), tensor.kind)
+        return torch.from_numpy(whole).to(torch.int16), torch.from_numpy(scales)
+
+    def _stored(
+        self, tensor: GgufTensor, index: np.ndarray[Any, np.dtype[np.int64]]
+    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The bytes of some rows [len(index), row_bytes]."""
         low, high = int(index.min()), int(index.max()) + 1
         with tensor.path.open("rb") as file:
             file.seek(tensor.offset + low * tensor.row_bytes)
             raw = np.fromfile(file, dtype=np.uint8, count=(high - low) * tensor.row_bytes)
         if raw.size != (high - low) * tensor.row_bytes:
-            raise CheckpointError(f"{tensor.path} was cut off while it was read, at tensor {name}: get the file again")
+            raise CheckpointError(
+                f"{tensor.path} was cut off while it was read, at tensor {tensor.name}: get the file again"
+            )
         raw = raw.reshape(high - low, tensor.row_bytes)
         picked = index - low
         if not np.array_equal(picked, np.arange(high - low)):
             raw = raw[picked]
-        return _values(raw, tensor).reshape(len(index), *tensor.shape[1:])
+        return raw
 
 
 def _values(raw: np.ndarray[Any, np.dtype[np.uint8]], tensor: GgufTensor) -> torch.Tensor:

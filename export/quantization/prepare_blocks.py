@@ -20,6 +20,7 @@ from starling.export.quantization.block_store import BlockStore
 from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.calibration_choice import Calibration
 from starling.export.quantization.gptq import DAMPING
+from starling.export.quantization.stored_blocks import StoredBlocks
 from starling.export.weights.weight_plan import Blocks, ExpertBlocks, weight_of
 
 
@@ -32,13 +33,21 @@ class CalibratedBlocks:
     notes: tuple[str, ...]
 
 
-def wants_calibration(checkpoint: Checkpoint, plan: BlockPlan, calibration: Calibration, *, weights: bool) -> bool:
+def wants_calibration(
+    graph: ir.Graph,
+    checkpoint: Checkpoint,
+    plan: BlockPlan,
+    stored: StoredBlocks | None,
+    calibration: Calibration,
+) -> bool:
     """Whether there is something that calibration makes better: 8 bits are rounded, and so are random weights.
 
-    The latter only where no text is given.
+    The latter only where no text is given. What is taken as it is stored is not quantized at all.
     """
     random = checkpoint.kind == "random" and calibration.file is None
-    return plan.how.bits == 4 and weights and not random and not calibration.is_off
+    if plan.how.bits != 4 or random or calibration.is_off:
+        return False
+    return any(how.bits == 4 for how in _wanted(graph, plan, stored).values())
 
 
 @contextmanager
@@ -48,6 +57,7 @@ def calibrated_blocks(
     checkpoint: Checkpoint,
     folder: Path,
     plan: BlockPlan,
+    stored: StoredBlocks | None,
     calibration: Calibration,
     progress: Progress,
 ) -> Iterator[CalibratedBlocks]:
@@ -63,13 +73,13 @@ def calibrated_blocks(
     progress.phase(f"quantizing on {rows.tokens} tokens")
     with TemporaryDirectory(dir=folder) as scratch:
         store = BlockStore(Path(scratch))
-        run = BlockCalibration(rows, _wanted(model.graph, plan), store)
+        run = BlockCalibration(rows, _wanted(model.graph, plan, stored), store)
         run.run(checkpoint.config, checkpoint.tensors, progress.bytes)
         yield CalibratedBlocks(store, _report(calibration.name, file, rows), tuple(_notes(run.rounded_experts)))
 
 
-def _wanted(graph: ir.Graph, plan: BlockPlan) -> dict[str, BlockQuantization]:
-    """How each of the checkpoint's tensors that goes into blocks is quantized."""
+def _wanted(graph: ir.Graph, plan: BlockPlan, stored: StoredBlocks | None) -> dict[str, BlockQuantization]:
+    """How each of the checkpoint's tensors that goes into blocks is quantized; not what is taken as it is stored."""
     found: dict[str, BlockQuantization] = {}
     for value in graph.initializers.values():
         weight = weight_of(value)
@@ -77,7 +87,8 @@ def _wanted(graph: ir.Graph, plan: BlockPlan) -> dict[str, BlockQuantization]:
             found |= dict.fromkeys(weight.rows.names, plan.of(weight.rows.names))
         elif isinstance(weight, ExpertBlocks):
             found[weight.rows.name] = plan.how
-    return found
+    taken = {} if stored is None else stored.grids
+    return {name: how for name, how in found.items() if name not in taken}
 
 
 def _report(name: str, file: Path, rows: TokenRows) -> dict[str, Any]:

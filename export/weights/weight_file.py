@@ -19,6 +19,7 @@ from starling.export.quantization.block_plan import BlockPlan
 from starling.export.quantization.block_store import BlockStore
 from starling.export.quantization.blocks import BlockQuantization, QuantizedRows, quantize_rows
 from starling.export.quantization.qdq_scheme import FP8, INT4, INT8, Grid, pack_int4, quantize_weight, weight_scales
+from starling.export.quantization.stored_blocks import StoredBlocks
 from starling.export.weights.weight_plan import (
     Blocks,
     ExpertBlocks,
@@ -102,10 +103,11 @@ def write_weights(
     plan: BlockPlan | None,
     store: BlockStore | None = None,
     progress: Advance | None = None,
+    stored: StoredBlocks | None = None,
 ) -> WrittenFile:
     """Write every planned weight to `file` and point the graph's initializers at it.
 
-    What is to be in blocks, as `plan` says, is taken from `store`, and rounded where that does not have it.
+    What is to be in blocks, as `plan` says, is taken from `store`, or as it is `stored`; what neither has is rounded.
 
     Memory taken: the largest stored tensor and one chunk. `progress(bytes_done, bytes_total)` is called as it goes.
     Where `tensors` gives shapes alone (on PyTorch's meta device), the file has its size and holes in their place.
@@ -122,7 +124,8 @@ def write_weights(
         for rows in _quantized_rows(distinct):
             assert plan is not None
             dtype = _TORCH[_dtype(distinct[Blocks(rows, "scales")])]
-            _write_blocks(writer, _block_pieces(tensors, rows, plan.of(rows.names), store), rows, dtype, places)
+            pieces = _block_pieces(tensors, rows, plan.of(rows.names), store, stored)
+            _write_blocks(writer, pieces, rows, dtype, places)
         for weight, value in distinct.items():
             if isinstance(weight, QdqRows) and weight.piece == "data":
                 scales = distinct[QdqRows(weight.rows, "scales", weight.block)]
@@ -208,10 +211,15 @@ def _quantized_rows(distinct: dict[Weight, ir.Value]) -> list[Rows]:
 
 def _chunks(tensors: TensorSource, name: str) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) of a checkpoint tensor, piece by piece."""
-    count, *rest = tensors.shape(name)
+    for start, stop in _ranges(tensors.shape(name)):
+        yield start, tensors.rows(name, start, stop)
+
+
+def _ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The first row and the one after the last of each piece."""
+    count, *rest = shape
     step = max(1, CHUNK_ELEMENTS // math.prod(rest))
-    for start in range(0, count, step):
-        yield start, tensors.rows(name, start, min(start + step, count))
+    return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
 def _assemble(weight: Rows | Table, tensors: TensorSource, value: ir.Value) -> Tensor:
@@ -246,13 +254,20 @@ def _narrow(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def _block_pieces(
-    tensors: TensorSource, rows: Rows, how: BlockQuantization, store: BlockStore | None
+    tensors: TensorSource,
+    rows: Rows,
+    how: BlockQuantization,
+    store: BlockStore | None,
+    stored: StoredBlocks | None,
 ) -> Iterator[tuple[str, QuantizedRows]]:
     """(tensor, some of its rows), as they come."""
     for name in rows.names:
         known = None if store is None else store.take(name)
         if known is not None:
             yield name, known
+            continue
+        if stored is not None and name in stored.grids:
+            yield from ((name, stored.rows(name, start, stop, how)) for start, stop in _ranges(tensors.shape(name)))
             continue
         for _, piece in _chunks(tensors, name):
             yield name, quantize_rows(piece, how)
