@@ -88,12 +88,11 @@ def command(
     for file in (save_logits, output):
         if file is not None and not file.absolute().parent.is_dir():  # found out now rather than after minutes
             raise UserError(f"{file.parent} is no folder: choose another place for {file.name}")
-    from starling.engine.bundle.kv_dtype import with_kv_dtype
     from starling.engine.bundle.manifest import Bundle
     from starling.profiling.quality.evaluation import Options, evaluate
     from starling.profiling.quality.evaluation_text import built_in_text, read_text
 
-    opened, options = with_kv_dtype(Bundle.open(bundle).require("generate"), kv_dtype), Options(**settings)
+    opened, options = Bundle.open(bundle).require("generate").with_kv_dtype(kv_dtype), Options(**settings)
     with progress_on_stderr() as progress:
         progress.phase("evaluating")
         evaluation = evaluate(

@@ -16,7 +16,6 @@ from starling.engine.backends.open_backend import open_backend, open_pooling_bac
 from starling.engine.backends.pooling_backend import PoolingBackend
 from starling.engine.batching.draft_model import DraftModel
 from starling.engine.batching.speculation import checked_speculation
-from starling.engine.bundle.kv_dtype import with_kv_dtype
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.draft_bundle import open_draft
 from starling.engine.errors import BackendError, PromptError, SamplingError
@@ -66,7 +65,7 @@ class LoadedBundle:
         """
         begin = perf_counter()
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
-        self.bundle = with_kv_dtype(opened, kv_dtype)
+        self.bundle = opened.with_kv_dtype(kv_dtype)
         self.max_seq = _checked_max_seq(self.bundle, max_seq)
         self.max_batch = max_batch
         #: What drafts, where a bundle for that is open.

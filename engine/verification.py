@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starling.engine.backends.backend import Backend
-from starling.engine.bundle.manifest import Bundle, KeptReference
+from starling.engine.bundle.file_records import KeptReference
+from starling.engine.bundle.manifest import Bundle
 from starling.engine.divergence import Divergence, Logits, QualityTotals
 from starling.engine.errors import BundleError
 

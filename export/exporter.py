@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from starling import __version__
 from starling.engine.backends.onnxruntime.onnxruntime_backend import check_runs_on_cpu
-from starling.engine.bundle.manifest import FIRST_VERSION, FORMAT, FORMAT_VERSION, Architecture, Bundle, Pooling
+from starling.engine.bundle.manifest import FIRST_VERSION, FORMAT, FORMAT_VERSION, Bundle
+from starling.engine.bundle.model_records import Architecture, Pooling
 from starling.engine.errors import BackendError, UserError
 from starling.engine.names import ARRAY_DTYPES, DTYPES
 from starling.engine.progress import Progress, Silent

@@ -8,7 +8,8 @@ from typing import Any
 from starling.cli.shared.output import human_bytes, human_seconds
 from starling.engine.backends.tensorrt.engine_folder import engine_names, open_engine
 from starling.engine.backends.tensorrt.plan_record import EngineRecord, Profile
-from starling.engine.bundle.manifest import Bundle, TensorSpec
+from starling.engine.bundle.file_records import TensorSpec
+from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import PlanError
 from starling.engine.names import INPUT_IDS
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any, TypeVar, cast
 
@@ -70,6 +70,10 @@ class JsonFields:
 
     def inside(self, name: str) -> JsonFields:
         return self._part(self.value.get(name), f"{name}.")
+
+    def part(self, name: str, read: Callable[[JsonFields], T]) -> T | None:
+        """What `read` makes of an object; None where there is none."""
+        return None if self.value.get(name) is None else read(self.inside(name))
 
     def items(self, name: str) -> list[JsonFields]:
         listed = self.get(name, list)

@@ -8,7 +8,7 @@ import numpy as np
 
 from starling.engine.backends.backend import chunk_length
 from starling.engine.backends.pooling_backend import PoolingBackend, Vectors
-from starling.engine.bundle.manifest import Pooling
+from starling.engine.bundle.model_records import Pooling
 from starling.engine.errors import BackendError
 from starling.engine.generation.prompts import common_prefix
 

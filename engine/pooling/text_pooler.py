@@ -9,7 +9,8 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from starling.engine.backends.pooling_backend import PoolingBackend, Vectors
-from starling.engine.bundle.manifest import Bundle, Pooling, Side
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.bundle.model_records import Pooling, Side
 from starling.engine.errors import PromptError, UserError
 from starling.engine.generation.prompts import checked_ids
 from starling.engine.pooling.runs import run_all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from starling.engine.bundle.manifest import Pooling, Side
+from starling.engine.bundle.model_records import Pooling, Side
 
 
 def cut(ids: Sequence[int], most: int, side: Side, before: Sequence[int], after: Sequence[int]) -> list[int]:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from starling.engine.bundle.manifest import Architecture, Bundle
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.bundle.model_records import Architecture
 from starling.engine.errors import UserError
 from starling.engine.host import available_memory
 from starling.engine.verification import REFERENCE_TOKENS, compared_positions, keep_reference

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from starling.engine.bundle.manifest import Pooling
+from starling.engine.bundle.model_records import Pooling
 from starling.engine.errors import CheckpointError, UnsupportedModelError, one_line
 from starling.engine.names import Task
 from starling.engine.untrusted_files import FileReader

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from starling.engine.bundle.manifest import Pooling, Side
+from starling.engine.bundle.model_records import Pooling, Side
 from starling.engine.errors import UnsupportedModelError, UserError
 from starling.engine.names import Task
 from starling.export.checkpoints.checkpoint import Checkpoint

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.bundle.manifest import Architecture
+from starling.engine.bundle.model_records import Architecture
 from starling.engine.errors import UnsupportedModelError
 from starling.engine.names import SCHEMES_OF
 from starling.export.checkpoints.checkpoint import Checkpoint

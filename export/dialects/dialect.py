@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.bundle.manifest import Architecture
+from starling.engine.bundle.model_records import Architecture
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.quantization.blocks import BlockQuantization
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.bundle.manifest import Architecture
+from starling.engine.bundle.model_records import Architecture
 from starling.engine.names import LOGITS, LOGITS_TO_KEEP, NEXT_TOKENS, SCHEMES_OF, SEQLENS_K, TOTAL_SEQUENCE_LENGTH
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.dialects.dialect import AttentionCall, Attributes, Companion, ExpertsCall, Rotary, StepInput

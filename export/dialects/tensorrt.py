@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from starling.engine.bundle.manifest import Architecture
+from starling.engine.bundle.model_records import Architecture
 from starling.engine.errors import UnsupportedModelError
 from starling.engine.names import NEXT_LENGTHS, NEXT_TOKENS, NOISE, PAST_LENGTHS, SCHEMES_OF, TEMPERATURE, TOP_K, TOP_P
 from starling.export.checkpoints.checkpoint import Checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from starling.engine.bundle.manifest import Architecture
+from starling.engine.bundle.model_records import Architecture
 from starling.engine.names import (
     INPUT_IDS,
     LOGITS,

@@ -6,7 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from starling.engine.bundle.manifest import Architecture
+from starling.engine.bundle.model_records import Architecture
 from starling.engine.host import available_memory
 from starling.engine.progress import Progress
 from starling.export.check.sample_texts import CALIBRATION, TextEncoder, TokenRows, calibration_rows

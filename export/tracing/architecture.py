@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from starling.engine.bundle.manifest import Architecture
+from starling.engine.bundle.model_records import Architecture
 from starling.engine.errors import UnsupportedModelError, UserError
 
 #: Positions of a bundle unless more are asked for: a rotary table of a head of 128 takes 64 MiB for these, and some

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from starling.engine.bundle.manifest import OUTPUT_OF, Architecture
+from starling.engine.bundle.manifest import OUTPUT_OF
+from starling.engine.bundle.model_records import Architecture
 from starling.engine.errors import StarlingError, UnsupportedModelError
 from starling.engine.names import INPUT_IDS, LOGITS_TO_KEEP, PAST, PRESENT, Task
 from starling.export.checkpoints.checkpoint import empty_model

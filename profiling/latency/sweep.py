@@ -9,7 +9,6 @@ from pathlib import Path
 from starling.engine.backends.backend import Backend
 from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
 from starling.engine.backends.onnxruntime.onnxruntime_backend import why_not_on_cuda
-from starling.engine.bundle.kv_dtype import with_kv_dtype
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import UserError
@@ -92,7 +91,7 @@ def measure(
 
     Raises UserError for settings beyond the model's positions, BackendError where it cannot be run.
     """
-    bundle = with_kv_dtype(bundle, options.kv_dtype)
+    bundle = bundle.with_kv_dtype(options.kv_dtype)
     positions = sweep.positions(bundle, options.max_seq)
     environment, steps = describe_environment(), _Steps(sweep, options, progress or Silent())
     _require_memory(bundle, sweep, options.backend, positions, environment.machine["memory_available_bytes"])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
-from starling.engine.bundle.manifest import Side
+from starling.engine.bundle.model_records import Side
 from starling.engine.errors import shown
 from starling.engine.names import Task
 from starling.engine.pooling.text_pooler import TextInput

@@ -11,7 +11,8 @@ from document_blocks import ROOT
 
 from starling.engine.backends.tensorrt import plan_record
 from starling.engine.backends.tensorrt.plan_record import BundleDigests, EngineRecord, Profile, ShapeRange
-from starling.engine.bundle.manifest import FORMAT_VERSION, FileRecord, TensorSpec
+from starling.engine.bundle.file_records import FileRecord, TensorSpec
+from starling.engine.bundle.manifest import FORMAT_VERSION
 from starling.export.check.sample_texts import CALIBRATION
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.scoring_models import for_task

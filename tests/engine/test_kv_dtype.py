@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from starling.engine.backends.onnxruntime.cache_graph import graph_with_cache
 from starling.engine.backends.open_backend import open_backend
-from starling.engine.bundle.kv_dtype import with_kv_dtype
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
 from starling.engine.errors import BackendError, UserError
@@ -72,7 +71,7 @@ def _pytorch_logits(model: Path, ids: np.ndarray, kind: torch.dtype | None) -> n
 def test_logits_are_those_of_pytorch_with_keys_and_values_rounded(dtype: DType, model: Path, bundle: Bundle) -> None:
     ids = np.random.default_rng(1).integers(3, 32000, PROMPT + STEPS)
     rounded, exact = (_pytorch_logits(model, ids, kind) for kind in (TORCH[dtype], None))
-    backend = open_backend(with_kv_dtype(bundle, dtype), name="onnxruntime-cpu", max_seq=64, threads=1)
+    backend = open_backend(bundle.with_kv_dtype(dtype), name="onnxruntime-cpu", max_seq=64, threads=1)
     backend.prefill(0, ids[:PROMPT], 0)
     found = np.stack([backend.decode([int(ids[at])], [at]).logits()[0].copy() for at in range(PROMPT, PROMPT + STEPS)])
     backend.close()
@@ -112,7 +111,7 @@ def test_only_the_cache_of_the_graph_has_another_type(bundle: Bundle) -> None:
 
 def test_what_cannot_have_another_type_is_refused(bundle: Bundle, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"kv_dtype 'fp61' is unknown.*fp16"):
-        with_kv_dtype(bundle, "fp61")  # type: ignore[arg-type]
+        bundle.with_kv_dtype("fp61")  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="not that of the CPU kernels"):  # ONNX Runtime's own attention
         graph_with_cache(bundle.graph_path, onnx.TensorProto.FLOAT16)
     torn = tmp_path / "torn.onnx"
@@ -127,4 +126,4 @@ def test_what_cannot_have_another_type_is_refused(bundle: Bundle, tiny_checkpoin
 def test_where_the_kernels_do_not_run_the_line_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
     with pytest.raises(BackendError, match=r"its KV cache stays float32 without CPU kernels: .*: leave kv_dtype out"):
-        open_backend(with_kv_dtype(bundle, "fp16"), name="onnxruntime-cpu", max_seq=64)
+        open_backend(bundle.with_kv_dtype("fp16"), name="onnxruntime-cpu", max_seq=64)

@@ -16,7 +16,8 @@ import pytest
 from starling.engine.backends.onnxruntime.onnxruntime_backend import OrtBackend
 from starling.engine.backends.onnxruntime.step_buffers import StepOutputs
 from starling.engine.backends.open_backend import open_backend
-from starling.engine.bundle.manifest import Bundle, TensorSpec
+from starling.engine.bundle.file_records import TensorSpec
+from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError, UserError
 from starling.engine.host import default_threads
 from starling.export.checkpoints.checkpoint import Checkpoint

@@ -41,7 +41,11 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
         ("engine.batching.serving_stats", "ServingStats"),
     ],
     "Bundles": [
-        *(("engine", "Bundle"), ("engine.bundle.manifest", "Architecture"), ("engine.bundle.manifest", "Quantization")),
+        *(
+            ("engine", "Bundle"),
+            ("engine.bundle.model_records", "Architecture"),
+            ("engine.bundle.model_records", "Quantization"),
+        ),
     ],
     "Exporting": [
         ("export.checkpoints.model_source", "open_checkpoint"),

@@ -27,7 +27,8 @@ from starling.engine.backends.tensorrt.run import open_tensorrt as opening
 from starling.engine.backends.tensorrt.run.select_engine import Wanted
 from starling.engine.backends.tensorrt.run.tensorrt_backend import TensorRTBackend
 from starling.engine.backends.tensorrt.runtimes import Library
-from starling.engine.bundle.manifest import Bundle, FileRecord
+from starling.engine.bundle.file_records import FileRecord
+from starling.engine.bundle.manifest import Bundle
 from starling.engine.names import TEMPERATURE, TOP_K, TOP_P
 from starling.engine.onnx_bytes import read_nodes
 

@@ -10,7 +10,6 @@ from typing import Any
 from starling.engine.backends.onnxruntime.cache_graph import graph_with_cache
 from starling.engine.backends.onnxruntime.huge_pages import huge_pages
 from starling.engine.backends.onnxruntime.step_buffers import ONNX_TYPES, first_line
-from starling.engine.bundle.kv_dtype import exported_kv_dtype, has_other_kv_dtype
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.installation import install_command
@@ -50,9 +49,8 @@ def open_cpu_session(bundle: Bundle, threads: int, profile_prefix: Path | None =
     path = bundle.reference_path if kernels is None else bundle.folder / str(bundle.kernel_graph)
     options = _options(ort, bundle, threads, kernels, profile_prefix)
     graph: str | bytes = str(path)
-    if has_other_kv_dtype(bundle):
+    if (kind := bundle.replaced_kv_dtype) is not None:
         if kernels is None:
-            kind = exported_kv_dtype(bundle)
             raise BackendError(f"{bundle.folder}: its KV cache stays {kind} {note}: leave kv_dtype out")
         graph = graph_with_cache(path, ONNX_TYPES[bundle.kv_cache.dtype])
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))

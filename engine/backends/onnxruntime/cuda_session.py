@@ -13,7 +13,7 @@ from starling.engine.backends.cuda.cuda_device import Device
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.token_sampler import SamplingKernel, check_sampling, sampling_kernel
 from starling.engine.backends.onnxruntime.step_buffers import first_line
-from starling.engine.bundle.manifest import CudaKernels
+from starling.engine.bundle.file_records import CudaKernels
 from starling.engine.errors import BackendError
 from starling.engine.host import cache_folder
 from starling.engine.kernels.cuda.compiler import CompilationError

@@ -32,7 +32,6 @@ from starling.engine.backends.onnxruntime.step_buffers import (
     allocate_cache,
     logits_kind,
 )
-from starling.engine.bundle.kv_dtype import exported_kv_dtype, has_other_kv_dtype
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.errors import BackendError
 from starling.engine.installation import install_command
@@ -49,8 +48,8 @@ def why_not_on_cuda(ort: Any, bundle: Bundle) -> str | None:
     refused = f"{bundle.folder}: ONNX Runtime's {CUDA} cannot run this bundle: "
     if bundle.dialect != "ort":
         return f"{refused}it runs the {bundle.dialect} dialect as the CPU's reference only: export with --dialect ort"
-    if has_other_kv_dtype(bundle):
-        return f"{refused}its KV cache stays {exported_kv_dtype(bundle)} there: leave kv_dtype out"
+    if (kind := bundle.replaced_kv_dtype) is not None:
+        return f"{refused}its KV cache stays {kind} there: leave kv_dtype out"
     if bundle.dtype == "fp32":
         return f"{refused}fp32 attention has no CUDA kernel: export with --dtype fp16, or use the CPU"
     return None

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starling.engine.bundle.bounds import MOST_OF_ARCHITECTURE
+from starling.engine.bundle.file_records import FileRecord, TensorSpec
 from starling.engine.bundle.json_fields import MOST, JsonFields
-from starling.engine.bundle.manifest import Bundle, FileRecord, TensorSpec
+from starling.engine.bundle.manifest import Bundle
+from starling.engine.bundle.model_records import MOST_OF_ARCHITECTURE
 from starling.engine.errors import PlanError
 
 FORMAT = "starling-engine-plan"

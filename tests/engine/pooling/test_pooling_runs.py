@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_scorers import texts
 
-from starling.engine.bundle.manifest import Pooling
+from starling.engine.bundle.model_records import Pooling
 from starling.engine.engine import Engine
 from starling.engine.errors import BackendError, PromptError, UserError
 from starling.engine.pooling.runs import next_group

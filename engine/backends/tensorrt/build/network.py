@@ -9,7 +9,7 @@ from typing import Any
 
 from starling.engine.backends.tensorrt.build.graph_edits import drop_draws, drop_window_masks, set_dimension
 from starling.engine.backends.tensorrt.runtimes import Library, inputs_of, layers_of, outputs_of
-from starling.engine.bundle.manifest import TensorSpec
+from starling.engine.bundle.file_records import TensorSpec
 from starling.engine.errors import BuildError
 from starling.engine.onnx_bytes import external_files
 from starling.engine.untrusted_files import is_file_name

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from starling.engine.backends.tensorrt.engine_folder import FOLDER
 from starling.engine.backends.tensorrt.plan_record import EngineRecord
-from starling.engine.bundle.manifest import FileRecord
+from starling.engine.bundle.file_records import FileRecord
 from starling.engine.errors import BuildError, UserError
 from starling.engine.file_locks import try_lock
 from starling.engine.untrusted_files import is_file_name
