@@ -80,7 +80,7 @@ def engine_on_cuda(
 
 def runs(backend: OrtCudaBackend) -> list[str]:
     """What the session ran, by the names of CUDA graphs; -1 outside of one."""
-    ran: list[str] = backend._session.runs
+    ran: list[str] = backend._runs.session.runs
     return ran
 
 

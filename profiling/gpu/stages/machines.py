@@ -66,31 +66,19 @@ class CudaMachine:
         kernels: bool = False,
         settings: Mapping[str, str] | None = None,
     ) -> Any:
-        from starling.engine.backends.cuda.cuda_device import CudaDevice
-        from starling.engine.backends.cuda.cuda_runtime import CudaRuntime
         from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
-        from starling.engine.backends.onnxruntime.cuda_session import check_starts, load_cuda, open_sampling
-        from starling.engine.backends.onnxruntime.onnxruntime_cuda import OrtCudaBackend
+        from starling.engine.backends.onnxruntime.onnxruntime_cuda import open_cuda
 
-        ort = import_onnxruntime()
-        load_cuda(ort)
-        check_starts(ort)
-        device = CudaDevice(CudaRuntime())
-        sampling, note = open_sampling(device, bundle.kv_cache.dtype)
-        backend = OrtCudaBackend(
-            ort,
+        return open_cuda(
+            import_onnxruntime(),
             bundle,
-            device,
             max_seq=positions,
             max_batch=rows,
             prefill_chunk=chunk,
             capture=capture,
             kernels=kernels,
             settings=settings,
-            sampling=sampling,
         )
-        backend.kernels_note = backend.kernels_note or note
-        return backend
 
     def fill_cache_with_nan(self, backend: Any, rows: int) -> None:
         memory = backend._memory
