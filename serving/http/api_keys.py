@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from starling.engine.errors import UserError
 from starling.serving.api.api_errors import unauthorized
-from starling.serving.http.answer import Refusal
+from starling.serving.http.body import Refusal
+from starling.serving.http.request_log import request_trace
 
 LOGGER = logging.getLogger("starling.serve")
 
@@ -71,10 +72,6 @@ def _check_mode(file: Path, mode: int) -> None:
         LOGGER.warning(f"--api-key-file {file} can be read by every user of this machine: chmod 600 {file}")
 
 
-#: Where the scope of a request has the digest of its key.
-_OWNER = "starling.owner"
-
-
 class ApiKeyGuard:
     """Lets requests pass that bear one of the keys; several make it possible to change them without a gap."""
 
@@ -90,19 +87,13 @@ class ApiKeyGuard:
             if not self._allows(scheme, digest):
                 await Refusal(unauthorized())(scope, receive, send)
                 return
-            scope[_OWNER] = digest.hex()
+            request_trace(scope).owner = digest.hex()
         await self._app(scope, receive, send)
 
     def _allows(self, scheme: bytes, digest: bytes) -> bool:
         # Every key is compared, and digests are of one length: the time says nothing about how near a guess came.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
-
-
-def owner_of(scope: Scope) -> str:
-    """Stands for the API key that a request bears, and does not tell it; "" where nobody is asked for one."""
-    owner: str = scope.get(_OWNER, "")
-    return owner
 
 
 def _authorization(scope: Scope) -> bytes:

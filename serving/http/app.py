@@ -19,9 +19,9 @@ from starling.engine.errors import shown
 from starling.serving.api.api_errors import ApiError, shutting_down, unexpected
 from starling.serving.api.fields import json_object
 from starling.serving.api.replies import ChatReply, CompletionReply, Reply
-from starling.serving.http.answer import Answer, Refusal
-from starling.serving.http.api_keys import ApiKeyGuard, owner_of
-from starling.serving.http.body import read_body
+from starling.serving.http.answer import Answer
+from starling.serving.http.api_keys import ApiKeyGuard
+from starling.serving.http.body import Refusal, read_body
 from starling.serving.http.host_guard import ANY, HostGuard
 from starling.serving.http.request_bodies import ApiRequest, Limits, chat_request, completion_request
 from starling.serving.http.request_log import RequestLog, request_trace
@@ -124,17 +124,18 @@ class _Endpoints:
     async def _answer(
         self, request: Request, read: Callable[[Mapping[str, Any], Limits], ApiRequest], form: type[Reply]
     ) -> Answer:
-        service = self._served.generator
+        service, trace = self._served.generating, request_trace(request.scope)
+        if service is None:
+            raise self._served.no_generator()
         if service.draining:
             raise shutting_down()
         body = await read_body(request, self._max_body)
-        owner = owner_of(request.scope)
+        limits = service.limits
         submitted = await service.start(
-            lambda: read(json_object(body), service.limits).of_owner(owner, isolate=service.limits.isolate),
-            request_trace(request.scope).id,
+            lambda: read(json_object(body), limits).of_owner(trace.owner, isolate=limits.isolate), trace.id
         )
         wanted = submitted.request
-        request_trace(request.scope).note_ignored(wanted.ignored)
+        trace.note_ignored(wanted.ignored)
         reply = form(wanted.model, service.texts, stream=wanted.stream, with_usage=wanted.include_usage)
         return Answer(service, submitted, reply, self._served.scoring)
 

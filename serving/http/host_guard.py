@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from starling.engine.errors import shown
 from starling.serving.api.api_errors import ApiError
-from starling.serving.http.answer import Refusal
+from starling.serving.http.body import Refusal
 
 #: Any name passes.
 ANY = "*"

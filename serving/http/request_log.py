@@ -45,6 +45,8 @@ class RequestTrace:
     def __init__(self, scope: Scope) -> None:
         self._scope, self._begin = scope, perf_counter()
         self.id = _request_id(scope)
+        #: Stands for the API key that it bears, and does not tell it; "" where nobody is asked for one.
+        self.owner = ""
         self.status = 0
         #: Whether the whole response has been handed over for sending.
         self.complete = False

@@ -17,8 +17,7 @@ from starlette.routing import Route
 from starling.engine.names import Task
 from starling.serving.api.api_errors import bad_field
 from starling.serving.api.fields import json_object
-from starling.serving.http.answer import json_bytes
-from starling.serving.http.body import read_body
+from starling.serving.http.body import json_bytes, read_body
 from starling.serving.http.request_log import request_trace
 from starling.serving.http.scoring_bodies import (
     Reader,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from starling.serving.api.api_errors import ApiError
 from starling.serving.http.scoring_service import ScoringService, no_such_model
 from starling.serving.http.service import Service
 from starling.serving.metrics.prometheus import export_metrics
@@ -16,14 +17,11 @@ class Served:
     generating: Service | None
     scoring: ScoringService | None
 
-    @property
-    def generator(self) -> Service:
-        """The model that generates. Raises ApiError where there is none."""
-        if self.generating is None:
-            assert self.scoring is not None
-            task = self.scoring.engine.bundle.task
-            raise no_such_model(f"no model here generates text: {self.scoring.models[0]} is for the task {task}")
-        return self.generating
+    def no_generator(self) -> ApiError:
+        """For a request to generate, where no model does."""
+        assert self.scoring is not None
+        task = self.scoring.engine.bundle.task
+        return no_such_model(f"no model here generates text: {self.scoring.models[0]} is for the task {task}")
 
     @property
     def models(self) -> dict[str, int]:
