@@ -6,8 +6,9 @@ of `speculation`: the target chooses each token itself, and a draft only says ho
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
@@ -16,83 +17,118 @@ from starling.engine.backends.backend import Backend, RowPart
 from starling.engine.batching.prefix_store import PrefixStore
 from starling.engine.batching.request import Request
 from starling.engine.batching.step_costs import LEAST_GAIN, NEWEST, OUTLIER, StepCosts
-from starling.engine.errors import BackendError
 from starling.engine.generation.prompts import common_prefix
-
-LOGGER = logging.getLogger(__name__)
 
 #: Tokens of a draft at most.
 MOST = 8
 #: How likely a drafted token is right before anything is known, and how much of the past counts at the next draft.
 ASSUMED, KEPT = 0.7, 0.85
 #: How much of the way back to what is assumed a row's chance goes with each token that is not drafted: so that a row
-#: that was given up is tried again, about every hundredth token.
-RECOVERED = 0.01
+#: that was given up is tried again, about every hundredth token. What is known of all rows goes back slower.
+RECOVERED, ALL_RECOVERED = 0.01, 0.001
+#: How much of a cost is forgotten with each step that drafts nothing because of it.
+RELAXED = 0.002
 #: Tokens of a row with which a run takes as long as with one.
 FEW = 2
+#: Tokens over which the cost of what a row lacks is spread, if so many are still to come.
+HORIZON = 64
+#: What rows lack is written in runs of so many tokens at least and at most. Beside other rows a step has time for it
+#: as long as this share of a quiet one is not used up.
+LEAST_CAUGHT_UP, MOST_CAUGHT_UP, CATCH_UP = 16, 512, 0.25
+
+
+@dataclass(slots=True)
+class DraftedRow:
+    """What a row of the draft's own cache holds, and how likely its next drafted token is right."""
+
+    chance: float = ASSUMED
+    #: Tokens whose keys and values it holds, from its beginning; the first `right` of them are the request's own.
+    held: list[int] = field(default_factory=list)
+    right: int = 0
+
+    def hold(self, tokens: Sequence[int]) -> None:
+        """It holds these tokens, which are a request's own."""
+        self.held, self.right = list(tokens), len(tokens)
+
+    def lacks(self, request: Request) -> int:
+        """How many of the request's tokens it does not hold, the newest among them.
+
+        What was drafted and not taken is dropped: it is written over.
+        """
+        sequence, held, right = request.sequence, self.held, self.right
+        prompt, tokens = sequence.prompt, sequence.tokens
+        first, length = len(prompt), len(prompt) + len(tokens)
+        while right < min(len(held), length - 1) and held[right] == (
+            prompt[right] if right < first else tokens[right - first]
+        ):
+            right += 1
+        del held[right:]
+        self.right = right
+        return length - right
+
+    def missing(self, request: Request) -> list[int]:
+        """Those tokens."""
+        right = self.right
+        prompt, tokens = request.sequence.prompt, request.sequence.tokens
+        return [*prompt[right:], *tokens[max(right - len(prompt), 0) :]]
 
 
 class DraftModel:
-    """A backend whose rows are those of the target's, each with what it holds. One thread uses it."""
+    """A backend whose rows are those of the target's, each with what it holds. One thread uses it.
+
+    A row holds nothing before it is first drafted for: where drafts do not pay, none of this runs.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         #: Known prefixes in its own cache; set by whoever keeps those of the target.
         self.prefixes: PrefixStore | None = None
-        #: Tokens whose keys and values each row holds, from its beginning.
-        self._held: list[list[int]] = [[] for _ in range(backend.max_batch)]
-        #: How likely the next drafted token of each row is right.
-        self._chances = [ASSUMED] * backend.max_batch
-        #: Seconds of one run that drafts a token for so many rows.
+        self._rows = [DraftedRow() for _ in range(backend.max_batch)]
+        #: How likely a drafted token is right in a row of which nothing is known.
+        self._usual = ASSUMED
+        #: Seconds of one run that drafts a token for so many rows, and of one token that a row lacked.
         self._run_s: dict[int, float] = {}
+        self._lacked_s = 0.0
 
     def begin(self, request: Request, source: Request | None) -> None:
         """A request got a row; `source` is another one whose prompt it shares."""
-        row, prompt = request.row, request.sequence.prompt
-        self._chances[row] = ASSUMED
-        held = self._held[row]
-        del held[common_prefix(held, prompt) :]
+        row, prompt = self._rows[request.row], request.sequence.prompt
+        row.chance = self._usual
+        row.hold(prompt[: common_prefix(row.held, prompt)])
         if self.prefixes is None:
             return
-        if source is not None:
-            shared = common_prefix(self._held[source.row], prompt)
-            self.prefixes.copies.fork(source.row, row, shared)
-            self._held[row] = list(prompt[:shared])
-        elif self.prefixes.known(request) > len(held):
-            self._held[row] = list(prompt[: self.prefixes.load(request)])
-
-    def follow(self, request: Request, written: int) -> None:
-        """The target's row holds so many tokens of the prompt: so does this one's from now on, if it does not fail."""
-        held, prompt = self._held[request.row], request.sequence.prompt
-        if len(held) >= written:
-            return
-        try:
-            self.backend.prefill(request.row, np.array(prompt[len(held) : written], np.int64), len(held))
-        except BackendError as error:
-            LOGGER.warning("the draft model has failed with a prompt, whose request goes on: %s", error)
-            self.forget()
-        else:
-            held.extend(prompt[len(held) : written])
+        shared = 0 if source is None else common_prefix(self._rows[source.row].held, prompt)
+        if source is not None and shared > len(row.held):
+            self.prefixes.copies.fork(source.row, request.row, shared)
+            row.hold(prompt[:shared])
+        elif self.prefixes.known(request) > len(row.held):
+            row.hold(prompt[: self.prefixes.load(request)])
 
     def end(self, request: Request) -> None:
         """The request leaves its row."""
         if self.prefixes is not None:
-            held, known = self._held[request.row], request.sequence.cached_ids()
+            held, known = self._rows[request.row].held, request.sequence.cached_ids()
             self.prefixes.save(known[: common_prefix(held, known)], request)
 
     def forget(self) -> None:
         """Nothing is known of what the rows hold: a run has failed."""
-        for held in self._held:
-            held.clear()
+        for row in self._rows:
+            row.hold(())
 
     def lengths(self, requests: Sequence[Request], costs: StepCosts, most: int) -> list[int]:
         """How many tokens to draft for each request, `most` together: as many as make the tokens of a second more."""
         rooms = [request.sequence.limit - len(request.sequence.tokens) - 1 for request in requests]
-        chances = [self._chances[request.row] for request in requests]
-        lengths = draft_lengths(chances, rooms, costs, most, self._run_seconds(len(requests)))
-        if not any(lengths):
-            for rows in self._run_s:  # so that it is tried again
-                self._run_s[rows] *= 1 - RECOVERED
+        rows = [self._rows[request.row] for request in requests]
+        entries = [
+            self._lacked_s * to_write(row.lacks(request)) / max(1, min(room, HORIZON))
+            for request, row, room in zip(requests, rows, rooms, strict=True)
+        ]
+        chances = [row.chance for row in rows]
+        lengths = draft_lengths(chances, rooms, costs, most, self._run_seconds, entries)
+        if not any(lengths):  # so that it is tried again
+            costs.drafts.relax(RELAXED)
+            for count in self._run_s:
+                self._run_s[count] *= 1 - RELAXED
         return lengths
 
     def _run_seconds(self, rows: int) -> float:
@@ -103,29 +139,33 @@ class DraftModel:
 
     def judge(self, request: Request, drafted: int, accepted: int) -> None:
         """Of so many drafted tokens the target chose the first `accepted` itself; of none a little is forgotten."""
-        row = request.row
+        row = self._rows[request.row]
         if not drafted:
-            self._chances[row] += RECOVERED * (ASSUMED - self._chances[row])
+            row.chance += RECOVERED * (ASSUMED - row.chance)
+            self._usual += ALL_RECOVERED * (ASSUMED - self._usual)
         for number in range(min(accepted + 1, drafted)):
-            self._chances[row] = KEPT * self._chances[row] + (1 - KEPT) * (number < accepted)
+            row.chance = KEPT * row.chance + (1 - KEPT) * (number < accepted)
+            self._usual = KEPT * self._usual + (1 - KEPT) * (number < accepted)
 
-    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int], quiet_s: float) -> list[list[int]]:
         """Tokens that are likely to come, so many for each request at most: one run for each further token.
 
-        Raises BackendError as the backend does; what the rows hold is forgotten then.
+        A row that lacks much is written first, in pieces where others wait for a step of `quiet_s` seconds, and drafted
+        for when it lacks nothing more. Raises BackendError as the backend does; what the rows hold is forgotten then.
         """
         drafts: list[list[int]] = [[] for _ in requests]
-        parts = [self._missing(request) for request in requests]
         try:
+            parts = self._catch_up(requests, lengths, quiet_s)
             for ahead in range(max(lengths, default=0)):
-                drafting = [i for i, length in enumerate(lengths) if length > ahead and len(drafts[i]) == ahead]
-                begin, is_even = perf_counter(), all(len(parts[i].tokens) <= FEW for i in drafting)
+                drafting = [i for i in parts if lengths[i] > ahead and len(drafts[i]) == ahead]
+                if not drafting:
+                    break
+                begin = perf_counter()
                 chosen = self._run([parts[i] for i in drafting])
-                if is_even:
-                    self._took(len(requests), perf_counter() - begin)
+                self._took(len(drafting), perf_counter() - begin)
                 for i, token in zip(drafting, chosen, strict=True):
                     row, start, tokens = parts[i]
-                    self._held[row] += tokens
+                    self._rows[row].held += tokens
                     if token >= 0:
                         drafts[i].append(token)
                         parts[i] = RowPart(row, start + len(tokens), [token])
@@ -134,21 +174,34 @@ class DraftModel:
             raise
         return drafts
 
+    def _catch_up(self, requests: Sequence[Request], lengths: Sequence[int], quiet_s: float) -> dict[int, RowPart]:
+        """Write what the rows to be drafted for lack, as far as there is time.
+
+        What is left of each that lacks no more, by its number in `requests`: for the run that drafts its first token.
+        """
+        left = math.inf if len(requests) == 1 else CATCH_UP * quiet_s
+        parts = {}
+        for i, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+            if not length:
+                continue
+            row = self._rows[request.row]
+            count, missing = to_write(row.lacks(request)), row.missing(request)
+            if count and left > 0:
+                fits = left / self._lacked_s if self._lacked_s else 0.0
+                written = missing[: min(count, int(min(max(fits, LEAST_CAUGHT_UP), MOST_CAUGHT_UP)))]
+                begin = perf_counter()
+                self.backend.prefill(request.row, np.array(written, np.int64), len(row.held))
+                seconds = perf_counter() - begin
+                row.held += written
+                self._lacked_s += (seconds / len(written) - self._lacked_s) * (NEWEST if self._lacked_s else 1)
+                left, count, missing = left - seconds, count - len(written), missing[len(written) :]
+            if not count:
+                parts[i] = RowPart(request.row, len(row.held), missing)
+        return parts
+
     def _took(self, rows: int, seconds: float) -> None:
         before = self._run_s.setdefault(rows, seconds)
         self._run_s[rows] = before + NEWEST * (min(seconds, OUTLIER * before) - before)
-
-    def _missing(self, request: Request) -> RowPart:
-        """What the request's row does not hold yet, the newest token among it."""
-        sequence, held = request.sequence, self._held[request.row]
-        prompt, tokens = sequence.prompt, sequence.tokens
-        # What was drafted before the newest token and not taken is written over.
-        first, right = len(prompt), len(prompt)
-        while right < len(held) and right - first < len(tokens) - 1 and held[right] == tokens[right - first]:
-            right += 1
-        del held[right:]
-        start = len(held)
-        return RowPart(request.row, start, [*prompt[start:], *tokens[max(start - first, 0) :]])
 
     def _run(self, parts: list[RowPart]) -> list[int]:
         """The likeliest token after each part; -1 where its logits are not finite."""
@@ -162,13 +215,24 @@ class DraftModel:
         return [backend.prefill(row, np.array(tokens, np.int64), start).tokens()[-1] for row, start, tokens in parts]
 
 
+def to_write(missing: int) -> int:
+    """How many of a row's missing tokens must be written before the run that drafts, which takes the rest."""
+    return 0 if missing <= FEW else missing - 1
+
+
 def draft_lengths(
-    chances: Sequence[float], rooms: Sequence[int], costs: StepCosts, most: int, run_s: float
+    chances: Sequence[float],
+    rooms: Sequence[int],
+    costs: StepCosts,
+    most: int,
+    run_s: Callable[[int], float],
+    entries: Sequence[float],
 ) -> list[int]:
     """How many tokens to draft for each row, `most` together and `rooms` of each.
 
-    `chances` say how likely the next token of a row is right; each further token of all rows takes one run of the draft
-    of `run_s` seconds, and each token what verifying it adds to a step.
+    `chances` say how likely the next token of a row is right; each further token takes one run of the draft, of
+    `run_s(n)` seconds for the n rows that get one, and each token what verifying it adds to a step. A row's first token
+    takes its `entries` seconds as well.
     """
     lengths, quiet = [0] * len(chances), costs.quiet_s(len(chances))
     if quiet is None:
@@ -177,11 +241,15 @@ def draft_lengths(
     expected, seconds = float(len(chances)), quiet + costs.drafts.base(0.0)
     best, chosen = LEAST_GAIN * len(chances) / quiet, list(lengths)
     for ahead in range(1, MOST + 1):
-        seconds += run_s
+        rows = 0
         for row, chance in enumerate(chances):
+            adds = slope + (entries[row] if ahead == 1 else 0.0)
             is_open = lengths[row] == ahead - 1 and ahead <= rooms[row] and sum(lengths) < most
-            if is_open and chance**ahead * seconds > slope * expected:
-                lengths[row], expected, seconds = ahead, expected + chance**ahead, seconds + slope
+            if is_open and chance**ahead * seconds > adds * expected:
+                lengths[row], expected, seconds, rows = ahead, expected + chance**ahead, seconds + adds, rows + 1
+        if not rows:
+            break
+        seconds += run_s(rows)
         if expected / seconds > best:
             best, chosen = expected / seconds, list(lengths)
     return chosen

@@ -120,8 +120,6 @@ class Prefills:
         request, sequence, is_last = piece.request, piece.request.sequence, piece.is_last
         request.written += piece.tokens
         self._counters.prompt_tokens += piece.tokens
-        if self._draft_model is not None:
-            self._draft_model.follow(request, request.written)
         if is_last:
             if request.group is not None:
                 request.group.keep(token, logits)

@@ -65,7 +65,7 @@ def model_drafts(requests: Sequence[Request], costs: StepCosts, most: int, draft
     lengths, drafts = draft.lengths(requests, costs, most), [list[int]() for _ in requests]
     try:
         if any(lengths):
-            drafts = draft.draft(requests, lengths)
+            drafts = draft.draft(requests, lengths, costs.quiet_s(len(requests)) or 0.0)
     except BackendError as error:
         LOGGER.warning("the draft model has failed, and a step goes without it: %s", error)
     for request, tokens, length in zip(requests, drafts, lengths, strict=True):

@@ -73,9 +73,9 @@ class ExtraCost:
         found = np.linalg.solve(self._squares + INERTIA, self._products + INERTIA @ self._found)
         self._found = np.maximum(found, 0.0)
 
-    def relax(self) -> None:
+    def relax(self, share: float = RELAXED) -> None:
         """Nothing was tried because of what this says: it becomes a little less, so that it is tried again."""
-        self._found *= 1 - RELAXED
+        self._found *= 1 - share
 
     def fitting(self, seconds: float, position: float) -> int:
         """The most tokens that are likely to add at most so much; at most twice as many as were observed of late,

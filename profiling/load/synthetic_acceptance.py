@@ -47,15 +47,12 @@ class KnownAnswers(DraftModel):
     def begin(self, request: Request, source: Request | None) -> None:
         """Nothing is in a cache."""
 
-    def follow(self, request: Request, written: int) -> None:
-        """Nothing is in a cache."""
-
     def lengths(self, requests: Sequence[Request], costs: StepCosts, most: int) -> list[int]:
         """The given length, as far as the answers go."""
         each = min(self.length, most // len(requests))
         return [max(0, min(each, one.sequence.limit - len(one.sequence.tokens) - 1)) for one in requests]
 
-    def draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[list[int]]:
+    def draft(self, requests: Sequence[Request], lengths: Sequence[int], quiet_s: float) -> list[list[int]]:
         """The next tokens of each answer, some of them replaced."""
         end = perf_counter() + self.token_s * max(lengths)
         drafts = []

@@ -170,23 +170,23 @@ class TestLengths:
     """How long drafts are, from what steps took."""
 
     def test_better_chances_make_longer_drafts(self) -> None:
-        lengths = [draft_lengths([chance], [50], costs(), 16, 0.004)[0] for chance in (0.1, 0.5, 0.7, 0.95)]
+        lengths = [draft_lengths([chance], [50], costs(), 16, lambda _: 0.004, [0.0])[0] for chance in (0.1, 0.5, 0.7, 0.95)]
         assert lengths == sorted(lengths)
         assert (lengths[0], lengths[-1]) == (0, MOST)
 
     def test_a_draft_that_costs_what_a_step_does_is_not_run(self) -> None:
-        assert draft_lengths([0.9], [50], costs(), 16, 0.02) == [0]
+        assert draft_lengths([0.9], [50], costs(), 16, lambda _: 0.02, [0.0]) == [0]
 
     def test_each_row_by_its_own_chances(self) -> None:
-        lengths = draft_lengths([0.95, 0.2], [50, 50], costs(rows=2), 32, 0.002)
+        lengths = draft_lengths([0.95, 0.2], [50, 50], costs(rows=2), 32, lambda _: 0.002, [0.0, 0.0])
         assert lengths[0] > 3
         assert lengths[1] <= 1
 
     def test_a_full_batch_where_verifying_costs_more_than_it_gains_is_left_alone(self) -> None:
-        assert sum(draft_lengths([0.6] * 8, [50] * 8, costs(quiet=0.02, drafted=0.002, rows=8), 56, 0.003)) == 0
+        assert sum(draft_lengths([0.6] * 8, [50] * 8, costs(quiet=0.02, drafted=0.002, rows=8), 56, lambda _: 0.003, [0.0] * 8)) == 0
 
     def test_room_and_the_most_of_a_run_are_kept(self) -> None:
-        lengths = draft_lengths([0.95, 0.95, 0.95], [2, 0, 50], costs(rows=3), 5, 0.0)
+        lengths = draft_lengths([0.95, 0.95, 0.95], [2, 0, 50], costs(rows=3), 5, lambda _: 0.0, [0.0] * 3)
         assert lengths[0] <= 2
         assert lengths[1] == 0
         assert sum(lengths) <= 5
