@@ -33,7 +33,9 @@ def open_draft(
         raise UserError(
             f"{opened.folder}: the draft of {max_seq} positions has {most} itself: give --max-seq {most} or fewer"
         )
-    return DraftModel(open_backend(opened, name=backend, max_seq=max_seq, max_batch=max_batch, threads=threads))
+    return DraftModel(
+        open_backend(opened, name=backend, max_seq=max_seq, max_batch=max_batch, threads=threads, takes_turns=True)
+    )
 
 
 def check_draft(draft: Bundle, bundle: Bundle, tokenizer: Tokenizer | None = None) -> None:

@@ -78,7 +78,9 @@ class LoadedBundle:
             #: What runs the bundle, whatever it is for.
             self.model: Backend | PoolingBackend
             if self.bundle.task == "generate":
-                self.model = open_backend(self.bundle, name=backend, engine=engine, threads=threads, **sizes)
+                self.model = open_backend(
+                    self.bundle, name=backend, engine=engine, threads=threads, takes_turns=draft is not None, **sizes
+                )
             else:
                 self.model = open_pooling_backend(self.bundle, name=backend, threads=threads, **sizes)
             closing.callback(lambda: self.model.close())

@@ -20,6 +20,13 @@ class CacheSizes(TypedDict):
     prefill_chunk: int | None
 
 
+class CpuUse(TypedDict):
+    """How a backend on the CPU uses its cores, as of `open_backend`."""
+
+    threads: int
+    takes_turns: bool
+
+
 def open_backend(
     bundle: Bundle,
     *,
@@ -29,6 +36,7 @@ def open_backend(
     max_batch: int = 1,
     threads: int | None = None,
     prefill_chunk: int | None = None,
+    takes_turns: bool = False,
 ) -> Backend:
     """Load `bundle` on the backend called `name`, one of BACKENDS.
 
@@ -36,6 +44,8 @@ def open_backend(
     "onnxruntime" does, CUDA where it is installed and can run the bundle, else the CPU. `engine` names the TensorRT
     engine to take. `threads` is for the CPU (default: physical cores of this process); `prefill_chunk` is how many
     tokens one run prefills at most (default: PREFILL_CHUNK on the CPU, 2,048 on CUDA, the engine's most on TensorRT).
+    `takes_turns` says that another model runs between this one's runs: on the CPU its threads do not wait for
+    their next run by spinning.
 
     Raises BackendError when the backend is unknown, not installed, or cannot run the bundle on this machine, PlanError
     where no engine fits, UserError for a size below 1, and for a bundle that generates no text.
@@ -46,7 +56,8 @@ def open_backend(
     if any(size is not None and size < 1 for size in given.values()):
         raise UserError(f"{', '.join(f'{key}={size}' for key, size in given.items())}: each must be at least 1")
     sizes = CacheSizes(max_seq=max_seq, max_batch=max_batch, prefill_chunk=prefill_chunk)
-    backend = _open(bundle, name, engine, threads or default_threads(), sizes)
+    cpu = CpuUse(threads=threads or default_threads(), takes_turns=takes_turns)
+    backend = _open(bundle, name, engine, cpu, sizes)
     if threads is not None and backend.provider != "CPUExecutionProvider":
         backend.note = f"threads={threads} changes nothing: they are the CPU's, and {backend.provider} runs the bundle"
     return backend
@@ -82,7 +93,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def _open(bundle: Bundle, name: str, engine: str | None, threads: int, sizes: CacheSizes) -> Backend:
+def _open(bundle: Bundle, name: str, engine: str | None, cpu: CpuUse, sizes: CacheSizes) -> Backend:
     if name.startswith("tensorrt"):
         return _open_tensorrt(bundle, name, engine, sizes)
     note = None
@@ -95,7 +106,7 @@ def _open(bundle: Bundle, name: str, engine: str | None, threads: int, sizes: Ca
             note = f"ONNX Runtime runs the bundle's reference graph, since TensorRT cannot run here: {error}"
     elif engine is not None:
         raise UserError(_why_no_engine(bundle, name, engine))
-    return _open_onnxruntime(bundle, name, threads, note, sizes)
+    return _open_onnxruntime(bundle, name, cpu, note, sizes)
 
 
 def _why_no_engine(bundle: Bundle, name: str, engine: str) -> str:
@@ -113,7 +124,7 @@ def _open_tensorrt(bundle: Bundle, runtime: str | None, engine: str | None, size
     return open_tensorrt(bundle, runtime, engine=engine, **sizes)
 
 
-def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None, sizes: CacheSizes) -> Backend:
+def _open_onnxruntime(bundle: Bundle, name: str, cpu: CpuUse, note: str | None, sizes: CacheSizes) -> Backend:
     from starling.engine.backends.onnxruntime.cpu_session import import_onnxruntime
     from starling.engine.backends.onnxruntime.onnxruntime_backend import (
         OrtBackend,
@@ -137,10 +148,10 @@ def _open_onnxruntime(bundle: Bundle, name: str, threads: int, note: str | None,
     check_runs_on_cpu(bundle)
     backend = OrtBackend(
         bundle,
-        threads=threads,
         max_seq=sizes["max_seq"],
         max_batch=sizes["max_batch"],
         prefill_chunk=sizes["prefill_chunk"] or PREFILL_CHUNK,
+        **cpu,
     )
     backend.note = note
     return backend

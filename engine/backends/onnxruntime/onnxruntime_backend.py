@@ -101,10 +101,13 @@ class OrtBackend:
         max_batch: int,
         threads: int,
         prefill_chunk: int,
+        takes_turns: bool = False,
         profile_prefix: Path | None = None,
     ) -> None:
-        """With `profile_prefix` ONNX Runtime times every operator; `end_profiling` then gives the file."""
-        opened = open_cpu_session(bundle, threads, profile_prefix)
+        """`takes_turns` as of `open_cpu_session`. With `profile_prefix` ONNX Runtime times every operator;
+        `end_profiling` then gives the file.
+        """
+        opened = open_cpu_session(bundle, threads, takes_turns=takes_turns, profile_prefix=profile_prefix)
         self._session: Any = opened.session
         self.kernels, self.kernels_note = opened.kernels, opened.kernels_note
         #: The file that was loaded.

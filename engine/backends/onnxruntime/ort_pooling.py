@@ -28,7 +28,7 @@ class OrtPooling:
 
     def __init__(self, bundle: Bundle, *, threads: int, max_seq: int, max_batch: int) -> None:
         """Load the bundle, which scores or embeds. Raises BackendError where ONNX Runtime refuses its graph."""
-        opened = open_cpu_session(bundle, threads)
+        opened = open_cpu_session(bundle, threads, takes_turns=True)
         self._ort, self._session, self._bundle = opened.ort, opened.session, bundle
         self.kernels, self.kernels_note = opened.kernels, opened.kernels_note
         self.max_seq, self.max_batch, self.width = max_seq, max_batch, bundle.output_width
