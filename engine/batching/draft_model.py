@@ -179,7 +179,9 @@ class DraftModel:
 
         What is left of each that lacks no more, by its number in `requests`: for the run that drafts its first token.
         """
-        left = math.inf if len(requests) == 1 else CATCH_UP * quiet_s
+        left, least = CATCH_UP * quiet_s, LEAST_CAUGHT_UP
+        if len(requests) == 1:
+            left, least = math.inf, MOST_CAUGHT_UP
         parts = {}
         for i, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             if not length:
@@ -188,7 +190,7 @@ class DraftModel:
             count, missing = to_write(row.lacks(request)), row.missing(request)
             if count and left > 0:
                 fits = left / self._lacked_s if self._lacked_s else 0.0
-                written = missing[: min(count, int(min(max(fits, LEAST_CAUGHT_UP), MOST_CAUGHT_UP)))]
+                written = missing[: min(count, int(min(max(fits, least), MOST_CAUGHT_UP)))]
                 begin = perf_counter()
                 self.backend.prefill(request.row, np.array(written, np.int64), len(row.held))
                 seconds = perf_counter() - begin

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from starling.engine import Engine
+from starling.engine.backends.backend import Backend
 from starling.engine.batching.draft_model import MOST, DraftModel, draft_lengths
 from starling.engine.batching.step_costs import StepCosts
 from starling.engine.errors import BackendError, UserError
@@ -158,6 +159,49 @@ def test_a_draft_that_fails_costs_drafts_and_no_answer(engine: Engine, monkeypat
     assert sum(one.timings.accepted_tokens for one in again) > 20
 
 
+class Idle(DraftModel):
+    """Drafts for nothing."""
+
+    def lengths(self, requests, costs, most):  # type: ignore[no-untyped-def]
+        return [0] * len(requests)
+
+
+def test_a_row_is_written_when_it_is_drafted_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.draft is not None
+    backend, runs = engine.draft.backend, list[int]()
+    mix, prefill = backend.mix, backend.prefill
+
+    def counted(row, tokens, start):  # type: ignore[no-untyped-def]
+        runs.append(len(tokens))
+        return prefill(row, tokens, start)
+
+    monkeypatch.setattr(backend, "prefill", counted)
+    monkeypatch.setattr(backend, "mix", lambda parts, kept: runs.append(0) or mix(parts, kept))
+    monkeypatch.setattr(engine, "draft", Idle(backend))
+    plain = served(engine, GREEDY, "draft-model")
+    assert not runs
+    monkeypatch.setattr(engine, "draft", Eager(backend))
+    drafted = served(engine, GREEDY, "draft-model")
+    assert [one.tokens for one in drafted] == [one.tokens for one in plain]
+    assert sum(one.timings.accepted_tokens for one in drafted) > 20
+    assert min(length for length in runs if length) < len(PROMPTS[0])  # in pieces beside others
+    monkeypatch.setattr(engine, "draft", Eager(backend))
+    runs.clear()
+    engine.speculation = "draft-model"
+    engine.generate(PROMPTS[0], GREEDY)
+    assert runs[0] >= len(PROMPTS[0])  # alone at once
+
+
+def test_models_that_take_turns_do_not_spin(tiny_bundle: Path, int8_bundle: Path) -> None:
+    def stops(backend: Backend) -> str:
+        options = backend._session.get_session_options()  # type: ignore[attr-defined]
+        return str(options.get_session_config_entry("session.force_spinning_stop"))
+
+    with Engine(tiny_bundle, draft=int8_bundle, backend="onnxruntime-cpu", max_seq=64, threads=1) as engine:
+        assert engine.draft is not None
+        assert (stops(engine.backend), stops(engine.draft.backend)) == ("1", "1")
+
+
 def costs(*, quiet: float = 0.02, drafted: float = 0.001, rows: int = 1) -> StepCosts:
     made = StepCosts()
     made.decoded(rows, quiet, after_chunk=False)
@@ -170,7 +214,9 @@ class TestLengths:
     """How long drafts are, from what steps took."""
 
     def test_better_chances_make_longer_drafts(self) -> None:
-        lengths = [draft_lengths([chance], [50], costs(), 16, lambda _: 0.004, [0.0])[0] for chance in (0.1, 0.5, 0.7, 0.95)]
+        lengths = [
+            draft_lengths([chance], [50], costs(), 16, lambda _: 0.004, [0.0])[0] for chance in (0.1, 0.5, 0.7, 0.95)
+        ]
         assert lengths == sorted(lengths)
         assert (lengths[0], lengths[-1]) == (0, MOST)
 
@@ -183,7 +229,18 @@ class TestLengths:
         assert lengths[1] <= 1
 
     def test_a_full_batch_where_verifying_costs_more_than_it_gains_is_left_alone(self) -> None:
-        assert sum(draft_lengths([0.6] * 8, [50] * 8, costs(quiet=0.02, drafted=0.002, rows=8), 56, lambda _: 0.003, [0.0] * 8)) == 0
+        assert (
+            sum(
+                draft_lengths(
+                    [0.6] * 8, [50] * 8, costs(quiet=0.02, drafted=0.002, rows=8), 56, lambda _: 0.003, [0.0] * 8
+                )
+            )
+            == 0
+        )
+
+    def test_what_a_row_lacks_counts_with_its_first_token(self) -> None:
+        assert draft_lengths([0.9], [50], costs(), 16, lambda _: 0.004, [0.0])[0] > 2
+        assert draft_lengths([0.9], [50], costs(), 16, lambda _: 0.004, [0.05]) == [0]
 
     def test_room_and_the_most_of_a_run_are_kept(self) -> None:
         lengths = draft_lengths([0.95, 0.95, 0.95], [2, 0, 50], costs(rows=3), 5, lambda _: 0.0, [0.0] * 3)
