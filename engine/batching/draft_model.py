@@ -6,8 +6,7 @@ of `speculation`: the target chooses each token itself, and a draft only says ho
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -115,16 +114,22 @@ class DraftModel:
         for row in self._rows:
             row.hold(())
 
-    def lengths(self, requests: Sequence[Request], costs: StepCosts, most: int) -> list[int]:
-        """How many tokens to draft for each request, `most` together: as many as make the tokens of a second more."""
+    def lengths(
+        self, requests: Sequence[Request], costs: StepCosts, most: int, late: Collection[int] = ()
+    ) -> list[int]:
+        """How many tokens to draft for each request, `most` together: as many as make the tokens of a second more.
+
+        None for those whose numbers are `late`; what the others lack is written then, and costs nothing more.
+        """
         rooms = [request.sequence.limit - len(request.sequence.tokens) - 1 for request in requests]
         rows = [self._rows[request.row] for request in requests]
         entries = [
-            self._lacked_s * to_write(row.lacks(request)) / max(1, min(room, HORIZON))
+            0.0 if late else self._lacked_s * max(0, row.lacks(request) - FEW) / max(1, min(room, HORIZON))
             for request, row, room in zip(requests, rows, rooms, strict=True)
         ]
         chances = [row.chance for row in rows]
-        lengths = draft_lengths(chances, rooms, costs, most, self._run_seconds, entries)
+        ready = [0 if i in late else room for i, room in enumerate(rooms)]
+        lengths = draft_lengths(chances, ready, costs, most, self._run_seconds, entries)
         if not any(lengths):  # so that it is tried again
             costs.drafts.relax(RELAXED)
             for count in self._run_s:
@@ -147,63 +152,70 @@ class DraftModel:
             row.chance = KEPT * row.chance + (1 - KEPT) * (number < accepted)
             self._usual = KEPT * self._usual + (1 - KEPT) * (number < accepted)
 
-    def draft(self, requests: Sequence[Request], lengths: Sequence[int], quiet_s: float) -> list[list[int]]:
-        """Tokens that are likely to come, so many for each request at most: one run for each further token.
+    def draft(self, requests: Sequence[Request], costs: StepCosts, most: int) -> list[list[int]]:
+        """Tokens that are likely to come, for each request as many as pay: one run for each further token.
 
-        A row that lacks much is written first, in pieces where others wait for a step of `quiet_s` seconds, and drafted
-        for when it lacks nothing more. Raises BackendError as the backend does; what the rows hold is forgotten then.
+        What rows lack is written by the first run, in pieces where other rows wait for it; a row that lacks nothing
+        more is drafted for. Raises BackendError as the backend does; what the rows hold is forgotten then.
         """
         drafts: list[list[int]] = [[] for _ in requests]
+        lengths = self.lengths(requests, costs, most)
+        if not any(lengths):
+            return drafts
+        parts = self._first_parts(requests, lengths, costs.quiet_s(len(requests)) or 0.0)
+        late = {i for i, part in parts.items() if len(part.tokens) < self._rows[part.row].lacks(requests[i])}
+        if late:
+            lengths = self.lengths(requests, costs, most, late)
         try:
-            parts = self._catch_up(requests, lengths, quiet_s)
-            for ahead in range(max(lengths, default=0)):
-                drafting = [i for i in parts if lengths[i] > ahead and len(drafts[i]) == ahead]
-                if not drafting:
-                    break
+            ahead, running = 0, [i for i in parts if lengths[i] or i in late]
+            while running:
                 begin = perf_counter()
-                chosen = self._run([parts[i] for i in drafting])
-                self._took(len(drafting), perf_counter() - begin)
-                for i, token in zip(drafting, chosen, strict=True):
+                chosen = self._run([parts[i] for i in running])
+                self._took([len(parts[i].tokens) for i in running], perf_counter() - begin)
+                for i, token in zip(running, chosen, strict=True):
                     row, start, tokens = parts[i]
                     self._rows[row].held += tokens
-                    if token >= 0:
+                    if token >= 0 and i not in late:
                         drafts[i].append(token)
                         parts[i] = RowPart(row, start + len(tokens), [token])
+                ahead += 1
+                running = [i for i in running if len(drafts[i]) == ahead < lengths[i]]
         except Exception:
             self.forget()
             raise
         return drafts
 
-    def _catch_up(self, requests: Sequence[Request], lengths: Sequence[int], quiet_s: float) -> dict[int, RowPart]:
-        """Write what the rows to be drafted for lack, as far as there is time.
-
-        What is left of each that lacks no more, by its number in `requests`: for the run that drafts its first token.
-        """
-        left, least = CATCH_UP * quiet_s, LEAST_CAUGHT_UP
-        if len(requests) == 1:
-            left, least = math.inf, MOST_CAUGHT_UP
+    def _first_parts(self, requests: Sequence[Request], lengths: Sequence[int], quiet_s: float) -> dict[int, RowPart]:
+        """Of each request with a length what its row lacks, or as much of it as there is time for, by its number."""
+        left = MOST_CAUGHT_UP
+        if len(requests) > 1:
+            left = (
+                LEAST_CAUGHT_UP
+                if not self._lacked_s
+                else max(LEAST_CAUGHT_UP, int(CATCH_UP * quiet_s / self._lacked_s))
+            )
+            left = min(left, max(self.backend.most_mixed - FEW * len(requests), LEAST_CAUGHT_UP))
         parts = {}
-        for i, (request, length) in enumerate(zip(requests, lengths, strict=True)):
-            if not length:
-                continue
-            row = self._rows[request.row]
-            count, missing = to_write(row.lacks(request)), row.missing(request)
-            if count and left > 0:
-                fits = left / self._lacked_s if self._lacked_s else 0.0
-                written = missing[: min(count, int(min(max(fits, least), MOST_CAUGHT_UP)))]
-                begin = perf_counter()
-                self.backend.prefill(request.row, np.array(written, np.int64), len(row.held))
-                seconds = perf_counter() - begin
-                row.held += written
-                self._lacked_s += (seconds / len(written) - self._lacked_s) * (NEWEST if self._lacked_s else 1)
-                left, count, missing = left - seconds, count - len(written), missing[len(written) :]
-            if not count:
-                parts[i] = RowPart(request.row, len(row.held), missing)
+        rows = [self._rows[request.row] for request in requests]
+        lacking = sorted(
+            (row.lacks(request), i) for i, (row, request) in enumerate(zip(rows, requests, strict=True)) if lengths[i]
+        )
+        for lacks, i in lacking:
+            tokens = rows[i].missing(requests[i])[: lacks if lacks <= FEW else left]
+            left -= 0 if lacks <= FEW else len(tokens)
+            if tokens:
+                parts[i] = RowPart(requests[i].row, len(rows[i].held), tokens)
         return parts
 
-    def _took(self, rows: int, seconds: float) -> None:
-        before = self._run_s.setdefault(rows, seconds)
-        self._run_s[rows] = before + NEWEST * (min(seconds, OUTLIER * before) - before)
+    def _took(self, tokens: Sequence[int], seconds: float) -> None:
+        """A run of so many tokens of each row took so long."""
+        rows, more = len(tokens), sum(tokens) - len(tokens)
+        if max(tokens) > FEW:
+            each = max(0.0, seconds - self._run_seconds(rows)) / more
+            self._lacked_s += (each - self._lacked_s) * (NEWEST if self._lacked_s else 1)
+        else:
+            before = self._run_s.setdefault(rows, seconds)
+            self._run_s[rows] = before + NEWEST * (min(seconds, OUTLIER * before) - before)
 
     def _run(self, parts: list[RowPart]) -> list[int]:
         """The likeliest token after each part; -1 where its logits are not finite."""
@@ -215,11 +227,6 @@ class DraftModel:
             by_part = dict(zip(ordered, chosen, strict=True))
             return [by_part[i] for i in range(len(parts))]
         return [backend.prefill(row, np.array(tokens, np.int64), start).tokens()[-1] for row, start, tokens in parts]
-
-
-def to_write(missing: int) -> int:
-    """How many of a row's missing tokens must be written before the run that drafts, which takes the rest."""
-    return 0 if missing <= FEW else missing - 1
 
 
 def draft_lengths(

@@ -62,16 +62,15 @@ def model_drafts(requests: Sequence[Request], costs: StepCosts, most: int, draft
 
     None where it fails, which harms no answer.
     """
-    lengths, drafts = draft.lengths(requests, costs, most), [list[int]() for _ in requests]
+    drafts = [list[int]() for _ in requests]
     try:
-        if any(lengths):
-            drafts = draft.draft(requests, lengths, costs.quiet_s(len(requests)) or 0.0)
+        drafts = draft.draft(requests, costs, most)
     except BackendError as error:
         LOGGER.warning("the draft model has failed, and a step goes without it: %s", error)
-    for request, tokens, length in zip(requests, drafts, lengths, strict=True):
+    for request, tokens in zip(requests, drafts, strict=True):
         request.draft = tokens
         if request.sequence.grammar is not None:
-            request.draft, _ = request.sequence.grammar.draft(tokens, length)
+            request.draft, _ = request.sequence.grammar.draft(tokens, len(tokens))
         if not request.draft:
             draft.judge(request, 0, 0)
     return sum(len(request.draft) for request in requests)

@@ -47,19 +47,15 @@ class KnownAnswers(DraftModel):
     def begin(self, request: Request, source: Request | None) -> None:
         """Nothing is in a cache."""
 
-    def lengths(self, requests: Sequence[Request], costs: StepCosts, most: int) -> list[int]:
-        """The given length, as far as the answers go."""
-        each = min(self.length, most // len(requests))
-        return [max(0, min(each, one.sequence.limit - len(one.sequence.tokens) - 1)) for one in requests]
-
-    def draft(self, requests: Sequence[Request], lengths: Sequence[int], quiet_s: float) -> list[list[int]]:
-        """The next tokens of each answer, some of them replaced."""
-        end = perf_counter() + self.token_s * max(lengths)
+    def draft(self, requests: Sequence[Request], costs: StepCosts, most: int) -> list[list[int]]:
+        """The next tokens of each answer, of the given length as far as it goes, some of them replaced."""
         drafts = []
-        for request, length in zip(requests, lengths, strict=True):
-            done = len(request.sequence.tokens)
-            right = self._answers[request.sequence.prompt][done : done + length]
+        for request in requests:
+            done, each = len(request.sequence.tokens), min(self.length, most // len(requests))
+            rest = max(0, min(each, request.sequence.limit - done - 1))
+            right = self._answers[request.sequence.prompt][done : done + rest]
             drafts.append([token if self._dice.random() < self.acceptance else (token + 1) % 1000 for token in right])
+        end = perf_counter() + self.token_s * max(map(len, drafts))
         while perf_counter() < end:  # a draft model keeps the processor busy
             pass
         return drafts
