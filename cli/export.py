@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from starling.export.quantization.blocks import BlockQuantization
     from starling.export.quantization.qdq_settings import QdqQuantization
 
-_TENSORRT = "tensorrt"
+_TENSORRT, _NONE = "tensorrt", "none"
 _BLOCK_OPTIONS = ("symmetric", "accuracy_level")
 _QDQ_OPTIONS = ("quantize_head", "keep_precision")
 _CALIBRATION_OPTIONS = ("calibration", "calibration_tokens")
@@ -52,7 +53,12 @@ _ACTIVATION_OPTIONS = ("smoothing", "accept_quality")
     type=click.IntRange(64),
     help="The longest sequence that OUT takes, in tokens.  [default: the model's, up to 131072]",
 )
-@click.option("--quant", type=Choice(SCHEMES), help="Quantize weights; w8a8 and fp8 (tensorrt) activations too.")
+@click.option(
+    "--quant",
+    type=Choice((*SCHEMES, _NONE)),
+    help="Quantize weights; w8a8 and fp8 (tensorrt) activations too.  "
+    "[default: none; dialect ort: of a folder with quantized weights what is nearest to them]",
+)
 @click.option(
     "--block-size", type=int, help="Weights that share a scale.  [default: 32; tensorrt: a channel, int4 128]"
 )
@@ -138,6 +144,8 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
         )
         progress.phase(f"opening {model}")
         checkpoint = for_task(open_checkpoint(found), options["task"], options["pooling"])
+        if options["quant"] is None and checkpoint.scheme is not None and options["dialect"] == "ort":
+            how = replace(how, quantization=_quantization(options | {"quant": checkpoint.scheme}))
         manifest = export_bundle(checkpoint, out, how, progress)
     seconds = perf_counter() - begin
     if as_json:
@@ -150,7 +158,7 @@ def command(session: Any, /, model: str, out: Path, revision: str | None, as_jso
 
 def _check_settings(out: Path, options: dict[str, Any]) -> BlockQuantization | QdqQuantization | None:
     """Refuse what can be refused before a model is looked for; how to quantize. Raises UserError."""
-    scheme, dialect = options["quant"], options["dialect"]
+    scheme, dialect = None if options["quant"] == _NONE else options["quant"], options["dialect"]
     if scheme is None:
         refuse_options(("block_size", *_BLOCK_OPTIONS), "is about quantized weights: add --quant int8 or int4")
         refuse_options(_QDQ_OPTIONS, "is about quantized weights: add --quant")
@@ -197,7 +205,7 @@ def _check_calibration(options: dict[str, Any]) -> None:
 
 
 def _quantization(options: dict[str, Any]) -> BlockQuantization | QdqQuantization | None:
-    if options["quant"] is None:
+    if options["quant"] in (None, _NONE):
         return None
     if options["dialect"] == _TENSORRT:
         from starling.export.quantization.qdq_settings import QdqQuantization

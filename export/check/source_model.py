@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import (
@@ -16,8 +17,10 @@ from transformers import (
 )
 
 from starling.engine.errors import StarlingError, one_line
+from starling.export.check.packed_source import dequantized_weights
 from starling.export.check.torch_reference import cut
 from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.huggingface import without_packing
 from starling.export.checkpoints.model_class import (
     auto_class,
     from_pretrained,
@@ -65,11 +68,25 @@ def beyond_layers(name: str, layers: int) -> bool:
     return any(int(number) >= layers for number in _LAYER.findall(name))
 
 
-def _from_folder(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, list[str]]]:
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    loader = auto_class(config) if known else model_classes(config).loaded
+def _layer(name: str) -> int:
+    """The number of the layer that a stored tensor is of; -1 for none."""
+    found = _LAYER.search(name)
+    return -1 if found is None else int(found[1])
+
+
+def _from_folder(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What transformers loads; of quantized weights, which it has other packages for, of their values."""
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    settings = getattr(config, "quantization_config", None)
     try:
-        model, report = from_pretrained(loader, folder, config=config, local_files_only=True)
+        if settings is not None:
+            plain, weights = (
+                without_packing(config),
+                dequantized_weights(folder, settings, lambda n: _layer(n) < layers),
+            )
+            return from_pretrained(model_classes(plain).loaded, None, config=plain, state_dict=dict(weights))
+        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        loader = auto_class(config) if known else model_classes(config).loaded
+        return from_pretrained(loader, folder, config=config, local_files_only=True)
     except Exception as error:  # our reader took the files: whatever it is, it is worth a line
         raise StarlingError(f"transformers cannot load {folder} for the check: {one_line(error)}") from error
-    return model, report

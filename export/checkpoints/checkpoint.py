@@ -97,7 +97,7 @@ class Checkpoint:
     `task` is what its bundle is for; `pooling` says how a text is read where that is to score or to embed.
     `path` is the folder or file that it was read from, None where there is none. `left_out` are the stored tensors that
     the model has no place for; `notes` say so, and what else was decided. `packed` knows the tensors that are quantized
-    already, None where there are none.
+    already, None where there are none; `scheme` is the one of weights in blocks that is nearest to how they are.
     """
 
     kind: str
@@ -112,6 +112,7 @@ class Checkpoint:
     task: Task = "generate"
     pooling: Pooling | None = None
     packed: PackedSource | None = None
+    scheme: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from starling.engine.errors import CheckpointError, UnsupportedModelError, one_l
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.config_bounds import check_config, check_layers
 from starling.export.checkpoints.model_class import SCORING, scores_texts
+from starling.export.checkpoints.packed.packing_settings import read_packing
 from starling.export.checkpoints.scoring_models import as_scoring_model, has_value_head, pooling_of
 from starling.export.checkpoints.stored_tensors import open_safetensors
 from starling.export.tokenizers.tokenizer_files import check_has_tokenizer, read_json, read_tokenizer_files
@@ -25,17 +26,26 @@ def open_folder(folder: Path, *, kind: str, name: str) -> Checkpoint:
     """Open a folder as `save_pretrained` writes it; `kind` and `name` are what the Checkpoint will say.
 
     Raises CheckpointError (a file missing, truncated or altered; weights as a pickle only) and UnsupportedModelError
-    (an architecture that transformers does not have, weights that are already quantized, or that have no place).
+    (an architecture that transformers does not have, weights that are quantized by a method that cannot be read, or
+    that have no place).
     """
+    from starling.export.checkpoints.packed.packed_tensors import PackedTensors, PlacedPacking
     from starling.export.checkpoints.placement import place  # with PyTorch
 
     config = read_config(folder)
-    stored = open_safetensors(folder, getattr(config, "transformers_weights", None))
+    packing = read_packing(_config_values(folder), str(folder))
+    files = open_safetensors(folder, getattr(config, "transformers_weights", None))
+    packed = None if packing is None else PackedTensors(files, packing)
+    stored = files if packed is None else packed
     layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    check_layers(layers, len(stored.names()), str(stored.file))
-    where, value_head = str(stored.file), has_value_head(stored, config)
+    check_layers(layers, len(stored.names()), str(files.file))
+    where, value_head = str(files.file), has_value_head(stored, config)
     unused: tuple[str, ...] = ()
     tensors: StoredTensors = stored
+    if value_head and packed is not None:
+        raise UnsupportedModelError(
+            f"{folder} has a value head on quantized weights: export the unquantized checkpoint"
+        )
     if value_head:
         tensors, config, unused = as_scoring_model(stored, config, where)
     placed = place(tensors, config, where)
@@ -50,10 +60,12 @@ def open_folder(folder: Path, *, kind: str, name: str) -> Checkpoint:
         tokenizer,
         generation,
         path=folder,
-        notes=placed.notes + _unused_note(unused),
-        left_out=placed.left_out + unused,
+        notes=placed.notes + _unused_note(unused) + (() if packed is None else packed.notes),
+        left_out=placed.left_out + unused + (() if packed is None else packed.left_out),
         task="score" if scores else "generate",
         pooling=pooling_of(placed.config, tokenizer, value_head=value_head) if scores else None,
+        packed=None if packed is None else PlacedPacking(placed.tensors, packed.weights),
+        scheme=None if packed is None else packed.scheme,
     )
 
 
@@ -98,16 +110,21 @@ def read_config(folder: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a class computes with the settings before it looks at them
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
+    return without_packing(config)
+
+
+def without_packing(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config`, which no longer says that the weights are quantized: who reads them has dequantized them."""
+    for each in (config, config.get_text_config(decoder=True)):
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config
     return config
 
 
 def _config_values(folder: Path) -> dict[str, Any]:
     values = read_json(folder / "config.json")
     check_config(values, str(folder / "config.json"))
-    if values.get("quantization_config"):
-        settings = values["quantization_config"]
-        method = settings.get("quant_method", "some method") if isinstance(settings, dict) else settings
-        raise UnsupportedModelError(f"{folder} is quantized already ({method}): export the unquantized checkpoint")
+    read_packing(values, str(folder))  # for its refusals
     _refuse_other_tasks(folder, values.get("architectures"))
     return values
 

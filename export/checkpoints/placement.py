@@ -48,6 +48,15 @@ class PlacedTensors:
         """See TensorSource."""
         return tuple(self._tensors[name].shape)
 
+    def sources(self, name: str) -> Collection[str]:
+        """The stored tensors that a tensor is made of."""
+        return set(sources(self._tensors[name]))
+
+    def stored_name(self, name: str) -> str | None:
+        """The stored tensor that a tensor is, row for row; None where it is made of one or several."""
+        made = self._tensors[name].made
+        return made if isinstance(made, str) else None
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See TensorSource."""
         tensor = self._tensors[name]
@@ -156,8 +165,8 @@ def _refuse_integers(
         for source in sources(tensor) if wanted[name].is_floating_point() else ():
             if not stored.is_floating(source):
                 raise UnsupportedModelError(
-                    f"{where}: tensor {source} holds integers, the weights are quantized: "
-                    "export the unquantized checkpoint"
+                    f"{where}: tensor {source} holds integers, but config.json has no quantization_config that says "
+                    "how to read them: export the unquantized checkpoint"
                 )
 
 

@@ -48,7 +48,17 @@ class SafetensorsFiles:
 
     def is_floating(self, name: str) -> bool:
         """See StoredTensors."""
-        return self._entries[name].dtype.startswith(("F", "BF"))
+        return self.dtype(name).startswith(("F", "BF"))
+
+    def dtype(self, name: str) -> str:
+        """The type of a tensor's numbers as safetensors spells it: F32, BF16, I64, …"""
+        return self._entries[name].dtype
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Columns `start:stop` of a matrix, a copy; raises what `rows` raises."""
+        with _opened(self._entries[name].file, "pt") as file:
+            columns: torch.Tensor = file.get_slice(name)[:, start:stop].clone()
+        return columns
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See TensorSource. Floats of other widths than a TensorSource has come as float32, as PyTorch casts them."""

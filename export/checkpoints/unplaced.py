@@ -31,7 +31,7 @@ _ADVICE = (
     ),
     (
         r"weight_scale|input_scale|qweight|qzeros|g_idx|absmax|quant_map|quant_state|weight_packed|SCB$|scale_inv",
-        "the weights are quantized: export the unquantized checkpoint",
+        "the weights are quantized in a way that config.json does not say: export the unquantized checkpoint",
     ),
     (r"bias$", "config.json denies this bias, or is of another model"),
 )
@@ -44,20 +44,31 @@ def judge(names: list[str], stored: StoredTensors, model: PreTrainedModel, where
     Raises UnsupportedModelError for one that the model's output may depend on.
     """
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    buffers, by_transformers, lost = [], [], []
+    buffers, by_transformers, zeros, lost = [], [], [], []
     for name in names:
         if _is_buffer(name, stored):
             buffers.append(name)
         elif any(pattern.search(name) for pattern in ignored):
             by_transformers.append(name)
+        elif _is_zero_bias(name, stored):  # GPTQ's writers give each weight one
+            zeros.append(name)
         else:
             lost.append(name)
     if lost:
         what = f"{len(lost)} tensors, such as {lost[0]}" if len(lost) > 1 else f"tensor {lost[0]}"
         advice = next((then for pattern, then in _ADVICE if re.search(pattern, lost[0])), _OTHERWISE)
         raise UnsupportedModelError(f"{where}: {type(model).__name__} has no place for {what}: {advice}")
-    said = ((buffers, "that the model makes itself"), (by_transformers, "that transformers ignores too"))
+    said = (
+        (buffers, "that the model makes itself"),
+        (by_transformers, "that transformers ignores too"),
+        (zeros, "that are biases of zeros"),
+    )
     return [f"left out: {len(some)} tensors {what}, such as {some[0]}" for some, what in said if some]
+
+
+def _is_zero_bias(name: str, stored: StoredTensors) -> bool:
+    shape = stored.shape(name)
+    return name.endswith(".bias") and len(shape) == 1 and not bool(stored.rows(name, 0, shape[0]).any())
 
 
 def _is_buffer(name: str, stored: StoredTensors) -> bool:

@@ -137,7 +137,7 @@ BEFORE_PYTORCH = {
     "quantized weights": (
         {"config.json": '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}'},
         (".",),
-        "is quantized already (gptq)",
+        "is quantized with bits None; read is 4, 8",
     ),
     "an unknown name": (
         {},

@@ -97,8 +97,8 @@ def test_two_names_with_one_value_are_one(tiny_bundle: Path, questions: Path, tm
         (("serve", "b", "--slot", "8"), "No such option '--slot'; see: starling serve --help"),
         (
             ("export", "demo", "o", "--quant", "int9"),
-            "Invalid value for '--quant': 'int9' is not one of 'int8', 'int4', 'w8a8', 'fp8' (did you mean 'int8' or "
-            "'int4'?); see: starling export --help",
+            "Invalid value for '--quant': 'int9' is not one of 'int8', 'int4', 'w8a8', 'fp8', 'none' (did you mean "
+            "'int8' or 'int4'?); see: starling export --help",
         ),
         (("generate", "b", "hi", "--backend", "tensort"), "(did you mean 'tensorrt'?)"),
         (("--debgu", "doctor"), "No such option '--debgu' (did you mean '--debug'?); see: starling --help"),

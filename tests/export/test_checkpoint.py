@@ -156,8 +156,7 @@ def test_a_pickle_alone_is_refused_with_the_way_out(tmp_path: Path) -> None:
         ({"model_type": "hyperloom"}, "model_type 'hyperloom' is unknown"),
         ({"model_type": "vit"}, "model_type 'vit' has no .*ForCausalLM class"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is unknown"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantized already \(gptq\)"),
-        ({"quantization_config": "awq"}, r"is quantized already \(awq\)"),
+        ({"quantization_config": {"quant_method": "quanto"}}, "is quantized by 'quanto'; gptq, awq"),
     ],
 )
 def test_an_architecture_that_cannot_be_exported_is_named(folder: Path, changes: dict[str, Any], line: str) -> None:

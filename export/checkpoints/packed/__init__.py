@@ -1,0 +1,1 @@
+"""Checkpoints whose weights are quantized: their settings, how each method lays weights out, their values."""
