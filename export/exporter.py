@@ -24,7 +24,7 @@ from starling.export.check.parity import Parity, require_fp32
 from starling.export.check.pooled_quality import PooledParity, keep_pooled, measure_pooled, require_fp32_pooled
 from starling.export.check.torch_reference import cut
 from starling.export.checkpoints.checkpoint import Checkpoint, Shapes, TensorSource
-from starling.export.dialects import get_dialect
+from starling.export.dialects import DIALECTS
 from starling.export.dialects.dialect import Companion
 from starling.export.graphs.projections import write_projections
 from starling.export.quantization.block_plan import BlockPlan, plan_blocks
@@ -36,13 +36,9 @@ from starling.export.quantization.qdq_settings import QdqQuantization, check_sch
 from starling.export.quantization.stored_blocks import StoredBlocks, stored_blocks
 from starling.export.tracing.architecture import LEAST_POSITIONS, architecture_json
 from starling.export.tracing.tracer import TORCH_DTYPES, Trace, trace
-from starling.export.weights.weight_file import (
-    WrittenFile,
-    bits_per_weight,
-    bytes_per_token,
-    planned_bytes,
-    write_weights,
-)
+from starling.export.weights.weight_file import WrittenFile, write_weights
+from starling.export.weights.weight_plan import bits_per_weight, bytes_per_token, planned_bytes
+from starling.export.weights.weight_source import WeightSource
 
 GRAPH_FILE, WEIGHT_FILE = "model.onnx", "model.onnx.data"
 _SPARE_BYTES = 64 * 2**20  # graphs, tokenizer, JSON
@@ -73,6 +69,8 @@ class ExportOptions:
         """Raises UserError where the settings do not go together."""
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
+        if self.dialect not in DIALECTS:
+            raise UserError(f"unknown dialect {self.dialect!r}; known are {', '.join(sorted(DIALECTS))}")
         if self.all_logits and self.dialect != "ort":
             raise UserError(f"all_logits is for --dialect ort: {self.dialect} has no graph for onnxruntime-genai")
         if self.quantization is not None:
@@ -81,7 +79,6 @@ class ExportOptions:
 
 def check_quantization(how: BlockQuantization | QdqQuantization, dialect: str) -> None:
     """Raise UserError where the dialect has no operators for this quantization."""
-    get_dialect(dialect)  # for the refusal of an unknown one
     check_scheme(how.scheme, dialect)
     if isinstance(how, QdqQuantization) != (dialect == "tensorrt"):
         raise UserError(f"dialect {dialect} does not take the settings of a {type(how).__name__}")
@@ -109,7 +106,7 @@ def export_bundle(
                 manifest["verification"] = verification
                 manifest["files"][verification["file"]] = file_entry(work / verification["file"])
             manifest["notes"] += [note] if note else []
-            if parity is not None and (comparison_note := get_dialect(options.dialect).comparison_note):
+            if parity is not None and (comparison_note := DIALECTS[options.dialect]().comparison_note):
                 manifest["notes"].append(comparison_note)
             if parity is not None and options.dtype == "fp32" and options.quantization is None:
                 require_fp32_pooled(parity) if isinstance(parity, PooledParity) else require_fp32(parity)
@@ -130,7 +127,7 @@ def _write_model(
     checkpoint: Checkpoint, folder: Path, options: ExportOptions, progress: Progress
 ) -> tuple[dict[str, Any], Architecture]:
     """Everything of a bundle but the check; its bundle.json and its architecture."""
-    dialect = get_dialect(options.dialect)
+    dialect = DIALECTS[options.dialect]()
     progress.phase(f"tracing {checkpoint.name}")
     traced = trace(checkpoint.config, dialect, options.dtype, options.max_positions, checkpoint.task)
     graph, arch = traced.model, traced.architecture
@@ -148,7 +145,8 @@ def _write_model(
     stored = _stored(graph, checkpoint, plan, options)
     with _calibrated(graph, arch, checkpoint, folder, plan, stored, options, progress) as calibrated:
         progress.phase("writing weights")
-        data = write_weights(graph, tensors, folder / WEIGHT_FILE, plan, calibrated.store, progress.bytes, stored)
+        source = WeightSource(tensors, plan, calibrated.store, stored)
+        data = write_weights(graph, source, folder / WEIGHT_FILE, progress.bytes)
     _clean(graph)
     ir.save(graph, folder / GRAPH_FILE)
     companions = _write_companions(

@@ -1,14 +1,20 @@
-"""Projections, embeddings and norms as one node each, so that what rewrites and quantizes the graph sees weights."""
+"""What is one node in the graph whatever the model's code is: projections, embeddings and norms, whose weights are then
+seen by what rewrites and quantizes; and the positions that are given, and those that are kept."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from starling.engine.errors import UnsupportedModelError
 from starling.export.dialects.dialect import Dialect
+from starling.export.graphs.rewrites import required, take_over
+
+_POSITIONS = "Positions"
 
 
 @contextmanager
@@ -85,3 +91,46 @@ def added_to_weights(model: nn.Module) -> dict[str, float]:
         for name, module in model.named_modules()
         if isinstance(module, NormNode) and module.kind.plus
     }
+
+
+@contextmanager
+def only_positions(kept: Tensor | None, lm_head: nn.Module) -> Iterator[None]:
+    """Give lm_head only the positions `kept` [kept] (None: whatever comes).
+
+    transformers takes such a tensor as `logits_to_keep` too, but what becomes of that is six nodes.
+    """
+    if kept is None:
+        yield
+        return
+    hook = lm_head.register_forward_pre_hook(lambda module, inputs: (gather(inputs[0], kept),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def marked(positions: Tensor) -> Tensor:
+    """Positions with a mark in the graph, which shows whether the model asks for them."""
+    return torch.onnx.ops.symbolic(
+        f"starling::{_POSITIONS}", (positions,), dtype=positions.dtype, shape=positions.shape, version=1
+    )
+
+
+def unmark(graph: ir.Graph, name: str) -> None:
+    """Take the mark out of the graph.
+
+    Raises:
+        UnsupportedModelError: it is not there: the model knows of positions by itself, and none after the first step.
+    """
+    marks = [node for node in graph if node.op_type == _POSITIONS]
+    if not marks:
+        raise UnsupportedModelError(f"{name}: its position embeddings are neither rotary nor made from position_ids")
+    for node in marks:
+        take_over(node.outputs[0], required(node.inputs[0]))
+        graph.remove(node, safe=True)
+
+
+def gather(x: Tensor, kept: Tensor) -> Tensor:
+    """Positions `kept` [kept] of x [batch, sequence, hidden]; negative ones count from the end."""
+    shape = (x.shape[0], kept.shape[0], x.shape[2])
+    return torch.onnx.ops.symbolic("Gather", (x, kept), attrs={"axis": 1}, dtype=x.dtype, shape=shape, version=13)

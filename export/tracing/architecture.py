@@ -1,9 +1,9 @@
-"""What the exporter needs to know of a model before it traces it, and what it refuses by name."""
+"""What the exporter needs to know of a model: what it refuses by name before the trace, its positions and its shape."""
 
 from dataclasses import asdict
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from starling.engine.bundle.model_records import Architecture
 from starling.engine.errors import UnsupportedModelError, UserError
@@ -49,3 +49,35 @@ def check_supported(config: PreTrainedConfig) -> None:
     for field, what in _FIELDS.items():
         if not isinstance(getattr(config, field, None), int):
             raise UnsupportedModelError(f"{config.model_type}: its configuration has no {field}: {what}")
+
+
+def architecture_of(
+    model: PreTrainedModel, kv_heads: int, head_dim: int, positions: int, parameters: int, *, tied: bool
+) -> Architecture:
+    """The shape of a model whose attention was seen to have such heads."""
+    config = model.config
+    return Architecture(
+        model_type=config.model_type,
+        class_name=type(model).__name__,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        query_heads=config.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        sliding_window=getattr(config, "sliding_window", None),
+        max_positions=positions,
+        parameters=parameters,
+        tied_embeddings=tied,
+    )
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that share a tensor: each name but the first, to the first."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    return tied

@@ -25,15 +25,14 @@ from starling.engine.names import INPUT_IDS, LOGITS_TO_KEEP, PAST, PRESENT, Task
 from starling.export.checkpoints.checkpoint import empty_model
 from starling.export.checkpoints.model_class import auto_class, head_of
 from starling.export.dialects import Dialect, StepInput
-from starling.export.graphs.rewrites import required, simplify, take_over
-from starling.export.tracing.abstract_nodes import added_to_weights
-from starling.export.tracing.architecture import check_supported, positions_of
+from starling.export.graphs.rewrites import simplify
+from starling.export.tracing.abstract_nodes import added_to_weights, gather, marked, only_positions, unmark
+from starling.export.tracing.architecture import architecture_of, check_supported, positions_of, tied_names
 from starling.export.tracing.lowering import Heads, Lowering, Step, table_buffers
 from starling.export.tracing.masks import StandInUsed
 from starling.export.weights.weight_plan import Rows, Table, set_weight
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_POSITIONS = "Positions"
 _BATCH, _SEQUENCE, _CACHE, _KEPT = 2, 5, 16, 3  # example sizes; every one of them is a dynamic axis
 
 
@@ -86,20 +85,20 @@ class _Traced(nn.Module):
         inputs = dict(zip(self._names, step, strict=True))
         positions = lowering.dialect.positions(inputs, input_ids.shape[1])
         if not lowering.rotary.tables:  # then they are in the graph where the model has asked for them
-            positions = _marked(positions)
+            positions = marked(positions)
         lowering.begin(Step(inputs, positions, pairs or None))
         kept = inputs.get(LOGITS_TO_KEEP)
         if self._task != "generate":
             assert kept is not None
             output = self._pooled(input_ids, positions, kept)
             return (output, *_present(lowering.step, len(pairs)))
-        with _only(kept, self.model.get_output_embeddings()):  # type: ignore[no-untyped-call]
+        with only_positions(kept, self.model.get_output_embeddings()):  # type: ignore[no-untyped-call]
             output = self.model(
                 input_ids=input_ids,
                 position_ids=positions,
                 past_key_values=_TraceCache(),
                 use_cache=True,
-                logits_to_keep=1 if kept is None else 0,  # 0: all of them, less those that `_only` leaves out
+                logits_to_keep=1 if kept is None else 0,  # 0: all of them, less those that `only_positions` leaves out
                 return_dict=True,
             )
         cache = _present(lowering.step, len(pairs))
@@ -114,54 +113,12 @@ class _Traced(nn.Module):
             use_cache=True,
             return_dict=True,
         )
-        hidden = _gather(output.last_hidden_state, kept).float()
+        hidden = gather(output.last_hidden_state, kept).float()
         return head_of(self.model)(hidden) if self._task == "score" else hidden
 
 
 def _present(step: Step, layers: int) -> Iterator[Tensor]:
     return (tensor for i in range(layers) for tensor in step.present[i])
-
-
-@contextmanager
-def _only(kept: Tensor | None, lm_head: nn.Module) -> Iterator[None]:
-    """Give lm_head only the positions `kept` [kept] (None: whatever comes).
-
-    transformers takes such a tensor as `logits_to_keep` too, but what becomes of that is six nodes.
-    """
-    if kept is None:
-        yield
-        return
-    hook = lm_head.register_forward_pre_hook(lambda module, inputs: (_gather(inputs[0], kept),))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _marked(positions: Tensor) -> Tensor:
-    return torch.onnx.ops.symbolic(
-        f"starling::{_POSITIONS}", (positions,), dtype=positions.dtype, shape=positions.shape, version=1
-    )
-
-
-def _unmark(graph: ir.Graph, name: str) -> None:
-    """Take the mark out of the graph.
-
-    Raises:
-        UnsupportedModelError: it is not there: the model knows of positions by itself, and none after the first step.
-    """
-    marks = [node for node in graph if node.op_type == _POSITIONS]
-    if not marks:
-        raise UnsupportedModelError(f"{name}: its position embeddings are neither rotary nor made from position_ids")
-    for node in marks:
-        take_over(node.outputs[0], required(node.inputs[0]))
-        graph.remove(node, safe=True)
-
-
-def _gather(x: Tensor, kept: Tensor) -> Tensor:
-    """Positions `kept` [kept] of x [batch, sequence, hidden]; negative ones count from the end."""
-    shape = (x.shape[0], kept.shape[0], x.shape[2])
-    return torch.onnx.ops.symbolic("Gather", (x, kept), attrs={"axis": 1}, dtype=x.dtype, shape=shape, version=13)
 
 
 def trace(
@@ -186,14 +143,14 @@ def trace(
             for name, parameter in head.named_parameters():
                 setattr(head, name, nn.Parameter(parameter.float(), requires_grad=False))
         lowering = Lowering(model, real, dialect, TORCH_DTYPES[dtype], positions)
-        parameters, tied = sum(p.numel() for p in model.parameters()), _tied_names(model)
+        parameters, tied = sum(p.numel() for p in model.parameters()), tied_names(model)
         with lowering.installed():
             heads = _survey(lowering, task)
-            architecture = _architecture(model, heads, positions, parameters, tied=bool(tied))
+            architecture = architecture_of(model, heads.kv_heads, heads.key_dim, positions, parameters, tied=bool(tied))
             lowering.register_tables()
             graph = _export(lowering, architecture, TORCH_DTYPES[dtype], task)
     if not lowering.rotary.tables:
-        _unmark(graph.graph, architecture.class_name)
+        unmark(graph.graph, architecture.class_name)
     _plan_weights(graph, tied, lowering, real)
     simplify(graph)
     long_from = [table.long_from for table in lowering.rotary.tables if table.long_from is not None]
@@ -258,35 +215,6 @@ def _plan_weights(graph: ir.Model, tied: dict[str, str], lowering: Lowering, rea
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _architecture(model: PreTrainedModel, heads: Heads, positions: int, parameters: int, *, tied: bool) -> Architecture:
-    config = model.config
-    return Architecture(
-        model_type=config.model_type,
-        class_name=type(model).__name__,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        layers=config.num_hidden_layers,
-        query_heads=config.num_attention_heads,
-        kv_heads=heads.kv_heads,
-        head_dim=heads.key_dim,
-        sliding_window=getattr(config, "sliding_window", None),
-        max_positions=positions,
-        parameters=parameters,
-        tied_embeddings=tied,
-    )
-
-
-def _tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters that share a tensor: each name but the first, to the first."""
-    first: dict[int, str] = {}
-    tied = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in first:
-            tied[name] = first[id(parameter)]
-        first.setdefault(id(parameter), name)
-    return tied
 
 
 def _step_inputs(dialect: Dialect, task: Task) -> list[StepInput]:

@@ -1,9 +1,13 @@
-"""Weights as a plan: what each initializer of the graph is made of, before any of its bytes exists."""
+"""Weights as a plan: what each initializer of the graph is made of, before any of its bytes exists, and its size."""
 
+import math
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
+
+from starling.export.checkpoints.checkpoint import TensorSource
 
 _META = "starling.weight"
 
@@ -115,6 +119,73 @@ def stacked_name(names: list[str]) -> str:
         return "+".join(names)
     columns = (dict.fromkeys(column) for column in zip(*parts, strict=True))
     return ".".join("+".join(column) for column in columns)
+
+
+def distinct_weights(model: ir.Model) -> dict[Weight, ir.Value]:
+    """One initializer per different weight, in graph order: what is tied is written once."""
+    found: dict[Weight, ir.Value] = {}
+    for value in model.graph.initializers.values():
+        if (weight := weight_of(value)) is not None:
+            found.setdefault(weight, value)
+    return found
+
+
+def planned_bytes(model: ir.Model) -> int:
+    """Bytes of all planned weights, each counted once."""
+    return sum(_weight_bytes(value) for value in distinct_weights(model).values())
+
+
+def bytes_per_token(model: ir.Model) -> int:
+    """Weight bytes that one decoded token reads: all but rotary tables and an embedding that nothing else reads.
+
+    Of a mixture's experts it reads those that it chose.
+    """
+    read: dict[Weight, int] = {}
+    for value in model.graph.initializers.values():
+        weight = weight_of(value)
+        looked_up = all(node.op_type in ("Gather", "GatherBlockQuantized") for node in _readers(value))
+        if weight is not None and not isinstance(weight, Table) and not looked_up:
+            read[weight] = int(_weight_bytes(value) * _share(value))
+    return sum(read.values())
+
+
+def bits_per_weight(model: ir.Model, tensors: TensorSource) -> float:
+    """Bits of a weight in blocks, scales and zero points among them; the mean over all such weights."""
+    stored, weights = 0, 0
+    for weight, value in distinct_weights(model).items():
+        if isinstance(weight, Blocks | ExpertBlocks):
+            stored += _weight_bytes(value)
+            names = weight.rows.names if isinstance(weight, Blocks) else (weight.rows.name,)
+            weights += sum(math.prod(tensors.shape(name)) for name in names) if weight.piece == "data" else 0
+    return round(8 * stored / max(weights, 1), 3)
+
+
+def _share(value: ir.Value) -> float:
+    """The share of a weight that one token reads: of experts the chosen ones, else all of it."""
+    users = [node for node in _readers(value) if node.op_type in ("MoE", "QMoE")]
+    return users[0].attributes["k"].as_int() / int(shape_of(value).numpy()[0]) if users else 1.0
+
+
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """What reads a weight, be it in another type."""
+    nodes = [use.node for use in value.uses()]
+    return [reader for node in nodes for reader in (_readers(node.outputs[0]) if node.op_type == "Cast" else [node])]
+
+
+def dtype_of(value: ir.Value) -> ir.DataType:
+    """The type that a weight is stored in."""
+    assert value.dtype is not None
+    return value.dtype
+
+
+def shape_of(value: ir.Value) -> ir.Shape:
+    """The shape that a weight is stored in."""
+    assert value.shape is not None
+    return value.shape
+
+
+def _weight_bytes(value: ir.Value) -> int:
+    return math.ceil(torch.Size(shape_of(value).numpy()).numel() * dtype_of(value).itemsize)
 
 
 def _unwritten() -> ir.TensorProtocol:

@@ -22,7 +22,7 @@ from starling.export.check.bundle_quality import HELD_OUT_TOKENS
 from starling.export.check.sample_texts import CALIBRATION, TextEncoder, TokenRows, calibration_rows, held_out_rows
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
-from starling.export.dialects import get_dialect
+from starling.export.dialects import DIALECTS
 from starling.export.quantization.calibration import input_absmax
 from starling.export.quantization.calibration_choice import DEFAULT_TOKENS
 from starling.export.quantization.precision_choice import judged_rows, rank_groups
@@ -72,7 +72,7 @@ class Subject:
 def calibrated(model: str) -> Subject:
     """Open MODEL and calibrate it on the built-in text."""
     checkpoint = open_checkpoint(model)
-    graph = trace(checkpoint.config, get_dialect("tensorrt"), "fp16").model
+    graph = trace(checkpoint.config, DIALECTS["tensorrt"](), "fp16").model
     how = QdqQuantization("w8a8")
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder), checkpoint.tokenizer, checkpoint.generation)

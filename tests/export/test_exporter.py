@@ -17,7 +17,7 @@ from starling.engine.errors import StarlingError, UnsupportedModelError, UserErr
 from starling.engine.progress import Silent
 from starling.export.check.parity import Parity, require_fp32
 from starling.export.checkpoints.checkpoint import Checkpoint
-from starling.export.dialects import get_dialect
+from starling.export.dialects import DIALECTS
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.tracing.tracer import trace
 from starling.export.weights.weight_plan import weight_of
@@ -77,7 +77,7 @@ def test_the_canonical_graph_is_standard_onnx(tiny_checkpoint: Checkpoint, tmp_p
 
 
 def test_the_trace_needs_no_weights(tiny_checkpoint: Checkpoint) -> None:
-    traced = trace(tiny_checkpoint.config, get_dialect("ort"), "fp16")
+    traced = trace(tiny_checkpoint.config, DIALECTS["ort"](), "fp16")
     planned = [v for v in traced.model.graph.initializers.values() if weight_of(v) is not None]
     assert len(planned) == 2 * 9 + 3 + 2  # per layer 7 projections and 2 norms; ends and last norm; rotary tables
     assert traced.architecture.parameters == sum(

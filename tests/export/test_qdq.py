@@ -37,6 +37,7 @@ from starling.export.quantization.qdq_scheme import (
 from starling.export.quantization.qdq_settings import QdqQuantization
 from starling.export.weights.weight_file import write_weights
 from starling.export.weights.weight_plan import Rows, new_weight
+from starling.export.weights.weight_source import WeightSource
 
 pytestmark = pytest.mark.slow
 
@@ -212,7 +213,7 @@ def run_projection(plan: QdqPlan, x: torch.Tensor, weight: torch.Tensor, bias: t
     settings = onnxruntime.SessionOptions()
     settings.add_session_config_entry("session.disable_quant_qdq", "1")
     with tempfile.TemporaryDirectory() as folder:
-        write_weights(model, Source(), Path(folder) / "weights", None)
+        write_weights(model, WeightSource(Source(), None), Path(folder) / "weights")
         ir.save(model, Path(folder) / "one.onnx")
         session = onnxruntime.InferenceSession(Path(folder) / "one.onnx", settings)
         return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])

@@ -10,7 +10,7 @@ from families import Family, random_folder, with_a_spike
 from starling.export.check.sample_texts import TokenRows
 from starling.export.checkpoints.checkpoint import Checkpoint
 from starling.export.checkpoints.model_source import open_checkpoint
-from starling.export.dialects import get_dialect
+from starling.export.dialects import DIALECTS
 from starling.export.quantization.calibration import input_absmax
 from starling.export.quantization.qdq_plan import kept_by_pattern, names_of, plan_activations, projection_groups
 from starling.export.quantization.qdq_projections import InputPlan, QdqPlan
@@ -31,7 +31,7 @@ FAMILIES = [
 
 
 def groups_of(checkpoint: Checkpoint) -> list[InputGroup]:
-    return input_groups(trace(checkpoint.config, get_dialect("tensorrt"), "fp32").model)
+    return input_groups(trace(checkpoint.config, DIALECTS["tensorrt"](), "fp32").model)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_smoothing_changes_nothing_in_float32(
 ) -> None:
     """The smoothed tensors and the explicit multipliers give the model's own probabilities."""
     checkpoint = open_checkpoint(str(random_folder(family, tiny_checkpoint, tmp_path / "model")))
-    model = trace(checkpoint.config, get_dialect("tensorrt"), "fp32").model
+    model = trace(checkpoint.config, DIALECTS["tensorrt"](), "fp32").model
     how = QdqQuantization("w8a8", smoothing=0.7, keep=())
     groups = projection_groups(model, how)
     absmax = input_absmax(checkpoint.config, checkpoint.tensors, rows)
@@ -104,7 +104,7 @@ def test_smoothing_helps_where_a_channel_sticks_out(
 ) -> None:
     checkpoint = open_checkpoint(str(random_folder(Family("llama", "llama"), tiny_checkpoint, tmp_path / "model")))
     sharp = with_a_spike(checkpoint, layer=1)
-    model = trace(checkpoint.config, get_dialect("tensorrt"), "fp32").model
+    model = trace(checkpoint.config, DIALECTS["tensorrt"](), "fp32").model
     costs = {}
     for smoothing in (0.0, 0.5):
         how = QdqQuantization("w8a8", smoothing=smoothing, keep=())
