@@ -1,4 +1,4 @@
-"""What the pages name in the code is there: every file and folder, and every function of "how to add"."""
+"""What the pages name in the code is there: every file and folder, and the functions of "where is" and "how to add"."""
 
 import re
 from pathlib import Path
@@ -43,15 +43,36 @@ def how_to_add() -> list[str]:
     return MAP.read_text(encoding="utf-8").partition("\n## How to add …\n")[2].split("\n### ")[1:]
 
 
+def where_is() -> list[str]:
+    """The lines of the map that say where something is."""
+    section = MAP.read_text(encoding="utf-8").partition("\n## Where is …\n")[2].partition("\n## ")[0]
+    return [line for line in section.splitlines() if "?" in line]
+
+
+def test_the_map_says_where_things_are() -> None:
+    assert where_is()
+
+
 @pytest.mark.parametrize("section", how_to_add(), ids=lambda section: section.partition("\n")[0])
 def test_what_to_touch_is_in_the_files_named_beside_it(section: str) -> None:
+    assert len(CODE.findall(section)) > 1
+    assert not missing_names(section)
+
+
+@pytest.mark.parametrize("line", where_is(), ids=lambda line: line.partition("?")[0])
+def test_what_is_asked_for_is_in_the_files_named_beside_it(line: str) -> None:
+    assert CODE.findall(line)
+    assert not missing_names(line)
+
+
+def missing_names(section: str) -> set[str]:
+    """Names of the code that none of the files named beside them has."""
     paths = [ROOT / path for path in CODE.findall(section) if "NAME" not in path]
     files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
     text = "\n".join(file.read_text(encoding="utf-8") for file in files if file.suffix == ".py")
     known = {"GGUF_CONFIG_MAPPING", "NAME"}  # transformers', and any name
     names = {name.rpartition(".")[2].rstrip("…") for name in CODE_NAME.findall(section)} - known
-    assert len(paths) > 1
-    assert not {name for name in names if not re.search(rf"\b{name}\b", text)}
+    return {name for name in names if not re.search(rf"\b{name}\b", text)}
 
 
 def test_a_path_that_is_gone_is_noticed() -> None:
