@@ -10,97 +10,30 @@ CPU with a tiny model: no times, but every line of the program and of the kernel
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from starling.engine.kernels.cuda.variants import Attention, Linear
 from starling.profiling.gpu.card import NORM, Card, EmulatedCard, Source, Target, start_builders
+from starling.profiling.gpu.tuning_report import TuningReport
 
 #: Of a product's or a step's result: its rounding to fp16 alone is 2e-4 to 3e-4.
 ERROR_LIMIT, STEP_ERROR_LIMIT = 1e-3, 1e-2
 #: Read bandwidth of an H200 as measured, TB/s.
 PEAK_TBS = 4.46
-_STALL_S = 20.0  # without a result: the card hangs
-
-
-class Report:
-    """JSON lines on stdout and in a file, which a program that starts anew reads."""
-
-    def __init__(self, path: Path, seconds: float, start: float, target: Target) -> None:
-        self.target = target
-        self.path, self.end, self.start = path, start + seconds, start
-        self.beat = time.time()
-        self.current = ""
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.earlier = [json.loads(line) for line in lines]
-        self.known = {line["key"]: line for line in self.earlier if "key" in line}
-
-    def write(self, event: str, **fields: Any) -> dict[str, Any]:
-        line = {"event": event, **fields, "at_s": round(time.time() - self.start, 1)}
-        text = json.dumps(line)
-        print(text, flush=True)
-        with self.path.open("a") as file:
-            file.write(text + "\n")
-        self.beat = time.time()
-        return line
-
-    def left_s(self) -> float:
-        return self.end - time.time()
-
-    def attempt(self, key: str, event: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """The line of `work`, from before where it is there; None where it fails or time is over."""
-        if key in self.known:
-            return self.known[key] if self.known[key]["event"] == event else None
-        if self.left_s() < 1.0:
-            return None
-        self.current, self.beat = key, time.time()
-        try:
-            line = self.write(event, key=key, **work())
-        except Exception as error:
-            line = self.write("error", key=key, error=f"{type(error).__name__}: {error}"[:300])
-            if self.target.is_card and not _is_alive(self.target):
-                self.restart()
-            line = None
-        self.current = ""
-        return line
-
-    def restart(self) -> None:
-        """Anew, without what was being tried."""
-        self.write("fatal", key=self.current)
-        self.target.close()
-        again = ["-m", "starling.profiling.gpu.tune_kernels", *sys.argv[1:], "--started", str(self.start)]
-        os.execv(sys.executable, [sys.executable, *again])
-
-    def watch(self) -> None:
-        """Ends a hang, from a thread of its own."""
-        while True:
-            time.sleep(1.0)
-            if self.left_s() < -5:
-                self.write("stopped", reason="time is over and something still runs")
-                os._exit(3)
-            if self.target.is_card and self.current and time.time() - self.beat > _STALL_S:
-                self.restart()
-
-
-def _is_alive(target: Target) -> bool:
-    try:
-        target.synchronize()
-    except Exception:
-        return False
-    return True
+_MODULE = "starling.profiling.gpu.tune_kernels"
 
 
 class Session:
     """Checks and timings of one model on one target."""
 
-    def __init__(self, target: Target, report: Report, tiny: bool) -> None:
+    def __init__(self, target: Target, report: TuningReport, tiny: bool) -> None:
         from starling.profiling.gpu.kernel_products import MISTRAL_7B, TINY
 
         self.target, self.report, self.tiny = target, report, tiny
@@ -347,7 +280,7 @@ def main() -> int:
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     target: Target = EmulatedCard() if arguments.emulate else Card(start_builders(), arch=arguments.arch)
-    report = Report(arguments.out, arguments.seconds, arguments.started, target)
+    report = TuningReport(arguments.out, arguments.seconds, arguments.started, target, _MODULE)
     if isinstance(target, Card):
         warm_up(target)
         target.open()
