@@ -65,11 +65,6 @@ def open_cpu_session(
     return CpuSession(ort, session, path, None if kernels is None else kernels.instruction_set_of(bundle.dtype), note)
 
 
-def failed_run(error: Exception) -> BackendError:
-    """For any exception: ONNX Runtime's share no base class of their own."""
-    return BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}")
-
-
 def cpu_kernels(bundle: Bundle) -> tuple[KernelLibrary | None, str | None]:
     """The CPU kernels for this bundle, or why there are none where it could be otherwise."""
     if bundle.kernel_graph is None:

@@ -12,9 +12,8 @@ from starling.engine.backends.cuda.cuda_device import address_of
 from starling.engine.backends.cuda.device_memory import DeviceMemory
 from starling.engine.backends.cuda.launched_steps import TOKEN_BYTES
 from starling.engine.backends.cuda.step_tensors import ITEM_BYTES, KVCache
-from starling.engine.backends.onnxruntime.step_buffers import ONNX_TYPES, first_line
+from starling.engine.backends.onnxruntime.step_buffers import ONNX_TYPES, failed_run
 from starling.engine.bundle.manifest import Bundle
-from starling.engine.errors import BackendError
 from starling.engine.names import LOGITS_TO_KEEP, NEXT_SEQLENS, NEXT_TOKENS
 
 LENGTH_BYTES = 4
@@ -104,8 +103,8 @@ class DeviceRuns:
         """Put a run on the stream. Raises BackendError."""
         try:
             self.session.run_with_iobinding(binding, options)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}") from error
+        except Exception as error:
+            raise failed_run(error) from error
 
     def close(self) -> None:
         """Free the session, before the stream that it runs on."""

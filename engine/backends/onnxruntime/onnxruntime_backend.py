@@ -20,7 +20,7 @@ from starling.engine.backends.backend import (
     chunk_length,
     most_scored,
 )
-from starling.engine.backends.onnxruntime.cpu_session import CPU, cpu_kernels, failed_run, open_cpu_session
+from starling.engine.backends.onnxruntime.cpu_session import CPU, cpu_kernels, open_cpu_session
 from starling.engine.backends.onnxruntime.row_copies import HostRowCopies
 from starling.engine.backends.onnxruntime.step_buffers import (
     INPUTS,
@@ -30,6 +30,7 @@ from starling.engine.backends.onnxruntime.step_buffers import (
     StepOutputs,
     StepWriter,
     allocate_cache,
+    failed_run,
     logits_kind,
 )
 from starling.engine.bundle.manifest import Bundle

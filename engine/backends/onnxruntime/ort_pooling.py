@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from starling.engine.backends.backend import PREFILL_CHUNK
-from starling.engine.backends.onnxruntime.cpu_session import CPU, failed_run, open_cpu_session
-from starling.engine.backends.onnxruntime.step_buffers import allocate_cache
+from starling.engine.backends.onnxruntime.cpu_session import CPU, open_cpu_session
+from starling.engine.backends.onnxruntime.step_buffers import allocate_cache, failed_run
 from starling.engine.backends.pooling_backend import Tokens, Vectors
 from starling.engine.bundle.manifest import OUTPUT_OF, Bundle
 from starling.engine.names import INPUT_IDS, LOGITS_TO_KEEP, PAST, PAST_LENGTHS, PRESENT, SEQLENS_K
@@ -41,7 +41,7 @@ class OrtPooling:
         return allocate_cache(self._ort, self._bundle, rows, positions)[0]
 
     def run(self, cache: dict[str, Any], tokens: Tokens, start: int, kept: Sequence[int]) -> Vectors:
-        """See PoolingBackend. GroupQueryAttention takes a chunk after a non-empty cache only with one row."""
+        """Run the graph for the texts of `cache`; several rows only begin one, as GroupQueryAttention asks."""
         rows, length = tokens.shape
         binding = self._session.io_binding()
         for name, buffer in cache.items():

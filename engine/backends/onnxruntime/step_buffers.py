@@ -28,7 +28,13 @@ def logits_kind(session: Any) -> str | None:
 
 
 def first_line(error: Exception) -> str:
+    """The line of ONNX Runtime's message that says what is wrong; where in its code, the others do."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def failed_run(error: Exception) -> BackendError:
+    """For any exception: ONNX Runtime's share no base class of their own."""
+    return BackendError(f"ONNX Runtime failed in a step of the model: {first_line(error)}")
 
 
 def allocate_cache(ort: Any, bundle: Bundle, rows: int, positions: int) -> tuple[dict[str, Any], NDArray[Any]]:
