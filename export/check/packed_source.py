@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 Parts = Mapping[str, Tensor]
+_CHUNK_BYTES = 2**20  # a bit of it takes a byte, then a float
 _PACKED = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 _USED = {
     "gptq": {"qweight", "qzeros", "scales", "g_idx"},
@@ -128,5 +129,11 @@ def _spread(values: Tensor, shape: torch.Size, settings: Mapping[str, Any]) -> T
 def _numbers(words: Tensor, bits: int) -> Tensor:
     """The numbers float32 [n, m * 32 / bits] whose bits lie in int32 words [n, m], lowest first."""
     stored: NDArray[np.uint8] = words.contiguous().numpy().astype("<i4").view(np.uint8)
-    by_bit = np.unpackbits(stored, axis=1, bitorder="little").reshape(len(words), -1, bits)
-    return torch.from_numpy(by_bit @ (2.0 ** np.arange(bits, dtype=np.float32)))
+    numbers = np.empty((len(stored), stored.shape[1] * 8 // bits), dtype=np.float32)
+    step = max(1, _CHUNK_BYTES // max(1, stored.shape[1]))
+    for start in range(0, len(stored), step):
+        by_bit = np.unpackbits(stored[start : start + step], axis=1, bitorder="little")
+        numbers[start : start + step] = by_bit.reshape(len(by_bit), -1, bits) @ (
+            2.0 ** np.arange(bits, dtype=np.float32)
+        )
+    return torch.from_numpy(numbers)

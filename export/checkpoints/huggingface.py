@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from starling.export.checkpoints.checkpoint import StoredTensors
 
 ADAPTER_FILE = "adapter_config.json"
+#: Where AutoGPTQ had its settings before transformers read them.
+OLD_SETTINGS_FILE = "quantize_config.json"
 
 
 def open_folder(folder: Path, *, kind: str, name: str) -> Checkpoint:
@@ -124,7 +126,11 @@ def without_packing(config: PreTrainedConfig) -> PreTrainedConfig:
 def _config_values(folder: Path) -> dict[str, Any]:
     values = read_json(folder / "config.json")
     check_config(values, str(folder / "config.json"))
-    read_packing(values, str(folder))  # for its refusals
+    if read_packing(values, str(folder)) is None and (folder / OLD_SETTINGS_FILE).is_file():
+        raise UnsupportedModelError(
+            f"{folder} has a {OLD_SETTINGS_FILE}, but its config.json no quantization_config: write what the one says "
+            'into the other, with "quant_method": "gptq"'
+        )
     _refuse_other_tasks(folder, values.get("architectures"))
     return values
 

@@ -165,6 +165,12 @@ def test_an_architecture_that_cannot_be_exported_is_named(folder: Path, changes:
         open_checkpoint(str(folder))
 
 
+def test_settings_of_gptq_beside_the_configuration_are_refused_with_the_way_out(folder: Path) -> None:
+    (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}', encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match=r'has a quantize_config\.json.* with "quant_method": "gptq"'):
+        open_checkpoint(str(folder))
+
+
 @pytest.mark.parametrize("changes", [{"eos_token_id": "2"}, {"num_hidden_layers": "three"}], ids=str)
 def test_a_value_of_another_type_in_the_configuration_is_one_line(folder: Path, changes: dict[str, Any]) -> None:
     edit_json(folder / "config.json", **changes)

@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, dequantize
 from gguf_models import VOCABULARY, write_gguf
 from packed_checkpoints import Pack, awq, gptq, int_quantized, pack_quantized, random_whole, write_packed
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig
 
 from starling.export.check.gguf_source import load_gguf_source
 from starling.export.checkpoints.gguf_file import INTEGER_BITS, read_gguf
@@ -215,6 +215,15 @@ def test_a_folder_that_blocks_cannot_hold_is_near_its_own_values(tmp_path: Path,
     assert manifest["quantization"]["as_stored"] == []
     assert f"dequantized, and quantized again in blocks of 32: {said}" in manifest["notes"]
     assert manifest["parity"]["mean_kl"] < (0.5 if scheme == "int4" else 0.01)  # uniform numbers round badly
+
+
+def test_floats_in_blocks_have_the_values_that_transformers_gives_them(tmp_path: Path) -> None:
+    write_packed(tmp_path / "m", AGAIN["fp8"][0], floats_in_blocks)
+    tensors = open_checkpoint(str(tmp_path / "m")).tensors
+    how = FineGrainedFP8Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=how, dtype=torch.float32)
+    for name, values in model.state_dict().items():
+        assert torch.equal(tensors.rows(name, 0, len(values)).float(), values), name
 
 
 @pytest.mark.slow
