@@ -1,13 +1,12 @@
 """What pyproject.toml cannot say: the packages' folders, the kernels' library, and the wheel's tag.
 
-The library of CPU kernels has no Python in it, so that one wheel serves every Python 3: `py3-none-linux_x86_64`, or
-`py3-none-any` where there is none. STARLING_BUILD_KERNELS=0 leaves it out, =1 makes a failing compiler an error;
-otherwise the package installs without it where it cannot be compiled.
+The library of CPU kernels has no Python in it, so that one wheel serves every Python 3: `py3-none-linux_x86_64`,
+`py3-none-linux_aarch64`, or `py3-none-any` where there is none. STARLING_BUILD_KERNELS=0 leaves it out, =1 makes a
+failing compiler an error; otherwise the package installs without it where it cannot be compiled.
 """
 
 import os
-import platform
-import sys
+import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -17,14 +16,29 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOMS = ("cli", "engine", "export", "profiling", "serving")
-#: Folders of engine/kernels with sources that every compiler of the CPU takes.
+#: Folders of engine/kernels with sources that a compiler of the CPU takes.
 KERNEL_FOLDERS = ("attention", "operators", "product", "simd")
+#: By platform how the names of its own sources end; all others are every processor's.
+SOURCES_OF = {
+    "linux-x86_64": ("_x86.cpp", "_avx2.cpp", "_avx_vnni.cpp", "_avx512.cpp", "_bf16.cpp", "_amx.cpp"),
+    "linux-aarch64": ("_arm.cpp", "_neon.cpp", "_neon_i8mm.cpp"),
+}
+#: What is built for: `_PYTHON_HOST_PLATFORM`, CPython's own word for it, where a compiler is another processor's.
+PLATFORM = sysconfig.get_platform()
 KERNELS = os.environ.get("STARLING_BUILD_KERNELS", "")
-COMPILED = KERNELS != "0" and sys.platform == "linux" and platform.machine().lower() in ("x86_64", "amd64")
+COMPILED = KERNELS != "0" and PLATFORM in SOURCES_OF
+
+
+def kernel_sources() -> list[str]:
+    """The sources of the platform's processor, and those of every one."""
+    others = tuple(name for of, names in SOURCES_OF.items() if of != PLATFORM for name in names)
+    sources = (source for folder in KERNEL_FOLDERS for source in glob(f"engine/kernels/{folder}/*.cpp"))
+    return sorted(source for source in sources if not source.endswith(others))
+
 
 library = Extension(
     "starling.engine.kernels._library",
-    sorted(source for folder in KERNEL_FOLDERS for source in glob(f"engine/kernels/{folder}/*.cpp")),
+    kernel_sources(),
     depends=sorted(glob("engine/kernels/*/*.h")),
     include_dirs=["engine/kernels"],
     extra_compile_args=[

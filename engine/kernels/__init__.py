@@ -3,13 +3,14 @@
 Where it is missing (no compiler, another processor, another system) the engine runs the bundle's plain graph with ONNX
 Runtime's own operators: the same results within rounding; bf16 bundles run on a CPU by the kernels alone.
 `STARLING_CPU_KERNELS=0` does so everywhere; `STARLING_CPU_ISA=avx2` or `avx-vnni` takes what a processor without
-AVX-512 would, `=avx512` one without AMX.
+AVX-512 would, `=avx512` one without AMX; on ARM `=neon` one without products of matrices (i8mm).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,9 @@ from starling.engine.installation import install_command
 from starling.engine.names import DType
 
 SWITCH = "STARLING_CPU_KERNELS"
+#: Why none of the kernels runs here, by machine.
+LACKING = {"aarch64": "this processor has no dot products of bytes (SDOT, an option from ARMv8.2 on)"}
+LACKING_ON_X86 = "this processor has neither AVX2 nor AVX-512"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ def _load() -> KernelLibrary:
     path = Path(__file__).with_name("_library.so")
     if not path.is_file():
         raise KernelsUnavailable(
-            "not built: they need x86-64 Linux and a C++17 compiler at installation. Where there is one now: "
+            "not built: they need x86-64 or ARM Linux and a C++17 compiler at installation. Where there is one now: "
             + install_command(None, "--force-reinstall", "--no-cache-dir", "--no-deps")
         )
     try:
@@ -75,6 +79,6 @@ def _load() -> KernelLibrary:
     functions[1].argtypes = [ctypes.c_bool]
     name = functions[0]()
     if name is None:
-        raise KernelsUnavailable("this processor has neither AVX2 nor AVX-512")
+        raise KernelsUnavailable(LACKING.get(platform.machine(), LACKING_ON_X86))
     fp16, bf16 = (functions[1](is_bfloat16).decode() for is_bfloat16 in (False, True))
     return KernelLibrary(path, name.decode(), fp16, bf16)

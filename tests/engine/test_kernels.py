@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from kernel_models import run_in_place, session
+from kernel_models import INSTRUCTION_SETS, run_in_place, session
 from numpy.typing import NDArray
 from onnx import helper
 
@@ -29,7 +29,7 @@ CACHE_TYPES = {
 }
 
 
-@pytest.fixture(params=["best", "avx-vnni", "avx512", "avx2"])
+@pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What this processor can do at best, and what others would take."""
     if request.param == "avx-vnni" and not _has_avx_vnni():
@@ -199,9 +199,18 @@ class TestQuantizedLinear:
         for row in range(13):
             np.testing.assert_array_equal(linear(x[row : row + 1]), together[row : row + 1])
 
+    @pytest.mark.parametrize("planes", [1, 2])
+    @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+    def test_many_rows_have_the_same_bits_however_they_are_cut(self, weights: Weights, planes: int) -> None:
+        """So many that they are multiplied another way than few, with some left over."""
+        linear, x = Linear.random(72, 200, weights=weights, planes=planes), _random(149, 1, 200)
+        together = linear(x)
+        for first, last in ((0, 5), (5, 30), (30, 149), (148, 149)):
+            np.testing.assert_array_equal(linear(x[first:last]), together[first:last])
+
     @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
     def test_the_greatest_numbers_do_not_overflow(self, weights: Weights) -> None:
-        linear, x = Linear.random(64, 96, weights=weights), np.ones((1, 7, 96), np.float32)
+        linear, x = Linear.random(64, 96, weights=weights), np.ones((1, 31, 96), np.float32)
         for number in (0, 2**linear.bits - 1):
             linear.data[...] = number
             for sign in (1, -1):

@@ -1,5 +1,6 @@
 """Models of one node for the tests of the CPU kernels."""
 
+import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from starling.engine.kernels import require_kernel_library
 
 Arrays = Mapping[str, NDArray[Any]]
+
+_IS_ARM = platform.machine() == "aarch64"
+#: The best that this processor can do, and what others would take by `STARLING_CPU_ISA`; fewer for products of 16-bit
+#: weights.
+INSTRUCTION_SETS = ["best", "neon"] if _IS_ARM else ["best", "avx-vnni", "avx512", "avx2"]
+HALF_INSTRUCTION_SETS = ["best"] if _IS_ARM else ["best", "avx512", "avx2"]
 
 
 def session(

@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from setup_script import ROOT, kernel_library
+
 KERNELS = ROOT / "engine" / "kernels"
-SOURCES = ("attention", "operators", "product", "simd")
 FLAGS = (
     *("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-ffp-contract=off", "-fvisibility=hidden", "-w"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fPIC", "-shared", f"-I{KERNELS}"),
@@ -42,9 +43,10 @@ def link_package(folder: Path) -> Path:
 
 def build(library: Path) -> None:
     """Compile the kernels, one process for each source file."""
-    objects = {
-        source: library.parent / f"{source.stem}.o" for name in SOURCES for source in (KERNELS / name).glob("*.cpp")
-    }
+    compiled = kernel_library()
+    if compiled is None:
+        sys.exit("there are no CPU kernels for this platform")
+    objects = {ROOT / source: library.parent / f"{Path(source).stem}.o" for source in compiled.sources}
     compiler = os.environ.get("CXX", "g++")
     compile_flags = [flag for flag in FLAGS if flag != "-shared"]
     running = [

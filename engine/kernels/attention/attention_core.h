@@ -17,7 +17,7 @@ namespace {
 // Scores that are in registers together: of kRows rows with the kKeys keys of a block, in kVectors vectors each.
 constexpr int kVectors = 4;
 constexpr int kKeys = kVectors * Vector::width;
-constexpr int kRows = Vector::width == 16 ? 6 : 3;
+constexpr int kRows = Vector::registers == 32 ? 6 : 3;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 static_assert(kChunk % kKeys == 0 && kKeys <= kMostKeys);

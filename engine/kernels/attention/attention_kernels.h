@@ -60,6 +60,7 @@ extern const AttentionKernels kAttentionAmx[kCacheTypes];   // the same by tiles
 extern const AttentionKernels kAttentionBf16[kCacheTypes];  // AVX-512 with products of bfloat16
 extern const AttentionKernels kAttentionAvx512[kCacheTypes];
 extern const AttentionKernels kAttentionAvx2[kCacheTypes];
+extern const AttentionKernels kAttentionNeon[kCacheTypes];
 
 // The best this processor can run; nullptr where it can run none. `reduced` allows products of bfloat16.
 const AttentionKernels* attention_kernels(bool reduced, CacheType type);

@@ -66,7 +66,7 @@ GroupQueryAttention::GroupQueryAttention(const NodeInfo& node, CacheType type)
       rotates_(node.integer("do_rotary") != 0),
       interleaved_(node.integer("rotary_interleaved") != 0),
       kernels_(attention_kernels(node.integer("reduced_precision") != 0, type)) {
-  require(kernels_ != nullptr, "this processor has neither AVX-512 nor AVX2");
+  require(kernels_ != nullptr, kNoKernels);
   require(kv_heads_ > 0 && heads_ > 0 && heads_ % kv_heads_ == 0, "num_heads is not a multiple of kv_num_heads");
 }
 

@@ -36,7 +36,7 @@ void pack_tile(const HalfWeights& packed, const Stored& stored, int pair, int bl
 }  // namespace
 
 HalfLinear::HalfLinear(const NodeInfo& node, bool is_bfloat16) : kernels_(half_kernels(is_bfloat16)) {
-  require(kernels_ != nullptr, "this processor has neither AVX-512 nor AVX2");
+  require(kernels_ != nullptr, kNoKernels);
   HalfWeights& packed = weights_;
   static_cast<Projection&>(packed) = read_projection(node);
   packed.blocks = ceil_div(packed.inputs, kHalfBlock);

@@ -22,6 +22,9 @@ inline void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
+// Of a session that registers the library where Python would not.
+constexpr const char* kNoKernels = "this processor lacks the instructions that the CPU kernels need";
+
 // The greatest size, count or position that the operators take: what is rounded up to a tile from there, or goes a
 // chunk beyond, is still an int.
 constexpr int64_t kMost = int64_t{1} << 30;

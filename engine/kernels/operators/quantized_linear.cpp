@@ -101,7 +101,7 @@ struct RowsOfTask {
 }  // namespace
 
 QuantizedLinear::QuantizedLinear(const NodeInfo& node, NoContext) : kernels_(block_kernels()) {
-  require(kernels_ != nullptr, "this processor has neither AVX-512 nor AVX2");
+  require(kernels_ != nullptr, kNoKernels);
   PackedWeights& packed = weights_;
   static_cast<Projection&>(packed) = read_projection(node);
   packed.planes = to_int(node.integer("planes"), "planes must be 1 or 2");

@@ -9,6 +9,8 @@ namespace {
 
 struct Int8 {
   static constexpr int bits = 8;
+  static constexpr int inputs = 4;
+  static constexpr int rows = 1;
   static constexpr bool has_zeros = false;
   using Factor = Ints;
   using Four = Ints;
@@ -26,6 +28,8 @@ struct Int8 {
 // The second tile's numbers stay in the high nibbles: its sums are 16 times as great until they are whole.
 struct Int4 {
   static constexpr int bits = 4;
+  static constexpr int inputs = 4;
+  static constexpr int rows = 1;
   static constexpr bool has_zeros = false;
   using Factor = Ints;
   using Four = Ints;

@@ -2,12 +2,15 @@
 // block_product_core.h and what the instruction set defines:
 //   Ints, Vector::width int32; to_float(Ints) and from_half(const uint16_t*), Vectors of so many numbers;
 //   formats of weights, Int8, Int4 and Int4WithZeros, each with
-//     bits; has_zeros; Factor, the weights of one tile in a step;
+//     bits; has_zeros; inputs, of a step; Factor, the weights of one tile in a step;
 //     load(const uint8_t* step, Factor (&)[2]), those of both tiles;
 //     Four and load_four(const QuantizedRows&, place), four neighbouring activations of a row in every lane;
 //     load_zeros(const uint8_t*, Ints (&)[2]), where it has zero points;
 //     start(tile, Ints zero, Ints correction), add(Ints sum, Factor, Four) and total(sum, tile, zero, correction):
-//       a sum of products with four activations at a time, from its beginning to its whole.
+//       a sum of products with four activations at a time, from its beginning to its whole;
+//     rows, 1; or 2, where products are of matrices: then it has Eight and load_two(const QuantizedRows&, place, next),
+//       eight neighbouring activations of each of two rows, add(Ints& sum, Ints& next, Factor, Eight), and part(Ints&
+//       sum, Ints& next), which gives each row what is its own.
 #pragma once
 
 namespace starling {
@@ -20,8 +23,8 @@ constexpr int kHalves = kTile / Vector::width;  // vectors of a tile's outputs
 template <class Format, int Rows, int Halves>
 inline void sum_blocks(const PackedWeights& weights, const uint8_t* data, const QuantizedRows& rows, int row, int pair,
                        int half, Vector (&sums)[Rows][Halves][2]) {
-  constexpr size_t kBytes = kPair * kBlock * Format::bits / 8, kStep = kBytes / (kBlock / 4);
-  constexpr size_t kHalfBytes = Vector::width * (Format::bits == 4 ? 4 : Format::bits / 2);
+  constexpr size_t kBytes = kPair * kBlock * Format::bits / 8, kStep = kBytes / (kBlock / Format::inputs);
+  constexpr size_t kHalfBytes = Vector::width * Format::inputs * (Format::bits == 4 ? 8 : Format::bits) / 8;
   const size_t blocks = weights.blocks, start = static_cast<size_t>(pair) * blocks, lane = half * Vector::width;
   data += half * kHalfBytes;
   const uint16_t* scales = weights.scales.data() + start * kPair + lane;
@@ -40,16 +43,29 @@ inline void sum_blocks(const PackedWeights& weights, const uint8_t* data, const 
       }
     }
 #pragma GCC unroll 8
-    for (int step = 0; step < kBlock / 4; ++step) {
+    for (int step = 0; step < kBlock / Format::inputs; ++step) {
 #pragma GCC unroll 2
       for (int h = 0; h < Halves; ++h) {
         typename Format::Factor factors[2];
         Format::load(data + step * kStep + h * kHalfBytes, factors);
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) {
-          const typename Format::Four x = Format::load_four(rows, (at + r * blocks) * kBlock + step * 4);
-          dots[r][h][0] = Format::add(dots[r][h][0], factors[0], x);
-          dots[r][h][1] = Format::add(dots[r][h][1], factors[1], x);
+        for (int r = 0; r < Rows; r += Format::rows) {
+          const size_t place = (at + r * blocks) * kBlock + step * Format::inputs;
+          if constexpr (Format::rows == 2) {
+            const typename Format::Eight x = Format::load_two(rows, place, place + blocks * kBlock);
+            for (int tile = 0; tile < 2; ++tile) Format::add(dots[r][h][tile], dots[r + 1][h][tile], factors[tile], x);
+          } else {
+            const typename Format::Four x = Format::load_four(rows, place);
+            dots[r][h][0] = Format::add(dots[r][h][0], factors[0], x);
+            dots[r][h][1] = Format::add(dots[r][h][1], factors[1], x);
+          }
+        }
+      }
+    }
+    if constexpr (Format::rows == 2) {
+      for (int r = 0; r < Rows; r += 2) {
+        for (int h = 0; h < Halves; ++h) {
+          for (int tile = 0; tile < 2; ++tile) Format::part(dots[r][h][tile], dots[r + 1][h][tile]);
         }
       }
     }
@@ -72,8 +88,9 @@ inline void sum_blocks(const PackedWeights& weights, const uint8_t* data, const 
 template <class Format, int Rows>
 inline void multiply_rows(const PackedWeights& weights, const uint8_t* data, const QuantizedRows& rows, int row,
                           int pair, const Epilogue& epilogue) {
+  static_assert(Rows % Format::rows == 0);
   // Of few rows all outputs at once: weights are then read once, as they lie.
-  constexpr int kAtOnce = Rows <= 2 ? kHalves : 1;
+  constexpr int kAtOnce = Rows <= 2 ? kHalves : std::max(kHalves / 2, 1);
   for (int half = 0; half < kHalves; half += kAtOnce) {
     Vector sums[Rows][kAtOnce][2];
     sum_blocks<Format, Rows, kAtOnce>(weights, data, rows, row, pair, half, sums);

@@ -70,6 +70,8 @@ extern const BlockKernels kAvx2;
 #define STARLING_COMPILES_AVX_VNNI  // which GCC 10 does not know
 extern const BlockKernels kAvxVnni;
 #endif
+extern const BlockKernels kNeonI8mm;  // with products of matrices for many rows
+extern const BlockKernels kNeon;
 
 // The best this processor can run; nullptr where it can run none.
 const BlockKernels* block_kernels();

@@ -26,6 +26,8 @@ Ints add_neighbours(Ints words) { return _mm256_madd_epi16(words, _mm256_set1_ep
 // |weight| times the activation with the weight's sign: two products are at most 2 * 128 * 127 = 32512.
 struct Int8 {
   static constexpr int bits = 8;
+  static constexpr int inputs = 4;
+  static constexpr int rows = 1;
   static constexpr bool has_zeros = false;
   using Four = Ints;
   struct Factor {
@@ -50,6 +52,8 @@ struct Int8 {
 // A block's eight sums of two products are at most 8 * 2 * 15 * 127 = 30480: they are added in 16 bits.
 struct Int4 {
   static constexpr int bits = 4;
+  static constexpr int inputs = 4;
+  static constexpr int rows = 1;
   static constexpr bool has_zeros = false;
   using Factor = Ints;
   using Four = Ints;
@@ -87,6 +91,8 @@ struct Int4WithZeros : Int4 {
 // Many rows pay for weights widened to words: two products less that only the multiplier can do.
 struct Words {
   static constexpr int bits = 16;
+  static constexpr int inputs = 4;
+  static constexpr int rows = 1;
   static constexpr bool has_zeros = false;
   struct Four {
     Ints even, odd;

@@ -51,6 +51,7 @@ struct HalfKernels {
 extern const HalfKernels kHalfAmx;  // bfloat16
 extern const HalfKernels kFloat16Avx512, kBFloat16Avx512;
 extern const HalfKernels kFloat16Avx2, kBFloat16Avx2;
+extern const HalfKernels kFloat16Neon, kBFloat16Neon;
 
 // The best this processor can run; nullptr where it can run none.
 const HalfKernels* half_kernels(bool is_bfloat16);

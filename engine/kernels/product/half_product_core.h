@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kVectors = kPair / Vector::width;  // of a pair's outputs
 constexpr int kFewRows = Vector::width == 16 ? 6 : 2;
-constexpr int kPanelRows = Vector::width == 16 ? 12 : 3;  // as many as registers hold the sums of
+constexpr int kPanelRows = Vector::registers * 3 / 4 / kVectors;  // as many as registers hold the sums of
 
 // out [blocks * 32] = row [inputs], normed; zeros follow.
 inline void prepare_floats(const float* row, int inputs, const Norm& norm, const PreparedRows& out, int index) {

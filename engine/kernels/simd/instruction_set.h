@@ -1,7 +1,11 @@
 // Compile a part of a file for an instruction set that the rest of the library does not assume.
 #pragma once
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 // Ahead of any target region: what the standard library defines inside one would be compiled for it, and the linker
 // might take that copy for everybody.

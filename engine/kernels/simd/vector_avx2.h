@@ -6,6 +6,7 @@ namespace {
 
 struct Vector {
   static constexpr int width = 8;
+  static constexpr int registers = 16;
   using Mask = __m256i;
 
   __m256 v;

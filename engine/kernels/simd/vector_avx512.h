@@ -6,6 +6,7 @@ namespace {
 
 struct Vector {
   static constexpr int width = 16;
+  static constexpr int registers = 32;
   using Mask = __mmask16;
 
   __m512 v;

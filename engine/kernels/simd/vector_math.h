@@ -1,4 +1,4 @@
-// Functions of a Vector, whichever its width. Included inside a target region, after vector_avx512.h or vector_avx2.h.
+// Functions of a Vector, whichever its width. Included inside a target region, after vector_*.h.
 #pragma once
 
 namespace starling {

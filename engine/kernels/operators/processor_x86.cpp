@@ -1,10 +1,8 @@
-// Which kernels the processor at hand can run.
+// Which kernels the x86 processor at hand can run.
 #include <cpuid.h>
 
-#include <cstdlib>
-#include <cstring>
-
 #include "attention/attention_kernels.h"
+#include "operators/processor.h"
 #include "product/block_product.h"
 #include "product/half_product.h"
 #include "simd/amx.h"
@@ -20,13 +18,6 @@ namespace {
 bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-
-// STARLING_CPU_ISA=avx2 or avx-vnni takes what a processor with no more would, =avx512 what one without AMX would, for
-// tests and comparisons.
-bool is_held_to(const char* instruction_set) {
-  const char* most = std::getenv("STARLING_CPU_ISA");
-  return most != nullptr && std::strcmp(most, instruction_set) == 0;
 }
 
 bool has_avx512() {
