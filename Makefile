@@ -13,7 +13,7 @@ PYTEST := python -m pytest -q -n 2 --dist loadfile
 NOOP := build/cuda-noop
 NOOP_PACKAGES := onnxruntime-gpu nvidia-cuda-nvrtc==13.0.* nvidia-cuda-cuobjdump click jinja2 numpy pytest rich tokenizers
 
-.PHONY: demo test test-quick sanitize test-cuda-noop test-newest test-lowest test-install test-clients test-lm-eval check lint types dist install clean
+.PHONY: demo test test-quick sanitize test-cuda-noop test-newest test-lowest test-install test-arm test-clients test-lm-eval check lint types dist install clean
 
 demo: install
 	$(BIN)/starling export demo $(DEMO) --force
@@ -50,7 +50,7 @@ $(NOOP)/bundles/made: tests/cuda_noop/make_bundles.py $(shell find export profil
 	touch $@
 
 # The CPU kernels' own tests meet no package but NumPy and ONNX Runtime, which all others go through too.
-OTHER_VERSIONS := $(PYTEST) -m "not slow and not install" --ignore tests/engine/test_kernels.py --ignore tests/engine/test_half_kernels.py
+OTHER_VERSIONS := $(PYTEST) -m "not slow and not install" $(foreach name,kernels half_kernels half_bundles,--ignore tests/engine/test_$(name).py)
 
 # The quick tests with the newest release of every package (torch stays: the index's next one brings CUDA) ...
 test-newest: $(VENV)-newest/installed
@@ -63,6 +63,11 @@ test-lowest: $(VENV)-lowest/installed
 # Wheels and sources, and the documents' install lines, in environments of their own.
 test-install: install
 	$(BIN)/python -m pytest -q -m install
+
+# The CPU kernels on an emulated ARM processor. Not part of CI: it takes minutes, and Debian's packages for ARM.
+test-arm: install
+	$(BIN)/python tests/arm/emulated_arm.py build/arm
+	$(BIN)/python -m pytest -q -m arm tests/arm
 
 # lm-eval, in an environment of its own, by each way that docs/evaluation.md names. Not part of CI: it takes minutes.
 test-lm-eval: install
@@ -107,15 +112,15 @@ $(VENV)-lowest/installed: pyproject.toml setup.py | install
 	STARLING_BUILD_KERNELS=0 $(VENV)-lowest/bin/python -m pip install --quiet $(PIP_ARGS) --constraint $(VENV)-lowest/lowest.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
-# What is published: the sources, a wheel for any system, and one with the CPU kernels, which any x86-64 Linux since
-# glibc 2.28 takes. setuptools would put what an earlier build left into a wheel.
+# What is published: the sources, a wheel for any system, and one with the CPU kernels, which any Linux since glibc 2.28
+# on such a processor takes. setuptools would put what an earlier build left into a wheel.
 dist: install
 	rm -rf dist build/lib* build/bdist* build/wheels
 	$(BIN)/python -m build --sdist --outdir dist .
 	STARLING_BUILD_KERNELS=0 $(BIN)/python -m build --wheel --outdir dist .
 	rm -rf build/lib* build/bdist*
 	STARLING_BUILD_KERNELS=1 $(BIN)/python -m build --wheel --outdir build/wheels .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --wheel-dir dist build/wheels/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$(shell uname -m) --wheel-dir dist build/wheels/*.whl
 	$(BIN)/twine check --strict dist/*
 
 clean:
