@@ -16,7 +16,7 @@ from starling.engine.backends.onnxruntime.onnxruntime_backend import check_runs_
 from starling.engine.bundle.manifest import FIRST_VERSION, FORMAT, FORMAT_VERSION, Bundle
 from starling.engine.bundle.model_records import Architecture, Pooling
 from starling.engine.errors import BackendError, UserError
-from starling.engine.names import ARRAY_DTYPES, DTYPES
+from starling.engine.names import ARRAY_DTYPES, DTYPES, SCHEMES_OF
 from starling.engine.progress import Progress, Silent
 from starling.export.bundle_folder import check_space, file_entry, new_bundle_folder, write_json, write_tokenizer
 from starling.export.check.bundle_quality import CUT_LAYERS, fits, keep_logits, load_compared, measure, require_quality
@@ -79,7 +79,8 @@ class ExportOptions:
 
 def check_quantization(how: BlockQuantization | QdqQuantization, dialect: str) -> None:
     """Raise UserError where the dialect has no operators for this quantization."""
-    check_scheme(how.scheme, dialect)
+    if how.scheme not in SCHEMES_OF[dialect]:
+        check_scheme(how.scheme, dialect)  # for its words
     if isinstance(how, QdqQuantization) != (dialect == "tensorrt"):
         raise UserError(f"dialect {dialect} does not take the settings of a {type(how).__name__}")
 
@@ -194,6 +195,7 @@ def _calibrated(
     """What calibration makes of the weights in blocks; nothing where there is none."""
     if (
         plan is None
+        or plan.how.bits != 4  # more are rounded
         or not options.weights
         or not wants_calibration(graph.graph, checkpoint, plan, stored, options.calibration)
     ):

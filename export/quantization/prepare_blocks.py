@@ -40,12 +40,12 @@ def wants_calibration(
     stored: StoredBlocks | None,
     calibration: Calibration,
 ) -> bool:
-    """Whether there is something that calibration makes better: 8 bits are rounded, and so are random weights.
+    """Whether calibration makes some of the weights of 4 bits better: random ones are rounded, if no text is given.
 
-    The latter only where no text is given. What is taken as it is stored is not quantized at all.
+    What is taken as it is stored is not quantized at all.
     """
     random = checkpoint.kind == "random" and calibration.file is None
-    if plan.how.bits != 4 or random or calibration.is_off:
+    if random or calibration.is_off:
         return False
     return any(how.bits == 4 for how in _wanted(graph, plan, stored).values())
 
