@@ -2,7 +2,8 @@
 
 `python -m starling.profiling.load.served_speculation BUNDLE` answers the prompts of `speculation_gain` on one engine,
 with and without drafts, by prompt lookup or, with `--draft`, by a draft model, taking turns; tokens must be the same.
-The gain is the ratio of all tokens per second.
+The gain is the ratio of all tokens per second, as long as every row has a request: what the last ones do alone says
+nothing of a busy server.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import click
 
 from starling.engine.bundle.manifest import Bundle
 from starling.engine.engine import Engine
-from starling.engine.generation.results import GenerationResult
+from starling.engine.generation.results import GenerationChunk, GenerationResult
 from starling.engine.generation.sampling_params import SamplingParams
 from starling.engine.names import Speculation
 from starling.engine.serving_loop import ServingLoop
@@ -26,6 +27,9 @@ from starling.profiling.load.speculation_gain import KINDS, METHOD, prompt_ids, 
 from starling.profiling.machine.environment import describe_environment
 from starling.profiling.programs import failing_in_one_line, write_document
 from starling.profiling.reports.profile_document import bundle_document
+
+#: Requests for each row at least.
+ROUNDS_OF_ROWS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +75,27 @@ def _method(engine: Engine) -> Speculation:
 
 
 def _serve(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> tuple[list[GenerationResult], float]:
-    """The answers, and the tokens per second of all streams from the first submission to the last token."""
-    with ServingLoop(engine) as loop:
+    """The prompts' answers, and the tokens per second of all streams while all rows were busy, prefills included.
+
+    The prompts are asked again until there are ROUNDS_OF_ROWS requests for each row; no prefix is known.
+    """
+    rows = engine.max_batch
+    asked = [prompts[number % len(prompts)] for number in range(max(len(prompts), ROUNDS_OF_ROWS * rows))]
+    moments: list[float] = []
+    ends: list[float] = []
+
+    def note(chunk: GenerationChunk) -> None:
+        moments.append(perf_counter())
+        if chunk.finish_reason is not None:
+            ends.append(moments[-1])
+
+    with ServingLoop(engine, prefix_cache=0) as loop:
         begin = perf_counter()
-        handles = [loop.submit(prompt, params, reply=True) for prompt in prompts]
+        handles = [loop.submit(prompt, params, reply=True, on_chunk=note) for prompt in asked]
         answers = [handle.result() for handle in handles]
-        seconds = perf_counter() - begin
-    return answers, sum(len(answer.tokens) for answer in answers) / seconds
+    first_idle = ends[-rows]
+    busy = sum(moment <= first_idle for moment in moments)
+    return answers[: len(prompts)], busy / (first_idle - begin)
 
 
 @click.command(context_settings={"show_default": True})
