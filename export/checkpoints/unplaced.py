@@ -18,6 +18,11 @@ _MADE_BY_THE_MODEL = re.compile(
 )
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.bias$")  # [1, 1, positions, positions]
 
+# What belongs to quantized weights, whole numbers too, which are no tables.
+_QUANTIZED = re.compile(
+    r"weight_scale|input_scale|qweight|qzeros|g_idx|absmax|quant_map|quant_state|weight_packed|SCB$|scale_inv|zero_point"
+)
+
 # What a tensor's name says of where it comes from, and what to do then.
 _ADVICE = (
     (
@@ -30,7 +35,7 @@ _ADVICE = (
         "architectures",
     ),
     (
-        r"weight_scale|input_scale|qweight|qzeros|g_idx|absmax|quant_map|quant_state|weight_packed|SCB$|scale_inv",
+        _QUANTIZED.pattern,
         "the weights are quantized in a way that config.json does not say: export the unquantized checkpoint",
     ),
     (r"bias$", "config.json denies this bias, or is of another model"),
@@ -72,6 +77,6 @@ def _is_zero_bias(name: str, stored: StoredTensors) -> bool:
 
 
 def _is_buffer(name: str, stored: StoredTensors) -> bool:
-    if _MADE_BY_THE_MODEL.search(name) or not stored.is_floating(name):
+    if _MADE_BY_THE_MODEL.search(name) or not (stored.is_floating(name) or _QUANTIZED.search(name)):
         return True
     return bool(_MASK.search(name)) and len(stored.shape(name)) > 2

@@ -1,5 +1,7 @@
 """Quantized weights of Hugging Face checkpoints have the values that the methods' own packages give them."""
 
+import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from starling.engine.errors import CheckpointError, StarlingError, UnsupportedModelError
 from starling.export.check.packed_source import dequantized_weights
 from starling.export.checkpoints.packed.packed_tensors import PackedTensors
+from starling.export.checkpoints.packed.packed_weight import IntegerWeight
 from starling.export.checkpoints.packed.packing_settings import PackingSettings, read_packing
 from starling.export.checkpoints.stored_tensors import open_safetensors
 
@@ -143,6 +146,16 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
         {"weight_shape": torch.tensor([16, 2**60])},
         r"m has 0 bits a weight",
     ),
+    "numbers of another width": (
+        "compressed-tensors.pack4",
+        {"weight_packed": torch.ones(16, 16).int()},
+        r"m has 8 bits a weight, not 4: no fit",
+    ),
+    "a weight that is quantized and is not": (
+        "gptq.int4",
+        {"weight": torch.ones(16, 64)},
+        r"has both m\.qweight, which is quantized, and m\.weight, which is not",
+    ),
     "scales of no block": ("fp8.block", {"weight_scale_inv": torch.ones(2, 2)}, r"m\.weight_scale_inv is \[2, 2\]"),
     "scales of other rows": (
         "compressed-tensors.channel8",
@@ -162,11 +175,62 @@ def test_tensors_that_do_not_fit_together_are_one_line(tmp_path: Path, name: str
     assert "model.safetensors" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("case", "part", "order"),
+    [
+        ("gptq_v2.int4", "g_idx", {"desc_act": True}),
+        ("compressed-tensors.pack4", "weight_g_idx", {"actorder": "group"}),
+    ],
+)
+def test_inputs_in_an_order_of_their_own_say_which(tmp_path: Path, case: str, part: str, order: dict[str, Any]) -> None:
+    parts = {name: tensor for name, tensor in stored(case).items() if name not in ("expected", part)}
+    settings = compressed("pack-quantized", 4, **order) if "actorder" in order else SETTINGS[case] | order
+    found = read_packing({"quantization_config": settings}, "folder")
+    assert found is not None
+    with pytest.raises(CheckpointError, match=rf"no tensor m\.{part}, without which"):
+        opened(write(tmp_path, parts), found)
+
+
+def test_a_group_ends_with_the_row_however_long_it_is_said_to_be(tmp_path: Path) -> None:
+    parts = {"qweight": torch.ones(8, 16), "qzeros": torch.zeros(1, 2), "scales": torch.ones(1, 16)}
+    folder = write(tmp_path, {name: tensor if name == "scales" else tensor.int() for name, tensor in parts.items()})
+    weight = opened(folder, settings_of("gptq.int4", group_size=2**31 - 32)).weights["m.weight"]
+    assert isinstance(weight, IntegerWeight)
+    assert weight.group == 64
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("case", "part"), [("gptq.int4", "scales"), ("awq.int4", "scales"), ("fp8.block", "weight_scale_inv")]
+)
+def test_scales_that_are_no_numbers_are_refused(tmp_path: Path, case: str, part: str, number: float) -> None:
+    parts = {name: tensor for name, tensor in stored(case).items() if name != "expected"}
+    parts[part][-1, -1] = number
+    tensors = opened(write(tmp_path, parts), settings_of(case))
+    height = tensors.shape("m.weight")[0]
+    assert bool(tensors.rows("m.weight", 0, 1).isfinite().all())
+    with pytest.raises(CheckpointError, match=r"tensor m\.weight has numbers that are not finite"):
+        tensors.rows("m.weight", height - 1, height)
+
+
+@pytest.mark.parametrize("part", ["g_idx", "qzeros"])
+def test_a_part_that_only_the_index_knows_is_refused(tmp_path: Path, part: str) -> None:
+    parts = {name: tensor for name, tensor in stored("gptq.int4").items() if name not in ("expected", part)}
+    write(tmp_path, parts)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    names = {f"m.{name}": "a.safetensors" for name in (*parts, part)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors has no tensor m\.{part}, which .*index\.json puts"):
+        opened(tmp_path, settings_of("gptq.int4"))
+
+
 REFUSED: list[tuple[dict[str, Any], type[StarlingError], str]] = [
     ({"quant_method": "bitsandbytes"}, UnsupportedModelError, "quantized by 'bitsandbytes'; gptq, awq, compressed-"),
     ({}, UnsupportedModelError, "quantized by None"),
     ({"quant_method": ["gptq"]}, UnsupportedModelError, r"quantized by \['gptq'\]"),
     *((gptq(bits), UnsupportedModelError, f"with bits {bits}; read is 4, 8") for bits in (2, 3, 5, 6)),
+    *(({**gptq(4), "bits": bits}, UnsupportedModelError, f"with bits {bits}; read") for bits in (4.0, True)),
+    (gptq(4) | {"checkpoint_format": False}, UnsupportedModelError, "with checkpoint_format False; read is gptq"),
     (gptq(4, "marlin"), UnsupportedModelError, "with checkpoint_format 'marlin'; read is gptq, gptq_v2"),
     (gptq(4) | {"pack_dtype": "int16"}, UnsupportedModelError, "with pack_dtype 'int16'"),
     (SETTINGS["awq.int4"] | {"version": "gemv"}, UnsupportedModelError, "with version 'gemv'; read is gemm"),

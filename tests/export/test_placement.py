@@ -266,6 +266,14 @@ def test_a_tensor_without_a_place_is_refused_by_name(tmp_path: Path, name: str) 
         open_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize("part", ["weight_g_idx", "weight_zero_point", "qzeros"])
+def test_whole_numbers_of_quantized_weights_are_no_tables_of_the_model(tmp_path: Path, part: str) -> None:
+    save(tmp_path, LlamaConfig(**SHAPE))
+    rewrite(tmp_path, lambda t: t | {f"model.layers.0.self_attn.q_proj.{part}": torch.arange(64)})
+    with pytest.raises(UnsupportedModelError, match=rf"has no place for tensor .*{part}: the weights are quantized"):
+        open_checkpoint(str(tmp_path))
+
+
 def test_an_adapter_around_the_weights_is_named_before_what_is_missing(tmp_path: Path) -> None:
     save(tmp_path, LlamaConfig(**SHAPE))
     rewrite(tmp_path, lambda t: {n.replace("q_proj.weight", "q_proj.base_layer.weight"): x for n, x in t.items()})

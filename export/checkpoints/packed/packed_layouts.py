@@ -40,6 +40,11 @@ def packed_weights(files: SafetensorsFiles, settings: PackingSettings) -> dict[s
         module, _, end = name.rpartition(".")
         quantized = end != "weight" or files.dtype(name) in ("I8", FP8)
         if module and end in ends and quantized:
+            if end != "weight" and f"{module}.weight" in files.names():
+                raise CheckpointError(
+                    f"{files.file} has both {name}, which is quantized, and {module}.weight, which is not: one of them "
+                    "is another model's"
+                )
             found[module] = make(PackedModule(files, module), settings)
     return found
 
@@ -48,12 +53,12 @@ def _gptq(module: PackedModule, settings: PackingSettings) -> IntegerWeight:
     qweight, words, outputs = module.matrix("qweight", ("I32",))
     qzeros, groups, zero_words = module.matrix("qzeros", ("I32",))
     bits = settings.bits[0] if len(settings.bits) == 1 else 32 * zero_words // outputs
-    module.require_bits(bits)
+    module.require_bits(bits, settings.bits)
     inputs = words * 32 // bits
     module.shaped("qzeros", ("I32",), (groups, -(-outputs * bits // 32)))
     scales = module.shaped("scales", FLOATS, (groups, outputs))
     group = module.group(inputs, groups, settings.group_sizes)
-    places = module.places("g_idx", inputs, groups, group)
+    places = module.places("g_idx", inputs, groups, group, wanted=settings.has_order)
     words_of, scales_of, zero_words_of = (module.columns(name) for name in (qweight, scales, qzeros))
 
     def zeros(start: int, stop: int) -> Tensor:
@@ -107,7 +112,7 @@ def _compressed(module: PackedModule, settings: PackingSettings) -> PackedWeight
             f"{outputs} rows: no fit"
         )
     bits = next((each for each in settings.bits if -(-inputs * each // 32) == words), words * 32 // inputs)
-    module.require_bits(bits)
+    module.require_bits(bits, settings.bits)
     module.shaped("weight_packed", ("I32",), (outputs, -(-inputs * bits // 32)))
     scales, groups = _scales(module, outputs)
     group = module.group(inputs, groups, settings.group_sizes)
@@ -122,7 +127,7 @@ def _compressed(module: PackedModule, settings: PackingSettings) -> PackedWeight
         def zeros(start: int, stop: int) -> Tensor:
             return across(zero_words, bits, start, stop)
 
-    places = module.places("weight_g_idx", inputs, groups, group)
+    places = module.places("weight_g_idx", inputs, groups, group, wanted=settings.has_order)
     return IntegerWeight(
         f"compressed-tensors int{bits}" + ("" if places is None else " in an order of its own"),
         (outputs, inputs),

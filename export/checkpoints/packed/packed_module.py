@@ -21,8 +21,13 @@ class PackedModule:
     name: str
 
     def has(self, part: str) -> bool:
-        """Whether there is such a tensor."""
-        return f"{self.name}.{part}" in self.files.names()
+        """Whether there is such a tensor. Raises CheckpointError where an index says so and its file has none."""
+        name = f"{self.name}.{part}"
+        if name in self.files.promised:
+            raise CheckpointError(
+                f"{self.files.promised[name]} has no tensor {name}, which {self.files.file} puts there: get it again"
+            )
+        return name in self.files.names()
 
     def part(self, part: str, types: tuple[str, ...]) -> str:
         """The whole name of a tensor. Raises CheckpointError where it is missing, or is of another type."""
@@ -55,7 +60,7 @@ class PackedModule:
 
     def group(self, inputs: int, groups: int, sizes: tuple[int, ...]) -> int:
         """How many inputs share a scale, of `sizes`. Raises CheckpointError where none makes so many groups."""
-        whole = [inputs if size == -1 else size for size in sizes]
+        whole = [inputs if size == -1 else min(size, inputs) for size in sizes]
         if not sizes and groups and inputs % groups == 0:
             return inputs // groups
         size = next((size for size in whole if -(-inputs // size) == groups), None)
@@ -66,9 +71,9 @@ class PackedModule:
             )
         return size
 
-    def places(self, part: str, inputs: int, groups: int, group: int) -> Tensor | None:
-        """The group of each input, None where they are in order, as they are where nothing is said."""
-        if not self.has(part):
+    def places(self, part: str, inputs: int, groups: int, group: int, *, wanted: bool) -> Tensor | None:
+        """The group of each input, None where they are in order, as they are where nothing is said or `wanted`."""
+        if not self.has(part) and not (wanted and groups > 1):
             return None
         places = self.files.rows(self.shaped(part, ("I32", "I64"), (inputs,)), 0, inputs).long()
         for place in (int(places.min()), int(places.max())):
@@ -97,10 +102,13 @@ class PackedModule:
         groups = shape[1] if len(shape) == 2 else 1
         return lambda start, stop: self.files.rows(name, start, stop).reshape(-1, groups), groups
 
-    def require_bits(self, bits: int) -> None:
-        """Raise UnsupportedModelError for a width that cannot be read."""
+    def require_bits(self, bits: int, said: tuple[int, ...]) -> None:
+        """Raise UnsupportedModelError for a width that cannot be read, CheckpointError for one that is not `said`."""
         if bits not in WHOLE_BITS:
             raise UnsupportedModelError(
                 f"{self.files.file}: {self.name} has {bits} bits a weight; 4 and 8 can be read: export the "
                 "unquantized checkpoint"
             )
+        if bits not in said:
+            listed = " or ".join(map(str, said))
+            raise CheckpointError(f"{self.files.file}: {self.name} has {bits} bits a weight, not {listed}: no fit")

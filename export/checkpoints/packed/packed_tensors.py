@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from starling.engine.errors import UnsupportedModelError
+from starling.engine.errors import CheckpointError, UnsupportedModelError
 from starling.export.checkpoints.packed.packed_layouts import packed_weights
 from starling.export.checkpoints.packed.packed_weight import PackedWeight
 from starling.export.checkpoints.packed.packing_settings import PackingSettings
@@ -35,7 +35,8 @@ class PackedTensors:
         parts = {part for weight in self.weights.values() for part in weight.parts}
         own = [name for name in files.names() if name not in parts]
         self.left_out = tuple(name for name in own if _OF_ACTIVATIONS.search(name))
-        self._names = [*(name for name in own if name not in self.left_out), *self.weights]
+        aside = set(self.left_out)
+        self._names = [*(name for name in own if name not in aside), *self.weights]
         self.notes = settings.notes
         if self.left_out:
             count, first = len(self.left_out), self.left_out[0]
@@ -55,11 +56,14 @@ class PackedTensors:
         return name in self.weights or self._files.is_floating(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """See TensorSource."""
+        """See TensorSource. Raises CheckpointError where a number is not finite, too."""
         weight = self.weights.get(name)
         if weight is None:
             return self._files.rows(name, start, stop)
-        return weight.values(start, min(stop, weight.shape[0]))
+        values = weight.values(start, min(stop, weight.shape[0]))
+        if not bool(values.isfinite().all()):
+            raise CheckpointError(f"{self.file}: tensor {name} has numbers that are not finite: get the file again")
+        return values
 
     @property
     def scheme(self) -> str:

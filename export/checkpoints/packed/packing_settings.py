@@ -21,8 +21,8 @@ class PackingSettings:
     """How a folder's weights are quantized: `method` is its quant_method.
 
     `bits` may be used, and `group_sizes`, of inputs that share a scale (-1: all; none given: as the tensors' shapes
-    say). `zero_shift` is added to the zero points on file; `has_zeros`: every weight has some. `block` (rows, columns)
-    shares a scale of fp8. `notes` say what is left aside.
+    say). `zero_shift` is added to the zero points on file; `has_zeros`: every weight has some; `has_order`: each says
+    which of its groups an input is in. `block` (rows, columns) shares a scale of fp8. `notes` say what is left aside.
     """
 
     method: str
@@ -30,6 +30,7 @@ class PackingSettings:
     group_sizes: tuple[int, ...] = ()
     zero_shift: int = 0
     has_zeros: bool = False
+    has_order: bool = False
     block: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
 
@@ -55,15 +56,18 @@ def read_packing(values: Mapping[str, Any], where: str) -> PackingSettings | Non
 
 
 def _gptq(settings: Mapping[str, Any], where: str) -> PackingSettings:
-    layout = settings.get("checkpoint_format", settings.get("format")) or "gptq"
+    named = settings.get("checkpoint_format", settings.get("format"))
+    layout = "gptq" if named is None else named
     _require_one(layout, ("gptq", "gptq_v2"), "checkpoint_format", where)
     _require_one(settings.get("pack_dtype", "int32"), ("int32",), "pack_dtype", where)
     if settings.get("is_marlin_format"):
         raise UnsupportedModelError(f"{where}: weights in the order of Marlin's kernel cannot be read: {_ADVICE}")
     shift = 1 if layout == "gptq" else 0  # its writers subtract 1, its kernels add it again
+    has_order = settings.get("desc_act") is True
     if settings.get("dynamic"):  # other settings for some modules
-        return PackingSettings("gptq", zero_shift=shift)
-    return PackingSettings("gptq", (_bits(settings, where),), (_group_size(settings, where),), shift)
+        return PackingSettings("gptq", zero_shift=shift, has_order=has_order)
+    bits, size = _bits(settings, where), _group_size(settings, where)
+    return PackingSettings("gptq", (bits,), (size,), shift, has_order=has_order)
 
 
 def _awq(settings: Mapping[str, Any], where: str) -> PackingSettings:
@@ -92,6 +96,7 @@ def _compressed(settings: Mapping[str, Any], where: str) -> PackingSettings:
         tuple(sorted({_bits(each, where, "num_bits") for each in schemes})),
         tuple(_group_size(each, where) if each.get("strategy") == "group" else -1 for each in schemes),
         has_zeros=all(each.get("symmetric") is False for each in schemes),
+        has_order=all(each.get("actorder") in (True, "group", "dynamic") for each in schemes),
         block=next((_block(each["block_structure"], where) for each in schemes if each.get("block_structure")), None),
         notes=_activation_notes(active) + _cache_notes(settings.get("kv_cache_scheme")),
     )
@@ -134,7 +139,7 @@ def _cache_notes(scheme: object) -> tuple[str, ...]:
 
 
 def _require_one(value: object, known: tuple[object, ...], name: str, where: str) -> None:
-    if value not in known:
+    if not any(value == each and type(value) is type(each) for each in known):  # 4.0 is no number of bits
         listed = ", ".join(str(each) for each in known)
         raise UnsupportedModelError(f"{where} is quantized with {name} {value!r:.80}; read is {listed}: {_ADVICE}")
 
