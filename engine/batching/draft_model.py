@@ -6,7 +6,9 @@ of `speculation`: the target chooses each token itself, and a draft only says ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -18,6 +20,7 @@ from starling.engine.batching.request import Request
 from starling.engine.batching.step_costs import LEAST_GAIN, NEWEST, OUTLIER, StepCosts
 from starling.engine.generation.prompts import common_prefix
 
+LOGGER = logging.getLogger(__name__)
 #: Tokens of a draft at most.
 MOST = 8
 #: How likely a drafted token is right before anything is known, and how much of the past counts at the next draft.
@@ -75,7 +78,8 @@ class DraftedRow:
 class DraftModel:
     """A backend whose rows are those of the target's, each with what it holds. One thread uses it.
 
-    A row holds nothing before it is first drafted for: where drafts do not pay, none of this runs.
+    A row holds nothing before it is first drafted for: where drafts do not pay, none of this runs. Whatever fails in it
+    costs drafts, and no answer.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -97,22 +101,29 @@ class DraftModel:
         if self.prefixes is None:
             return
         shared = 0 if source is None else common_prefix(self._rows[source.row].held, prompt)
-        if source is not None and shared > len(row.held):
-            self.prefixes.copies.fork(source.row, request.row, shared)
-            row.hold(prompt[:shared])
-        elif self.prefixes.known(request) > len(row.held):
-            row.hold(prompt[: self.prefixes.load(request)])
+        with self._forgets_if_it_fails():
+            if source is not None and shared > len(row.held):
+                self.prefixes.copies.fork(source.row, request.row, shared)
+                row.hold(prompt[:shared])
+            elif self.prefixes.known(request) > len(row.held):
+                row.hold(prompt[: self.prefixes.load(request)])
 
     def end(self, request: Request) -> None:
         """The request leaves its row."""
         if self.prefixes is not None:
             held, known = self._rows[request.row].held, request.sequence.cached_ids()
-            self.prefixes.save(known[: common_prefix(held, known)], request)
+            with self._forgets_if_it_fails():
+                self.prefixes.save(known[: common_prefix(held, known)], request)
 
-    def forget(self) -> None:
-        """Nothing is known of what the rows hold: a run has failed."""
-        for row in self._rows:
-            row.hold(())
+    @contextmanager
+    def _forgets_if_it_fails(self) -> Iterator[None]:
+        """What the backend raises is a warning, whatever it is; nothing is known then of what the rows hold."""
+        try:
+            yield
+        except Exception as error:
+            LOGGER.warning("the draft model has failed, and the target goes on without it: %s", error)
+            for row in self._rows:
+                row.hold(())
 
     def lengths(
         self, requests: Sequence[Request], costs: StepCosts, most: int, late: Collection[int] = ()
@@ -156,33 +167,33 @@ class DraftModel:
         """Tokens that are likely to come, for each request as many as pay: one run for each further token.
 
         What rows lack is written by the first run, in pieces where other rows wait for it; a row that lacks nothing
-        more is drafted for. Raises BackendError as the backend does; what the rows hold is forgotten then.
+        more is drafted for. None where a run fails.
         """
-        drafts: list[list[int]] = [[] for _ in requests]
         lengths = self.lengths(requests, costs, most)
-        if not any(lengths):
-            return drafts
+        if any(lengths):
+            with self._forgets_if_it_fails():
+                return self._draft(requests, lengths, costs, most)
+        return [[] for _ in requests]
+
+    def _draft(self, requests: Sequence[Request], lengths: list[int], costs: StepCosts, most: int) -> list[list[int]]:
+        drafts: list[list[int]] = [[] for _ in requests]
         parts = self._first_parts(requests, lengths, costs.quiet_s(len(requests)) or 0.0)
         late = {i for i, part in parts.items() if len(part.tokens) < self._rows[part.row].lacks(requests[i])}
         if late:
             lengths = self.lengths(requests, costs, most, late)
-        try:
-            ahead, running = 0, [i for i in parts if lengths[i] or i in late]
-            while running:
-                begin = perf_counter()
-                chosen = self._run([parts[i] for i in running])
-                self._took([len(parts[i].tokens) for i in running], perf_counter() - begin)
-                for i, token in zip(running, chosen, strict=True):
-                    row, start, tokens = parts[i]
-                    self._rows[row].held += tokens
-                    if token >= 0 and i not in late:
-                        drafts[i].append(token)
-                        parts[i] = RowPart(row, start + len(tokens), [token])
-                ahead += 1
-                running = [i for i in running if len(drafts[i]) == ahead < lengths[i]]
-        except Exception:
-            self.forget()
-            raise
+        ahead, running = 0, [i for i in parts if lengths[i] or i in late]
+        while running:
+            begin = perf_counter()
+            chosen = self._run([parts[i] for i in running])
+            self._took([len(parts[i].tokens) for i in running], perf_counter() - begin)
+            for i, token in zip(running, chosen, strict=True):
+                row, start, tokens = parts[i]
+                self._rows[row].held += tokens
+                if token >= 0 and i not in late:
+                    drafts[i].append(token)
+                    parts[i] = RowPart(row, start + len(tokens), [token])
+            ahead += 1
+            running = [i for i in running if len(drafts[i]) == ahead < lengths[i]]
         return drafts
 
     def _first_parts(self, requests: Sequence[Request], lengths: Sequence[int], quiet_s: float) -> dict[int, RowPart]:

@@ -7,18 +7,15 @@ last one that was taken is overwritten by the next step.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from starling.engine.backends.backend import Backend
 from starling.engine.batching.draft_model import DraftModel
 from starling.engine.batching.request import Request
 from starling.engine.batching.step_costs import LEAST_GAIN, StepCosts
-from starling.engine.errors import BackendError, UserError
+from starling.engine.errors import UserError
 from starling.engine.generation.prompt_lookup import PromptLookup
 from starling.engine.names import SPECULATIONS, Speculation
-
-LOGGER = logging.getLogger(__name__)
 
 
 def checked_speculation(name: str | None, backend: Backend, *, has_draft: bool = False) -> Speculation | None:
@@ -58,16 +55,8 @@ def write_drafts(requests: Sequence[Request], costs: StepCosts, most: int, *, le
 
 
 def model_drafts(requests: Sequence[Request], costs: StepCosts, most: int, draft: DraftModel) -> int:
-    """Have the draft model give each request its draft, of at most `most` tokens together; how many they have.
-
-    None where it fails, which harms no answer.
-    """
-    drafts = [list[int]() for _ in requests]
-    try:
-        drafts = draft.draft(requests, costs, most)
-    except BackendError as error:
-        LOGGER.warning("the draft model has failed, and a step goes without it: %s", error)
-    for request, tokens in zip(requests, drafts, strict=True):
+    """Have the draft model give each request its draft, of at most `most` tokens together; how many they have."""
+    for request, tokens in zip(requests, draft.draft(requests, costs, most), strict=True):
         request.draft = tokens
         if request.sequence.grammar is not None:
             request.draft, _ = request.sequence.grammar.draft(tokens, len(tokens))

@@ -152,12 +152,15 @@ def test_choices_of_one_prompt_are_drafted_for_too(engine: Engine) -> None:
     assert found[0] == found[1]
 
 
-def test_a_draft_that_fails_costs_drafts_and_no_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [BackendError("no memory"), MemoryError()], ids=repr)
+def test_a_draft_that_fails_costs_drafts_and_no_answer(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     plain = answers(engine, GREEDY, None)
     assert engine.draft is not None
 
     def fails(*_: object) -> None:
-        raise BackendError("no memory")
+        raise error
 
     with monkeypatch.context() as patch:
         for name in ("mix", "prefill"):
@@ -168,6 +171,29 @@ def test_a_draft_that_fails_costs_drafts_and_no_answer(engine: Engine, monkeypat
     again = answers(engine, GREEDY, "draft-model")
     assert [one.tokens for one in again] == [one.tokens for one in plain]
     assert sum(one.timings.accepted_tokens for one in again) > 20
+
+
+@pytest.mark.parametrize("copy", ["fork", "load", "save"])
+def test_copies_of_a_draft_that_fail_cost_no_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch, copy: str) -> None:
+    prompt = [*map(ord, copy), *range(1000, 1100)]  # which no row knows yet
+    params = replace(GREEDY, max_tokens=8)
+
+    def fails(*_: object) -> None:
+        raise BackendError("no memory")
+
+    found = []
+    for how in (None, "draft-model"):
+        engine.speculation = how
+        with ServingLoop(engine) as loop:
+            if how is not None:
+                assert engine.draft is not None
+                assert engine.draft.prefixes is not None
+                monkeypatch.setattr(engine.draft.prefixes.copies, copy, fails)
+            first = loop.submit([*prompt, 5], params).result(60)
+            again = [loop.submit([*prompt, number], params) for number in (6, 7)]  # other rows, too
+            results = [first, *(handle.result(60) for handle in (*again, *loop.submit_choices(prompt, params, n=2)))]
+        found.append([one.tokens for one in results])
+    assert found[0] == found[1]
 
 
 class Idle(DraftModel):
