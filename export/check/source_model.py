@@ -20,7 +20,7 @@ from starling.engine.errors import StarlingError, one_line
 from starling.export.check.packed_source import dequantized_weights
 from starling.export.check.torch_reference import cut
 from starling.export.checkpoints.checkpoint import Checkpoint
-from starling.export.checkpoints.huggingface import without_packing
+from starling.export.checkpoints.huggingface import packing_settings, without_packing
 from starling.export.checkpoints.model_class import (
     auto_class,
     from_pretrained,
@@ -77,7 +77,7 @@ def _layer(name: str) -> int:
 def _from_folder(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
     """What transformers loads; of quantized weights, which it has other packages for, of their values."""
     layers = config.get_text_config(decoder=True).num_hidden_layers
-    settings = getattr(config, "quantization_config", None)
+    settings = packing_settings(config)
     try:
         if settings is not None:
             plain, weights = (

@@ -115,6 +115,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return without_packing(config)
 
 
+def packing_settings(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The quantization_config of `config`, or of its part for text; None where nothing is quantized."""
+    parts = (config, config.get_text_config(decoder=True))
+    return next((found for each in parts if (found := getattr(each, "quantization_config", None))), None)
+
+
 def without_packing(config: PreTrainedConfig) -> PreTrainedConfig:
     """`config`, which no longer says that the weights are quantized: who reads them has dequantized them."""
     for each in (config, config.get_text_config(decoder=True)):

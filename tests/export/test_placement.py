@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from starling.engine.errors import CheckpointError, UnsupportedModelError
+from starling.export.check.source_model import load_folder_source
 from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.checkpoints.model_class import model_classes, names_in_whole, without_weights
 from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.tokenizers.starling_tokenizer import starling_tokenizer_json
 
@@ -331,10 +333,24 @@ SEEING = {
 }
 
 
+def test_settings_of_a_quantization_may_be_those_of_the_text_model(tmp_path: Path) -> None:
+    save(tmp_path, config := pixtral(), model_classes(config).loaded)
+    name, settings = "language_model.model.layers.0.self_attn.q_proj", {"quant_method": "fp8"}
+    codes = torch.ones(64, 64).to(torch.float8_e4m3fn)
+    rewrite(tmp_path, lambda t: t | {f"{name}.weight": codes, f"{name}.weight_scale": torch.tensor(0.5)})
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["text_config"]["quantization_config"] = settings
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    checkpoint = open_checkpoint(str(tmp_path))
+    source = load_folder_source(checkpoint, tmp_path)
+    own = "model.layers.0.self_attn.q_proj.weight"
+    for values in (checkpoint.tensors.rows(own, 0, 64), source.model.state_dict()[source.names[own]]):
+        assert torch.equal(values, torch.full((64, 64), 0.5))
+    assert not hasattr(source.config, "quantization_config")
+
+
 @pytest.mark.parametrize("case", SEEING)
 def test_of_a_model_that_sees_the_language_model_is_taken_and_the_rest_noted(tmp_path: Path, case: str) -> None:
-    from starling.export.checkpoints.model_class import model_classes, names_in_whole, without_weights
-
     config = SEEING[case]()
     classes = model_classes(config)
     expected = save(tmp_path, config, classes.loaded).state_dict()
