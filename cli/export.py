@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from starling.export.quantization.qdq_settings import QdqQuantization
 
 _TENSORRT, _NONE = "tensorrt", "none"
-_BLOCK_OPTIONS = ("symmetric", "accuracy_level")
+_BLOCK_OPTIONS = ("symmetric", "accuracy_level", "mean_bits")
 _QDQ_OPTIONS = ("quantize_head", "keep_precision")
 _CALIBRATION_OPTIONS = ("calibration", "calibration_tokens")
 _ACTIVATION_OPTIONS = ("smoothing", "accept_quality")
@@ -66,6 +66,13 @@ _ACTIVATION_OPTIONS = ("smoothing", "accept_quality")
     "--symmetric/--asymmetric",
     default=None,
     help="Whether zero is in the middle, dialect ort.  [default: symmetric for int8, which the CPU kernels want]",
+)
+@click.option(
+    "--bits",
+    "mean_bits",
+    type=float,
+    metavar="4-8",
+    help="Bits of a projection's weights on average, int4 of dialect ort: those that lose most get 8.  [default: 4]",
 )
 @click.option("--accuracy-level", type=int, help="MatMulNBits' own, dialect ort: 4 multiplies in int8.  [default: 4]")
 @click.option("--quantize-head", is_flag=True, help="Quantize lm_head too, dialect tensorrt.")

@@ -30,7 +30,12 @@ from starling.export.graphs.projections import write_projections
 from starling.export.quantization.block_plan import BlockPlan, plan_blocks
 from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.calibration_choice import Calibration
-from starling.export.quantization.prepare_blocks import CalibratedBlocks, calibrated_blocks, wants_calibration
+from starling.export.quantization.prepare_blocks import (
+    CalibratedBlocks,
+    calibrated_blocks,
+    wants_calibration,
+    with_mean_bits,
+)
 from starling.export.quantization.prepare_qdq import prepare
 from starling.export.quantization.qdq_settings import QdqQuantization, check_scheme
 from starling.export.quantization.stored_blocks import StoredBlocks, stored_blocks
@@ -139,7 +144,11 @@ def _write_model(
     if isinstance(how, QdqQuantization):
         prepared = prepare(graph, arch, checkpoint, folder, how, options.calibration, progress)
         tensors = prepared.weights.tensors
-    plan = plan_blocks(graph.graph, how) if isinstance(how, BlockQuantization) else None
+    plan = None
+    if isinstance(how, BlockQuantization):
+        plan = plan_blocks(graph.graph, how)
+        if options.weights:
+            plan = with_mean_bits(graph, arch, checkpoint, folder, plan, options.calibration, progress)
     write_projections(graph, prepared.weights.plan if prepared else plan)
     total = planned_bytes(graph)
     check_space(folder, (total if options.weights else 0) + _SPARE_BYTES)
@@ -165,6 +174,7 @@ def _write_model(
         manifest["quantization"] |= {
             "bits_per_weight": bits_per_weight(graph, tensors),
             "calibration": calibrated.report,
+            "eight_bits": sorted(plan.eight_bits),
             "as_stored": [] if stored is None else sorted(stored.grids),
         }
         manifest["notes"] += (() if stored is None else stored.notes) + calibrated.notes

@@ -35,6 +35,13 @@ class TokenRows:
         return sum(self.lengths)
 
 
+def text_mask(rows: TokenRows) -> Tensor:
+    """bool [rows, longest]: what is text."""
+    import torch
+
+    return torch.arange(rows.ids.shape[1])[None, :] < torch.tensor(rows.lengths)[:, None]
+
+
 def read_texts(path: Path) -> list[dict[str, Any]]:
     """The documents of a file: each has "text", or "messages" (role and content) for the chat template.
 

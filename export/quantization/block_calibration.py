@@ -6,13 +6,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from starling.engine.progress import Advance
-from starling.export.check.sample_texts import TokenRows
+from starling.export.check.sample_texts import TokenRows, text_mask
 from starling.export.checkpoints.checkpoint import TensorSource
 from starling.export.quantization.block_store import BlockStore
 from starling.export.quantization.blocks import BlockQuantization, dequantize, quantize_rows
@@ -33,9 +32,7 @@ class BlockCalibration:
 
     def __init__(self, rows: TokenRows, wanted: Mapping[str, BlockQuantization], store: BlockStore) -> None:
         self._rows, self._wanted, self._store = rows, wanted, store
-        self._is_text = torch.zeros(rows.ids.shape, dtype=torch.bool)
-        for row, length in zip(self._is_text, rows.lengths, strict=True):
-            row[:length] = True
+        self._is_text = text_mask(rows)
         self._input: Callable[[], Tensor | None] = lambda: None
         self._feedback: ErrorFeedback | None = None
         self.rounded_experts = 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from starling.engine.names import LOGITS
-from starling.export.graphs.rewrites import is_embedding, is_linear
+from starling.export.graphs.rewrites import is_embedding, is_linear, required
 from starling.export.quantization.blocks import BlockQuantization
 from starling.export.weights.weight_plan import rows_of
 
@@ -34,3 +35,15 @@ def plan_blocks(graph: ir.Graph, how: BlockQuantization) -> BlockPlan:
     if any(value.name == LOGITS for value in graph.outputs):
         tables.append([node for node in graph if is_linear(node)][-1].inputs[1])
     return BlockPlan(how, frozenset(name for table in tables for name in rows_of(table).names))
+
+
+def packed_projections(graph: ir.Graph, plan: BlockPlan) -> dict[tuple[str, ...], int]:
+    """The tensors of each projection of a traced graph that has fewer than 8 bits, and how many weights they have."""
+    found = {}
+    for node in graph:
+        if is_linear(node):
+            weight = required(node.inputs[1])
+            names = rows_of(weight).names
+            if plan.of(names).bits < 8 and weight.shape is not None:
+                found[names] = math.prod(weight.shape.numpy())
+    return found

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import onnx_ir as ir
 
 from starling.engine.bundle.model_records import Architecture
+from starling.engine.errors import UserError
 from starling.engine.progress import Progress
 from starling.export.check.sample_texts import CALIBRATION, TextEncoder, TokenRows, calibration_rows
 from starling.export.checkpoints.checkpoint import Checkpoint
+from starling.export.quantization.bit_budget import JUDGED_TOKENS, RoundingCosts, choose_eight_bits
 from starling.export.quantization.block_calibration import LEAST_EXPERT_TOKENS, BlockCalibration
-from starling.export.quantization.block_plan import BlockPlan
+from starling.export.quantization.block_plan import BlockPlan, packed_projections
 from starling.export.quantization.block_store import BlockStore
 from starling.export.quantization.blocks import BlockQuantization
 from starling.export.quantization.calibration_choice import Calibration
@@ -31,6 +33,36 @@ class CalibratedBlocks:
     store: BlockStore | None
     report: dict[str, Any] | None
     notes: tuple[str, ...]
+
+
+def with_mean_bits(
+    model: ir.Model,
+    arch: Architecture,
+    checkpoint: Checkpoint,
+    folder: Path,
+    plan: BlockPlan,
+    calibration: Calibration,
+    progress: Progress,
+) -> BlockPlan:
+    """The plan of a traced graph with 8 bits for the projections that cost most, as many as `mean_bits` has room for.
+
+    `folder` holds the tokenizer.
+
+    Raises:
+        UserError: there is no calibration, or its text cannot be used.
+    """
+    if plan.how.mean_bits is None:
+        return plan
+    if calibration.is_off:
+        raise UserError("--bits chooses by a text which projections get 8 bits: leave out --calibration none")
+    tokens = min(calibration.tokens, JUDGED_TOKENS)
+    encoder = TextEncoder(folder, arch.vocab_size)
+    rows = calibration_rows(calibration.file or CALIBRATION, encoder, tokens, arch.max_positions)
+    units = packed_projections(model.graph, plan)
+    progress.phase(f"judging {len(units)} projections on {rows.tokens} tokens")
+    costs = RoundingCosts((name for unit in units for name in unit), plan.how, rows)
+    found = costs.run(checkpoint.config, checkpoint.tensors, progress.bytes)
+    return replace(plan, eight_bits=plan.eight_bits | choose_eight_bits(units, found, plan.how.mean_bits))
 
 
 def wants_calibration(

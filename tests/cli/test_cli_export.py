@@ -251,6 +251,10 @@ def test_an_unreachable_hub(tmp_path: Path) -> None:
         (("--symmetric",), "--symmetric is about quantized weights"),
         (("--quant", "int4", "--block-size", "50"), "block size 50 is not one of 16, 32, 64, 128, 256"),
         (("--quant", "int4", "--accuracy-level", "9"), "accuracy level 9 is not between 0 and 4"),
+        (("--bits", "4.5"), "--bits is about quantized weights"),
+        (("--quant", "int8", "--bits", "6"), "6.0 bits a weight: give 4 to 8, for int4"),
+        (("--quant", "int4", "--bits", "3"), "3.0 bits a weight: give 4 to 8, for int4"),
+        (("--quant", "int4", "--bits", "5", "--dialect", "tensorrt"), "--bits is for --dialect ort"),
         (("--quant", "int8", "--dialect", "canonical"), "dialect canonical is full precision only"),
     ],
 )
