@@ -53,11 +53,12 @@ class RoundingCosts:
                 part, _, _ = name.rpartition(".")
                 layer, _, _ = part.rpartition(".")
                 self._part_of[f"{name}.weight"] = part
-                if part not in self._share and layer in modules and not layer.endswith("layers"):
+                if part not in self._share and not isinstance(modules.get(layer), nn.ModuleList | None):
                     self._share[part] = 1.0
                     modules[part].register_forward_hook(partial(self._weigh, part, stream))
         for layer in {part.rpartition(".")[0] for part in self._share}:
-            streamed.before(layer, lambda _, x, *__: stream.__setitem__(slice(None), [x]))
+            # Of a layer that takes them by name nothing is known: every part of it counts the same.
+            streamed.before(layer, lambda _, *given: stream.__setitem__(slice(None), given[:1]))
         streamed.run(self._rows.ids)
         return {name: cost * self._share.get(self._part_of[name], 1.0) for name, cost in self._changed.items()}
 
