@@ -56,7 +56,7 @@ def test_options_are_completed_and_old_names_are_not() -> None:
 
 
 def test_the_values_of_an_option_are_completed() -> None:
-    assert plain("export", "demo", "out", "--quant", "") == list(SCHEMES)
+    assert plain("export", "demo", "out", "--quant", "") == [*SCHEMES, "none"]
     assert plain("export", "demo", "out", "--dialect", "t") == [name for name in DIALECTS if name.startswith("t")]
     assert plain("generate", "b", "--backend", "onnxruntime-") == ["onnxruntime-cpu", "onnxruntime-cuda"]
 

@@ -25,7 +25,7 @@ from starling.export.checkpoints.model_source import open_checkpoint
 from starling.export.checkpoints.placement import PlacedTensors
 from starling.export.exporter import ExportOptions, export_bundle
 from starling.export.quantization.blocks import BlockQuantization
-from starling.export.weights import weight_file
+from starling.export.weights import weight_source
 
 pytestmark = pytest.mark.slow
 
@@ -250,11 +250,11 @@ def test_the_first_layers_of_a_model_that_does_not_fit_are_held_to_the_same(
 
 
 def test_a_fault_after_the_reader_shows_in_the_logits(sharded: Path, tmp_path: Path, monkeypatch: Patch) -> None:
-    original = weight_file._narrow
+    original = weight_source.narrowed
 
     def narrow(rows: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         return original(rows * 1.01 if "down_proj" in name else rows, dtype, name)
 
-    monkeypatch.setattr(weight_file, "_narrow", narrow)
+    monkeypatch.setattr(weight_source, "narrowed", narrow)
     with pytest.raises(StarlingError, match="the exported graph disagrees with PyTorch"):
         export(sharded, tmp_path / "bundle")
