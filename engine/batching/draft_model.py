@@ -200,12 +200,8 @@ class DraftModel:
         """Of each request with a length what its row lacks, or as much of it as there is time for, by its number."""
         left = MOST_CAUGHT_UP
         if len(requests) > 1:
-            left = (
-                LEAST_CAUGHT_UP
-                if not self._lacked_s
-                else max(LEAST_CAUGHT_UP, int(CATCH_UP * quiet_s / self._lacked_s))
-            )
-            left = min(left, max(self.backend.most_mixed - FEW * len(requests), LEAST_CAUGHT_UP))
+            fitting = int(CATCH_UP * quiet_s / self._lacked_s) if self._lacked_s else 0
+            left = max(LEAST_CAUGHT_UP, min(fitting, self.backend.most_mixed - FEW * len(requests)))
         parts = {}
         rows = [self._rows[request.row] for request in requests]
         lacking = sorted(

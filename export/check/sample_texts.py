@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,19 @@ def text_mask(rows: TokenRows) -> Tensor:
     import torch
 
     return torch.arange(rows.ids.shape[1])[None, :] < torch.tensor(rows.lengths)[:, None]
+
+
+def text_pieces(x: Tensor, rows: TokenRows) -> Iterator[Tensor]:
+    """The text of each row of x [rows, longest, columns]; axes of one, or rows in one, are as good.
+
+    What comes in an order of its own counts whole, padding too.
+    """
+    columns = x.shape[-1]
+    if x.numel() != rows.ids.numel() * columns:
+        yield x.reshape(-1, columns)
+        return
+    for row, length in zip(x.reshape(*rows.ids.shape, columns), rows.lengths, strict=True):
+        yield row[:length]
 
 
 def read_texts(path: Path) -> list[dict[str, Any]]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from starling.engine.progress import Advance
-from starling.export.check.sample_texts import TokenRows, text_mask
+from starling.export.check.sample_texts import TokenRows, text_pieces
 from starling.export.checkpoints.checkpoint import TensorSource
 from starling.export.quantization.blocks import BlockQuantization, dequantize, quantize_rows
 from starling.export.quantization.streamed_model import StreamedModel
@@ -31,7 +32,6 @@ class RoundingCosts:
     def __init__(self, names: Iterable[str], how: BlockQuantization, rows: TokenRows) -> None:
         """`names`: the checkpoint's tensors of the projections to be judged, on the text of `rows`."""
         self._names, self._how, self._rows = frozenset(names), how, rows
-        self._is_text = text_mask(rows)
         self._changed: dict[str, float] = {}
         #: Of each tensor, the module that it belongs to, and of those what part of the stream their result is.
         self._part_of: dict[str, str] = {}
@@ -66,21 +66,17 @@ class RoundingCosts:
         weight = module._parameters["weight"]
         assert weight is not None
         rounded = dequantize(quantize_rows(weight, self._how), self._how, weight.shape[1])
-        inputs = self._text(x)
+        inputs = torch.cat([*text_pieces(x, self._rows)])
         change, whole = functional.linear(inputs, weight - rounded), functional.linear(inputs, weight)
         self._changed[name] = float(change.square().sum() / whole.square().sum().clamp(min=1e-30))
 
     def _weigh(self, part: str, stream: list[Tensor], _: nn.Module, __: object, result: Tensor | tuple[Tensor]) -> None:
         added = result if isinstance(result, Tensor) else result[0]
         if stream and stream[0].shape == added.shape:
-            self._share[part] = float(
-                self._text(added).square().sum() / self._text(stream[0]).square().sum().clamp(min=1e-30)
-            )
-
-    def _text(self, x: Tensor) -> Tensor:
-        """The vectors [n, columns] that belong to text; all of them where they come in an order of their own."""
-        vectors = x.reshape(-1, x.shape[-1])
-        return vectors[self._is_text.flatten()] if len(vectors) == self._is_text.numel() else vectors
+            squares = [
+                sum(float(piece.square().sum()) for piece in text_pieces(x, self._rows)) for x in (added, stream[0])
+            ]
+            self._share[part] = squares[0] / max(squares[1], 1e-30)
 
 
 def choose_eight_bits(units: Mapping[tuple[str, ...], int], costs: Mapping[str, float], bits: float) -> frozenset[str]:

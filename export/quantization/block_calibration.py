@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from starling.engine.progress import Advance
-from starling.export.check.sample_texts import TokenRows, text_mask
+from starling.export.check.sample_texts import TokenRows, text_mask, text_pieces
 from starling.export.checkpoints.checkpoint import TensorSource
 from starling.export.quantization.block_store import BlockStore
 from starling.export.quantization.blocks import BlockQuantization, dequantize, quantize_rows
@@ -59,22 +59,10 @@ class BlockCalibration:
             return
         if self._input() is not x:  # query, key and value read the same
             self._feedback = None  # before the next one is made: a wide one takes a gigabyte
-            self._feedback = error_feedback(self._texts(x), x.shape[-1])
+            self._feedback = error_feedback(text_pieces(x, self._rows), x.shape[-1])
             self._input = weakref.ref(x)
         assert self._feedback is not None
         self._store.put(name, compensate(weight, self._feedback, how))
-
-    def _texts(self, x: Tensor) -> Iterator[Tensor]:
-        """The text of each row of x [rows, length, columns]; axes of one, or rows in one, are as good.
-
-        What comes in an order of its own counts whole, padding too.
-        """
-        columns = x.shape[-1]
-        if x.numel() != self._is_text.numel() * columns:
-            yield x.reshape(-1, columns)
-            return
-        for row, length in zip(x.reshape(*self._is_text.shape, columns), self._rows.lengths, strict=True):
-            yield row[:length]
 
     def _experts(self, name: str, module: nn.Module, x: Tensor, chosen: Tensor, *_: Tensor) -> None:
         """Each expert of a layer on the tokens x [tokens, hidden] that were sent to it: `chosen` [tokens, k]."""
